@@ -1,0 +1,67 @@
+"""Building a timm Vision Transformer for pre-training, with clear refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+
+from mapet.errors import MapetError, nearest
+from mapet.models.layout_blocks import use_layouts
+
+
+def build_vit(
+    name: str,
+    *,
+    image_size: int,
+    patch_size: int | None = None,
+    channels: int = 3,
+    drop_path: float = 0.0,
+    layer_scale: float | None = None,
+    **model_args: Any,
+) -> VisionTransformer:
+    """Create a randomly initialised timm ViT without a classifier, ready for the objectives.
+
+    The final norm is applied to every token and the pooled feature is the mean over patches, so that the
+    exported model's ``forward`` gives the feature to use: nothing trains the class token's own output.
+
+    Args:
+        name: a timm model name, for instance ``vit_small_patch16_224``.
+        image_size: side of the square input in pixels.
+        patch_size: side of a patch in pixels; None keeps the named model's.
+        channels: 1 or 3 input channels.
+        drop_path: stochastic depth rate of the last block.
+        layer_scale: initial LayerScale; None leaves it out.
+        model_args: further arguments of timm's ``VisionTransformer``, e.g. ``depth=4``.
+
+    Raises:
+        MapetError: for an unknown model or argument, or an image that patches do not tile.
+    """
+    if not timm.is_model(name):
+        vits = timm.list_models("vit_*")
+        raise MapetError(f"unknown model {name!r}{nearest(name, vits) or '; see timm.list_models()'}")
+    overrides: dict[str, Any] = {"patch_size": patch_size, "init_values": layer_scale, **model_args}
+    try:
+        backbone = timm.create_model(
+            name,
+            num_classes=0,
+            img_size=image_size,
+            in_chans=channels,
+            drop_path_rate=drop_path,
+            global_pool="avg",
+            fc_norm=False,
+            **overrides,
+        )
+    except (TypeError, AssertionError, ValueError) as error:
+        raise MapetError(f"timm cannot build model {name!r} with these arguments: {error}") from error
+    use_layouts(backbone)
+    patch = backbone.patch_embed.patch_size
+    if image_size % patch[0] or image_size % patch[1]:
+        side = patch[0]
+        lower = max(side, image_size // side * side)
+        raise MapetError(
+            f"image size {image_size} is not divisible by the patch size {side} of {name!r}; "
+            f"take {lower} or {lower + side}"
+        )
+    return backbone
