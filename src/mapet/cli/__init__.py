@@ -1,1 +1,31 @@
-""""""
+"""The command line: ``mapet VERB``. One verb a file; this one dispatches and turns errors into sentences."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mapet.errors import MapetError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    # Imported here so that the package's own import does not depend on the command line's parts.
+    from mapet.cli import demo, pretrain
+
+    parser = argparse.ArgumentParser(
+        prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in (pretrain, demo):
+        verb.add_parser(verbs)
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except MapetError as error:
+        print(f"mapet: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mapet: interrupted", file=sys.stderr)
+        return 130

@@ -1,1 +1,98 @@
-""""""
+"""Images: where they come from, how they are decoded, augmented and put into batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mapet.data.batches import (
+    Batch,
+    DamageTally,
+    Sample,
+    StepSampler,
+    ViewDataset,
+    fold_seed,
+    in_order,
+    load_batches,
+)
+from mapet.data.decode import check_channels, decode
+from mapet.data.demo_sets import DEMO_SETS
+from mapet.data.sources import (
+    ImageSet,
+    few_per_class,
+    from_array,
+    from_folder,
+    from_labelled_folder,
+    from_list,
+    split,
+)
+from mapet.data.views import PlainView, TrainView
+from mapet.errors import MapetError, nearest
+
+__all__ = [
+    "DEMO_SETS",
+    "Batch",
+    "DamageTally",
+    "ImageSet",
+    "PlainView",
+    "Sample",
+    "StepSampler",
+    "TrainView",
+    "ViewDataset",
+    "check_channels",
+    "decode",
+    "few_per_class",
+    "fold_seed",
+    "from_array",
+    "in_order",
+    "load_batches",
+    "open_images",
+    "open_labelled",
+    "split",
+]
+
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "val", "validation", "valid")
+
+
+def open_images(source: str) -> ImageSet:
+    """Open images to pre-train on: a folder, a text file of paths, or the name of a demo set.
+
+    Raises:
+        MapetError: if there is nothing of that name, or no image in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return from_folder(path)
+    if path.is_file():
+        return from_list(path)
+    if source in DEMO_SETS:
+        return DEMO_SETS[source]()[0]
+    raise MapetError(
+        f"{source!r} is neither a folder of images, nor a text file of paths, nor a demo set "
+        f"({', '.join(DEMO_SETS)}){nearest(source, DEMO_SETS)}"
+    )
+
+
+def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Open labelled images as (training part, test part).
+
+    Args:
+        source: a folder with one subfolder per class, perhaps below ``train`` and ``test`` (or ``val``), or
+            the name of a demo set. Without such parts a fifth of each class is held out.
+        seed: chooses what is held out.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if source in DEMO_SETS:
+            return DEMO_SETS[source]()
+        raise MapetError(
+            f"{source!r} is neither a folder with one subfolder per class nor a demo set ({', '.join(DEMO_SETS)})"
+        )
+    train = next((path / name for name in TRAIN_FOLDERS if (path / name).is_dir()), None)
+    test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
+    if train is None or test is None:
+        return split(from_labelled_folder(path), 0.2, seed)
+    parts = from_labelled_folder(train), from_labelled_folder(test)
+    if parts[0].classes != parts[1].classes:
+        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise MapetError(f"{train} and {test} do not have the same classes: {odd[:5]} stand in only one of them")
+    return parts

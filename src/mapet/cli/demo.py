@@ -1,0 +1,3 @@
+"""``mapet demo``."""
+def add_parser(verbs):
+    pass

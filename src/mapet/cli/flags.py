@@ -1,0 +1,98 @@
+"""Flags made from the configuration: one per key, with its name and description."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from mapet.engine import PretrainConfig, read_recipe
+from mapet.engine.config import has_mark
+from mapet.errors import MapetError, nearest
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def add_config_flags(parser: argparse.ArgumentParser, leave_out: frozenset[str] = frozenset()) -> None:
+    """Add a flag for every key of ``PretrainConfig`` but those in ``leave_out``."""
+    common = parser.add_argument_group("common")
+    more = parser.add_argument_group("more")
+    for key, field in PretrainConfig.model_fields.items():
+        if key in leave_out:
+            continue
+        group = common if has_mark(key, "common") else more
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default in (None, PydanticUndefined, {}) else f" (default: {_plain(default)})"
+        text = f"{field.description}{shown}".replace("%", "%%")
+        flag = f"--{key.replace('_', '-')}"
+        if key == "model_args":
+            group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
+        elif key in ("mean", "std"):
+            group.add_argument(flag, dest=key, nargs="+", metavar="X", help=text)
+        else:
+            group.add_argument(flag, dest=key, metavar=key.upper(), help=text)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return the recipe's values overridden by the flags that were given."""
+    values: dict[str, Any] = {}
+    if getattr(parsed, "config", None):
+        values = read_recipe(find_recipe(parsed.config))
+    for key in PretrainConfig.model_fields:
+        text = getattr(parsed, key, None)
+        if text is None:
+            continue
+        if key == "model_args":
+            values[key] = {**values.get(key, {}), **dict(_pair(item) for item in text)}
+        elif isinstance(text, list):
+            values[key] = [_parse(item) for item in text]
+        else:
+            values[key] = text if key in _TEXT_KEYS else _parse(text)
+    if "steps" in values and "epochs" in values:
+        # A flag overrides the recipe's way of saying how long.
+        if getattr(parsed, "steps", None) is not None and getattr(parsed, "epochs", None) is None:
+            del values["epochs"]
+        elif getattr(parsed, "epochs", None) is not None and getattr(parsed, "steps", None) is None:
+            del values["steps"]
+    return values
+
+
+_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "teacher_weights", "eval_data"})
+
+
+def _parse(text: str) -> Any:
+    """Read a flag as YAML reads a value, so that both ways of saying it mean the same."""
+    if text.lower() == "none":
+        return None
+    try:
+        # YAML 1.1 takes 1e-3 for a string: it wants a point.
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def _pair(item: str) -> tuple[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise MapetError(f"--model-args takes KEY=VALUE, for instance depth=4, not {item!r}")
+    return key, _parse(value)
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe: a file, or the name of one that comes with the package."""
+    if Path(name).is_file():
+        return Path(name)
+    own = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if name in own:
+        return own[name]
+    raise MapetError(
+        f"recipe {name!r} is neither a file nor one of the package's recipes ({', '.join(sorted(own))})"
+        f"{nearest(name, own)}"
+    )

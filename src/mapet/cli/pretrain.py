@@ -1,0 +1,38 @@
+"""``mapet pretrain``: a folder of images in, a backbone out."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.output import set_up_logging
+
+
+def add_parser(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "pretrain",
+        help="pre-train a ViT on unlabelled images",
+        description="Pre-train a ViT on a folder of unlabelled images, a text file of paths, or a demo set.",
+    )
+    parser.add_argument("data", nargs="?", help="images; may also stand in the recipe, or in the run to be resumed")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the run folder")
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly, or begin it")
+    add_config_flags(parser, leave_out=frozenset({"data"}))
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Pre-train."""
+    console = set_up_logging()
+    from mapet.workflows import pretrain
+
+    result = pretrain(given_values(parsed), parsed.out, resume=parsed.resume, console=console)
+    root = result.folder.root
+    if result.steps < result.total_steps:
+        console.print(f"stopped and saved after step {result.steps}; --resume continues {root}")
+        return 128 + (result.stopped_by or 0)
+    console.print(f'done: {root}\nuse it: timm.create_model("local-dir:{result.folder.exported}", pretrained=True)')
+    return 0

@@ -1,0 +1,181 @@
+"""Batches as pure functions of the step, so that a run can start at any step and see the same images."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mapet.data.sources import ImageSet
+from mapet.errors import MapetError
+
+logger = logging.getLogger(__name__)
+
+View = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+SampleKey = tuple[int, int]  # (epoch, index)
+
+# Files that fail are replaced by another image, drawn anew this often before the sample is given up.
+MOST_ATTEMPTS = 50
+
+
+class Sample(TypedDict):
+    """One image: its two inputs, its index, and the damaged files met on the way as (index, reason)."""
+
+    view: Tensor
+    student: Tensor
+    index: int
+    damaged: list[tuple[int, str]]
+
+
+class Batch(TypedDict):
+    """``view`` and ``student`` ``(B, C, H, W)``, ``index`` ``(B,)``, and per image the damaged files met."""
+
+    view: Tensor
+    student: Tensor
+    index: Tensor
+    damaged: list[list[tuple[int, str]]]
+
+
+def fold_seed(*parts: int) -> int:
+    """Mix integers into one 63-bit seed: independent streams for (seed, epoch, index) and the like."""
+    mixed = 0x9E3779B97F4A7C15
+    for part in parts:
+        mixed = ((mixed ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
+        mixed ^= mixed >> 29
+    return mixed >> 1
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Which images each micro-batch of each step holds; iterates from ``first_step`` to ``last_step``.
+
+    Every epoch is a permutation drawn from ``(seed, epoch)``, cut into steps of ``batch_size`` images over
+    all processes; what is left over is dropped. A step is cut into ``world * accumulate`` micro-batches.
+    """
+
+    images: int
+    batch_size: int
+    seed: int
+    first_step: int
+    last_step: int
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one pass over the data."""
+        return self.images // self.batch_size
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, permutation = -1, torch.empty(0, dtype=torch.long)
+        for step in range(self.first_step, self.last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                generator = torch.Generator().manual_seed(fold_seed(self.seed, epoch))
+                permutation = torch.randperm(self.images, generator=generator)
+            start = step % self.steps_per_epoch * self.batch_size
+            step_images = permutation[start : start + self.batch_size]
+            mine = step_images.chunk(self.world)[self.rank]
+            for micro in mine.chunk(self.accumulate):
+                yield [(epoch, index) for index in micro.tolist()]
+
+
+@dataclass(frozen=True)
+class ViewDataset(Dataset[Sample]):
+    """Decodes and augments; an image that cannot be decoded is replaced by a random other one."""
+
+    images: ImageSet
+    view: View
+    channels: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        epoch, index = key
+        seed = fold_seed(self.seed, epoch, index)
+        replacements = random.Random(seed)
+        damaged: list[tuple[int, str]] = []
+        # A blank image stands in when all attempts fail; DamageTally then stops the run before it is used.
+        image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
+        while len(damaged) < MOST_ATTEMPTS:
+            try:
+                image = self.images.load(index, self.channels)
+                break
+            except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
+                damaged.append((index, f"{type(error).__name__}: {error}"))
+                index = replacements.randrange(len(self.images))
+        view, student = self.view(image, seed)
+        return {"view": view, "student": student, "index": index, "damaged": damaged}
+
+
+class DamageTally:
+    """Counts damaged files, names each in the log once, and stops the run when there are too many.
+
+    Args:
+        images: the data set.
+        most_share: the run stops when more than this share of the data set has been found damaged.
+        known: indices found damaged before, from a checkpoint.
+    """
+
+    def __init__(self, images: ImageSet, most_share: float, known: Sequence[int] = ()) -> None:
+        self.images, self.most_share = images, most_share
+        self.indices = set(known)
+
+    def add(self, batch: Batch) -> None:
+        """Take note of a batch's damaged files.
+
+        Raises:
+            MapetError: if too many files are damaged.
+        """
+        for met in batch["damaged"]:
+            for index, reason in met:
+                if index not in self.indices:
+                    self.indices.add(index)
+                    logger.warning("skipped damaged image %s (%s)", self.images.keys[index], reason)
+            if len(met) == MOST_ATTEMPTS:
+                raise self._too_many(f"{MOST_ATTEMPTS} files drawn in a row cannot be read")
+        if len(self.indices) > self.most_share * len(self.images):
+            raise self._too_many(f"{len(self.indices)} of {len(self.images)} images cannot be read")
+
+    def _too_many(self, what: str) -> MapetError:
+        example = self.images.keys[min(self.indices)]
+        return MapetError(
+            f"{what}, the first being {example!r} in {self.images.name}; repair or remove the files named in the "
+            f"log, or raise --max-damaged (now {self.most_share:g})"
+        )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into a batch."""
+    return {
+        "view": torch.stack([sample["view"] for sample in samples]),
+        "student": torch.stack([sample["student"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "damaged": [sample["damaged"] for sample in samples],
+    }
+
+
+def load_batches(
+    dataset: ViewDataset, keys: StepSampler | Sequence[list[SampleKey]], workers: int, pin: bool = False
+) -> DataLoader[Sample]:
+    """Return a loader over the given batches of sample keys, in their order whatever ``workers`` is."""
+    return DataLoader(
+        dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin  # type: ignore[arg-type]
+    )
+
+
+def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:
+    """Batch keys for one plain pass over the first ``count`` images."""
+    return [[(0, i) for i in range(start, min(start + batch_size, count))] for start in range(0, count, batch_size)]

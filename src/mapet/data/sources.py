@@ -1,0 +1,179 @@
+"""Where images come from: folders, lists of paths, demo sets. All are an ``ImageSet``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mapet.data.decode import decode, to_channels
+from mapet.errors import MapetError
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images by index, perhaps with labels.
+
+    Attributes:
+        name: what the user called it.
+        keys: one string per image that identifies it: its path relative to the set, or its number.
+        items: file paths, or ``(n, H, W[, 3])`` uint8 arrays.
+        labels: class index per image, or None.
+        classes: the names of the classes.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]]
+    labels: tuple[int, ...] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def load(self, index: int, channels: int) -> Tensor:
+        """Return image ``index`` as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
+        item = self.items[index]
+        return decode(item, channels) if isinstance(item, Path) else to_channels(item, channels)
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """Return the images at ``indices``, in that order."""
+        items = self.items[np.asarray(indices)] if isinstance(self.items, np.ndarray) else None
+        return replace(
+            self,
+            keys=tuple(self.keys[i] for i in indices),
+            items=items if items is not None else [self.items[i] for i in indices],
+            labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
+        )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether loading costs no reading and decoding of files."""
+        return isinstance(self.items, np.ndarray)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the keys in order: changes when images are added, removed or renamed."""
+        return hashlib.sha256("\n".join(self.keys).encode(errors="surrogateescape")).hexdigest()
+
+
+def from_folder(folder: Path) -> ImageSet:
+    """All images below a folder, nested as they may be, sorted by path; links to folders are followed."""
+    paths = [Path(root) / name for root, name in _walk(folder)]
+    if not paths:
+        raise MapetError(
+            f"folder {folder} holds no image (looked in all its subfolders for {' '.join(sorted(EXTENSIONS))})"
+        )
+    return ImageSet(str(folder), tuple(path.relative_to(folder).as_posix() for path in paths), paths)
+
+
+def from_labelled_folder(folder: Path) -> ImageSet:
+    """The ``ImageFolder`` layout: the first folder below ``folder`` is the class."""
+    images = from_folder(folder)
+    names = [Path(key).parts[0] if len(Path(key).parts) > 1 else None for key in images.keys]
+    if None in names:
+        stray = images.keys[names.index(None)]
+        raise MapetError(
+            f"labelled folder {folder} needs one subfolder per class, but {stray!r} lies outside of any; move it"
+        )
+    classes = sorted({name for name in names if name is not None})
+    if len(classes) < 2:
+        raise MapetError(f"labelled folder {folder} has the single class {classes[0]!r}; at least 2 are needed")
+    index = {name: number for number, name in enumerate(classes)}
+    return replace(images, labels=tuple(index[name] for name in names if name is not None), classes=tuple(classes))
+
+
+def from_list(file: Path) -> ImageSet:
+    """A text file with one image path per line, relative to the file's own folder; ``#`` starts a comment."""
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except UnicodeDecodeError as error:
+        raise MapetError(f"{file} is neither a folder of images nor a text file of paths ({error.reason})") from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise MapetError(f"list {file} names no image; write one path per line")
+    paths = [file.parent / name for name in names]
+    missing = next((name for name, path in zip(names, paths, strict=True) if not path.is_file()), None)
+    if missing is not None:
+        raise MapetError(
+            f"list {file} names {missing!r}, which does not exist (paths are relative to {file.parent.resolve()})"
+        )
+    return ImageSet(str(file), tuple(names), paths)
+
+
+def from_array(
+    name: str, images: np.ndarray[Any, np.dtype[np.uint8]], labels: Sequence[int], classes: Sequence[str]
+) -> ImageSet:
+    """Images that are in memory already, ``(n, H, W[, 3])`` uint8."""
+    keys = tuple(str(number) for number in range(len(images)))
+    return ImageSet(name, keys, images, tuple(int(label) for label in labels), tuple(classes))
+
+
+def split(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split a labelled set in two, class by class; the second part holds ``share`` of each class."""
+    labels = torch.tensor(_labels(images))
+    generator = torch.Generator().manual_seed(seed)
+    first: list[int] = []
+    second: list[int] = []
+    for label in labels.unique():
+        members = torch.nonzero(labels == label)[:, 0]
+        members = members[torch.randperm(len(members), generator=generator)]
+        held_out = max(1, round(share * len(members)))
+        if held_out >= len(members):
+            raise MapetError(
+                f"class {images.classes[int(label)]!r} of {images.name} has {len(members)} image(s), too few to "
+                "hold some out; add images or remove the class"
+            )
+        second += members[:held_out].tolist()
+        first += members[held_out:].tolist()
+    return images.subset(sorted(first)), images.subset(sorted(second))
+
+
+def few_per_class(images: ImageSet, total: int, seed: int) -> ImageSet:
+    """Take ``total`` labelled images, equally many of each class as far as ``total`` divides."""
+    labels = torch.tensor(_labels(images))
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    rank = torch.zeros(len(labels), dtype=torch.long)
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = torch.arange(len(members))
+    # The first of every class, then the second of every class, and so on.
+    order = sorted(shuffled.tolist(), key=lambda i: int(rank[i]))
+    return images.subset(sorted(order[:total]))
+
+
+def _labels(images: ImageSet) -> tuple[int, ...]:
+    if images.labels is None:
+        raise MapetError(f"{images.name} has no labels; give a folder with one subfolder per class")
+    return images.labels
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (folder, file name) of all images, sorted by path; each real folder is entered once."""
+    seen: set[str] = set()
+    found: list[tuple[str, str]] = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = str(Path(root).resolve())
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        found += [
+            (root, name)
+            for name in files
+            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+        ]
+    yield from sorted(found)

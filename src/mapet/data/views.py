@@ -1,0 +1,69 @@
+"""Views: the augmented image that both networks see, and the plain one for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+BICUBIC = InterpolationMode.BICUBIC
+
+
+@dataclass(frozen=True)
+class TrainView:
+    """Random resized crop and flip for both networks; colour jitter for the student only.
+
+    Args:
+        size: side of the square view in pixels.
+        crop_min: least share of the image's area that a crop covers; 1 keeps nearly all of it.
+        flip: probability of a horizontal flip.
+        jitter: strength of brightness, contrast and saturation jitter; 0 for none.
+        mean, std: per-channel normalisation of the student's input.
+    """
+
+    size: int
+    crop_min: float
+    flip: float
+    jitter: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    _shared: v2.Transform = field(init=False, repr=False)
+    _student: v2.Transform = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        crop = v2.RandomResizedCrop(self.size, scale=(self.crop_min, 1.0), interpolation=BICUBIC, antialias=True)
+        shared = v2.Compose([crop, v2.RandomHorizontalFlip(self.flip), v2.ToDtype(torch.float32, scale=True)])
+        jitter = [v2.ColorJitter(self.jitter, self.jitter, self.jitter)] if self.jitter else []
+        object.__setattr__(self, "_shared", shared)
+        object.__setattr__(self, "_student", v2.Compose([*jitter, v2.Normalize(self.mean, self.std)]))
+
+    def __call__(self, image: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return ``(view, student)``: the view in [0, 1] for the tokenizer, the student's normalised input.
+
+        All randomness comes from ``seed``; the caller's random state is left alone.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            view = self._shared(image).clamp(0, 1)
+            return view, self._student(view)
+
+
+@dataclass(frozen=True)
+class PlainView:
+    """Resize the short side, crop the centre: what evaluation sees.
+
+    Returns ``(view, student)`` as ``TrainView`` does; ``seed`` is not used.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the view in [0, 1] and normalised."""
+        resized = v2.functional.resize(image, [self.size], interpolation=BICUBIC, antialias=True)
+        cropped = v2.functional.center_crop(resized, [self.size])
+        view = v2.functional.to_dtype(cropped, torch.float32, scale=True).clamp(0, 1)
+        return view, v2.functional.normalize(view, list(self.mean), list(self.std))

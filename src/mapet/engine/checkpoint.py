@@ -1,0 +1,125 @@
+"""Checkpoints: everything that continuing needs, written so that a kill at any moment loses none.
+
+A checkpoint is a folder of ``objective.safetensors``, ``optimizer.safetensors`` and ``state.json``. There is
+no random state in it: all randomness is a function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mapet.errors import MapetError
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Replace the folder ``target`` by one that ``write`` fills; a kill at any moment leaves a whole one.
+
+    The new content is written and flushed beside it, then the two are renamed. Between the renames the old
+    content is found under ``.NAME.old``, from where ``recover_folder`` takes it back.
+    """
+    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    recover_folder(target)
+    fresh.mkdir(parents=True)
+    try:
+        write(fresh)
+        for file in fresh.iterdir():
+            _flush(file)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Clear up after a kill inside ``replace_folder``."""
+    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checkpoint(folder: Path, objective: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Write a checkpoint into an existing folder.
+
+    Args:
+        folder: where.
+        objective: the module that is trained.
+        optimizer: its optimizer; the state must be tensors and numbers, as torch's and timm's are.
+        state: JSON-able rest: step, configuration, data fingerprint, ...
+    """
+    save_file(_contiguous(objective.state_dict()), folder / "objective.safetensors")
+    content = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, slots in content["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                numbers[f"{index}.{name}"] = value
+    save_file(_contiguous(tensors), folder / "optimizer.safetensors")
+    saved = {**state, "optimizer": {"numbers": numbers, "param_groups": content["param_groups"]}}
+    (folder / "state.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's ``state.json``."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        return state
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def read_checkpoint(folder: Path, objective: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Load a checkpoint into an objective and its optimizer; return the state given to ``write_checkpoint``.
+
+    Raises:
+        MapetError: if the checkpoint is damaged or belongs to another architecture.
+    """
+    state = read_state(folder)
+    try:
+        objective.load_state_dict(load_file(folder / "objective.safetensors"))
+        saved = state.pop("optimizer")
+        slots: dict[int, dict[str, Any]] = {}
+        entries = {**load_file(folder / "optimizer.safetensors"), **saved["numbers"]}
+        for key, value in entries.items():
+            index, name = key.split(".", 1)
+            slots.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": slots, "param_groups": saved["param_groups"]})
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _damaged(folder, error) from error
+    return state
+
+
+def _damaged(folder: Path, error: Exception) -> MapetError:
+    reason = " ".join(str(error).split())[:200]
+    return MapetError(f"checkpoint {folder} cannot be read ({reason}); remove it to start again from the beginning")
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,106 @@
+"""The run folder: where things lie in it, and who may write to it.
+
+    config.yaml          the resolved configuration
+    log.txt              what was logged, damaged images by name
+    metrics.jsonl        a line per logged step
+    tensorboard/         the same as TensorBoard events
+    tokenizer/           the fitted tokenizer
+    checkpoints/last/    everything needed to continue
+    exported/            the backbone, for timm
+    figures/             pictures
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mapet.errors import MapetError
+
+
+class RunFolder:
+    """Paths of a run, below ``root``."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.log = self.root / "log.txt"
+        self.metrics = self.root / "metrics.jsonl"
+        self.tensorboard = self.root / "tensorboard"
+        self.tokenizer = self.root / "tokenizer"
+        self.checkpoint = self.root / "checkpoints" / "last"
+        self.exported = self.root / "exported"
+        self.figures = self.root / "figures"
+
+    def open(self, *, resume: bool) -> None:
+        """Create the folder, or accept an existing run to be resumed.
+
+        Raises:
+            MapetError: if it cannot be written to, is a file, or holds a run that is not to be resumed.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise MapetError(f"output {self.root} is a file; choose a folder with --out")
+        if self.config.exists() and not resume:
+            raise MapetError(
+                f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
+            )
+        with explain_disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".writable"
+            probe.write_text("")
+            probe.unlink()
+
+    def metric_lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the whole lines of metrics.jsonl; a last line cut short by a kill is passed over."""
+        if not self.metrics.exists():
+            return
+        with self.metrics.open() as lines:
+            for line in lines:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def forget_metrics_from(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run will compute again."""
+        kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
+        fresh = self.metrics.with_suffix(".new")
+        fresh.write_text("".join(kept))
+        os.replace(fresh, self.metrics)
+
+
+@contextmanager
+def explain_disk_errors(root: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write below ``root`` into one clear sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full: free some space",
+            errno.EDQUOT: "the disk quota is used up: free some space",
+            errno.EFBIG: "a file grew over the size limit: raise the limit",
+            errno.EROFS: "the disk is read-only: choose another --out",
+            errno.EACCES: "permission is denied: choose another --out",
+            errno.EPERM: "permission is denied: choose another --out",
+        }
+        number = _errno(error)
+        if number not in reasons:
+            raise
+        where = getattr(error, "filename", None) or root
+        raise MapetError(
+            f"cannot write to {where}: {reasons[number]}; what was saved before is whole, --resume continues it"
+        ) from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's error number; safetensors tells it only in words: "... (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else None

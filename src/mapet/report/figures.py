@@ -1,0 +1,127 @@
+"""Pictures of a run, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mapet.objectives import LayoutObjective
+from mapet.report.progress import Baseline
+
+INK, FAINT, ACCENT, SECOND = "#222222", "#bbbbbb", "#1f6f8b", "#d1662b"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # The Agg canvas draws without a display and without matplotlib's global state.
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline, path: Path) -> None:
+    """Draw loss and token accuracy over the steps, beside what can be had without looking at the image."""
+    steps = np.array([record["step"] + 1 for record in records])
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, key, level, label in zip(
+        panels,
+        ("loss", "accuracy"),
+        (baseline.entropy, baseline.chance),
+        ("unigram entropy", "chance: most frequent id"),
+        strict=True,
+    ):
+        values = np.array([record[key] for record in records], dtype=float)
+        panel.plot(steps, values, color=FAINT, linewidth=0.8, label="per step")
+        window = max(1, len(values) // 50)
+        if window > 1:
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            panel.plot(steps[window - 1 :], smooth, color=ACCENT, linewidth=1.8, label=f"mean of {window} steps")
+        panel.axhline(level, color=SECOND, linestyle="--", linewidth=1.2, label=label)
+        panel.set_xlabel("optimiser step")
+        panel.set_ylabel({"loss": "loss (nats per token)", "accuracy": "token accuracy"}[key])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: int, path: Path) -> None:
+    """Draw images above the maps of their token ids, one colour an id.
+
+    Args:
+        views: ``(B, C, H, W)`` in [0, 1].
+        ids: ``(B, P)``.
+        grid: rows and columns of patches.
+        vocab_size: ``V``.
+        path: of the PNG.
+    """
+    count = len(views)
+    figure = Figure(figsize=(1.6 * count, 3.6), layout="constrained")
+    panels = figure.subplots(2, count, squeeze=False)
+    # Neighbouring ids are unrelated, so neighbouring colours should be too.
+    shuffle = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0)).numpy()
+    colours = ListedColormap(colormaps["turbo"](np.linspace(0, 1, vocab_size))[shuffle])
+    for column in range(count):
+        panels[0][column].imshow(views[column].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        token_map = ids[column].reshape(grid).numpy()
+        panels[1][column].imshow(token_map, cmap=colours, vmin=0, vmax=vocab_size - 1, interpolation="nearest")
+        if max(grid) <= 8:
+            for (row, column_in_map), token in np.ndenumerate(token_map):
+                panels[1][column].text(
+                    column_in_map, row, str(token), ha="center", va="center", fontsize=6,
+                    color="white", bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8},
+                )  # fmt: skip
+    for panel in panels.flat:
+        panel.set_xticks([])
+        panel.set_yticks([])
+    panels[0][0].set_ylabel("view")
+    panels[1][0].set_ylabel("token ids")
+    _save(figure, path)
+
+
+def draw_layout(objective: LayoutObjective, path: Path) -> None:
+    """Draw one visiting order over the patches, and the constant mask of who sees whom."""
+    generator = torch.Generator().manual_seed(0)
+    order = objective.draw_order(1, torch.device("cpu"), generator)[0, objective.prefix :] - objective.prefix
+    visited = torch.empty_like(order)
+    visited[order] = torch.arange(len(order))
+    context = len(order) - objective.targets
+    mask = objective.mask.cpu().numpy()
+
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = visited.reshape(objective.grid).numpy()
+    left.imshow(np.where(shown < context, np.nan, shown), cmap="viridis", interpolation="nearest")
+    left.set_title(f"an order: {context} context patches (white), {objective.targets} targets", fontsize=9)
+    if max(objective.grid) <= 16:
+        for (row, column), position in np.ndenumerate(shown):
+            is_context = position < context
+            text = "c" if is_context else str(position - context + 1)
+            left.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if is_context else "white")
+    left.set_xticks([])
+    left.set_yticks([])
+
+    right.imshow(mask, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
+    right.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)
+    slots = mask.shape[1] > objective.content
+    edges = [0, objective.content, *([objective.content + objective.targets] if slots else []), mask.shape[0]]
+    edges = sorted(set(edges))
+    names = ["content", *(["slots"] if slots else []), "queries"][: len(edges) - 1]
+    for edge in edges[1:-1]:
+        right.axhline(edge - 0.5, color=INK, linewidth=0.8)
+        if edge < mask.shape[1]:
+            right.axvline(edge - 0.5, color=INK, linewidth=0.8)
+    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    right.set_yticks(middles, names, rotation=90, va="center")
+    keys = [(m, n) for m, n in zip(middles, names, strict=True) if m < mask.shape[1]]
+    right.set_xticks([m for m, _ in keys], [n for _, n in keys])
+    right.set_xlabel("keys")
+    right.set_ylabel("rows")
+    _save(figure, path)

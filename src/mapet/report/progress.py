@@ -1,0 +1,82 @@
+"""Progress on the terminal: where the run is, and whether it is learning."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mapet.engine import Record
+
+PLAIN_INTERVAL_S = 15.0
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What can be had without looking at the image.
+
+    Attributes:
+        entropy: loss in nats of always predicting the ids' overall frequencies (unigram entropy).
+        chance: accuracy of always predicting the most frequent id.
+    """
+
+    entropy: float
+    chance: float
+
+    def verdict(self, loss: float) -> str:
+        """Say whether the loss shows that the context is being used."""
+        if loss < self.entropy:
+            return f"[green]learning[/]: {self.entropy - loss:.2f} nats below unigram"
+        return "not yet below unigram"
+
+
+class ProgressSink:
+    """A bar on a terminal; elsewhere (a log file, SLURM) a plain line every quarter of a minute.
+
+    Args:
+        console: where to print.
+        baseline: what loss and accuracy are compared with.
+        first_step: steps done before.
+        total_steps: steps of the whole run.
+    """
+
+    def __init__(self, console: Console, baseline: Baseline, first_step: int, total_steps: int) -> None:
+        self._console, self._baseline, self._total = console, baseline, total_steps
+        self._printed, self._began, self._first = float("-inf"), time.monotonic(), first_step
+        self._progress = Progress(
+            TextColumn("pre-training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
+        self._progress.start()
+
+    def write(self, record: Record) -> None:
+        """Show a record."""
+        done = record["step"] + 1
+        base = self._baseline
+        status = (
+            f"loss {record['loss']:.3f} (unigram {base.entropy:.3f})  "
+            f"token accuracy {record['accuracy']:.1%} (chance {base.chance:.1%})  {base.verdict(record['loss'])}"
+        )
+        measured = [f"{key.removeprefix('eval_')} {value:.3f}" for key, value in record.items() if key[:5] == "eval_"]
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=done, status=status)
+            if measured:
+                self._console.print(f"step {done}: {'  '.join(measured)}")
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S or done == self._total or measured:
+            self._printed = time.monotonic()
+            rate = (self._printed - self._began) / max(1, done - self._first)
+            eta = f"ETA {rate * (self._total - done):.0f} s"
+            self._console.print(f"step {done}/{self._total}  {eta}  {status}  {'  '.join(measured)}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Stop the bar."""
+        self._progress.stop()

@@ -1,0 +1,293 @@
+"""Pre-training, from values to a run folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from torch.optim import Optimizer
+
+from mapet.data import (
+    DamageTally,
+    ImageSet,
+    PlainView,
+    StepSampler,
+    TrainView,
+    ViewDataset,
+    check_channels,
+    fold_seed,
+    load_batches,
+    open_images,
+    open_labelled,
+)
+from mapet.engine import (
+    Evaluator,
+    JsonLines,
+    Plan,
+    PretrainConfig,
+    RunFolder,
+    Sink,
+    StopRequest,
+    TensorBoard,
+    Trainee,
+    build_optimizer,
+    config_to_yaml,
+    explain_disk_errors,
+    free_keys,
+    make_config,
+    read_checkpoint,
+    read_state,
+    recover_folder,
+    replace_folder,
+    train,
+    write_checkpoint,
+)
+from mapet.errors import MapetError
+from mapet.evaluate import probe_evaluator
+from mapet.export import export_backbone
+from mapet.models import build_vit
+from mapet.objectives import LayoutObjective, build_objective
+from mapet.report import Baseline, ProgressSink, draw_curve, draw_layout, draw_tokens
+from mapet.tokenizers import KTokenizer
+from mapet.workflows.device import count_workers, make_accelerator
+from mapet.workflows.tokens import measure_baseline, prepare_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        folder: the run folder.
+        config: the resolved configuration.
+        objective: the trained objective; ``objective.backbone`` is the timm model.
+        baseline: what can be had without looking at the image.
+        steps: optimiser steps done.
+        total_steps: optimiser steps of the whole run.
+        stopped_by: the signal that ended it early, or None.
+    """
+
+    folder: RunFolder
+    config: PretrainConfig
+    objective: LayoutObjective
+    baseline: Baseline
+    steps: int
+    total_steps: int
+    stopped_by: int | None
+
+
+def pretrain(
+    values: Mapping[str, Any], out: str | Path, *, resume: bool = False, console: Console | None = None
+) -> RunResult:
+    """Pre-train a ViT on unlabelled images.
+
+    Args:
+        values: configuration by key, see ``PretrainConfig``; ``data`` is needed.
+        out: the run folder.
+        resume: continue the run in ``out`` exactly, or begin it if there is none.
+        console: where progress is shown; None for standard error.
+
+    Raises:
+        MapetError: for input that cannot work; nothing is lost or half-written.
+    """
+    folder = RunFolder(out)
+    config = _settle_config(values, folder, resume)
+    with explain_disk_errors(folder.root), StopRequest() as stop:
+        return _run(config, folder, resume, console or Console(stderr=True), stop)
+
+
+def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -> PretrainConfig:
+    """Validate the values, on resume against those the run began with."""
+    if not (resume and folder.config.exists()):
+        return make_config(dict(values))
+    saved = yaml.safe_load(folder.config.read_text())
+    began_with = make_config(saved, f"{folder.config}")
+    given = make_config({"data": saved["data"], **values})
+    for key in values:
+        before, now = getattr(began_with, key), getattr(given, key)
+        if before != now and key not in free_keys():
+            raise MapetError(
+                f"{key!r} is {now!r}, but the run in {folder.root} began with {before!r}; a resumed run must "
+                "stay the same: drop the change, or start another run with another --out"
+            )
+    return began_with.model_copy(update={key: getattr(given, key) for key in values})
+
+
+def _run(
+    config: PretrainConfig, folder: RunFolder, resume: bool, console: Console, stop: StopRequest
+) -> RunResult:
+    check_channels(config.channels)
+    images = open_images(config.data)
+    config = config.resolve(len(images))
+    accelerator = make_accelerator(config)
+    _check_processes(config, accelerator)
+    device, main = accelerator.device, accelerator.is_main_process
+    workers = count_workers(config, images, device, accelerator.num_processes)
+    evaluators = _evaluators(config, workers)
+
+    torch.manual_seed(fold_seed(config.seed))
+    backbone = build_vit(
+        config.model, image_size=config.image_size, patch_size=config.patch_size, channels=config.channels,
+        drop_path=config.drop_path, layer_scale=config.layer_scale, **config.model_args,
+    )  # fmt: skip
+    grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
+    build = partial(build_objective, config.objective, backbone, context_tokens=config.context_tokens)
+    build(vocab_size=2, order=config.order)  # refuse what cannot work before anything is written or fitted
+
+    with accelerator.main_process_first():
+        if main:
+            folder.open(resume=resume)
+            _log_to(folder)
+            recover_folder(folder.tokenizer)
+            recover_folder(folder.checkpoint)
+            recover_folder(folder.exported)
+        view = TrainView(
+            config.image_size, config.crop_min, config.flip, config.color_jitter,
+            config.input_mean, config.input_std,
+        )  # fmt: skip
+        tokenizer = prepare_tokenizer(config, grid, images, view, folder.tokenizer, device, workers)
+        baseline = measure_baseline(
+            tokenizer, config, images, view, folder.root / "baseline.json", device, workers
+        )
+
+    torch.manual_seed(fold_seed(config.seed, 2))
+    objective = build(vocab_size=tokenizer.vocab_size, order=config.order).to(device)
+    optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
+    first_step, known_damage = 0, []
+    if folder.checkpoint.exists():
+        _check_data(folder, images)
+        state = read_checkpoint(folder.checkpoint, objective, optimizer)
+        first_step, known_damage = state["step"], state["damaged"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    plan = _plan(config, len(images), first_step)
+    tally = DamageTally(images, config.max_damaged, known_damage)
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+
+    if main:
+        folder.config.write_text(config_to_yaml(config))
+        _draw_start(objective, tokenizer, images, view, config, folder)
+        if folder.metrics.exists():
+            folder.forget_metrics_from(first_step)
+        logger.info(
+            "%s: %d images, %s, %s, steps %d to %d of %d images on %s in precision %s",
+            folder.root, len(images), config.model, config.objective, first_step, plan.total_steps,
+            config.batch_size, device, accelerator.mixed_precision,
+        )  # fmt: skip
+
+    def save(done: int) -> None:
+        accelerator.wait_for_everyone()
+        if main:
+            state = {
+                "step": done,
+                "images": len(images),
+                "fingerprint": images.fingerprint,
+                "tokenizer": tokenizer.content_hash,
+                "damaged": sorted(tally.indices),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            }
+            replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
+            replace_folder(
+                folder.exported,
+                lambda fresh: export_backbone(objective.backbone, fresh, config.input_mean, config.input_std),
+            )
+
+    sampler = StepSampler(
+        len(images), config.batch_size, config.seed, first_step, plan.total_steps,
+        accelerator.process_index, accelerator.num_processes, config.accumulate,
+    )  # fmt: skip
+    dataset = ViewDataset(images, view, config.channels, config.seed)
+    batches = iter(load_batches(dataset, sampler, workers, pin=device.type == "cuda"))
+    sinks = _sinks(folder, console, baseline, plan) if main else []
+    trainee = Trainee(config, plan, accelerator, prepared, optimizer, tokenizer, tally)
+    try:
+        steps = train(trainee, batches, sinks=sinks, evaluators=evaluators, save=save, stop=stop)
+    finally:
+        for sink in sinks:
+            sink.close()
+    if main:
+        draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
+    return RunResult(folder, config, objective, baseline, steps, plan.total_steps, stop.signal)
+
+
+def _check_processes(config: PretrainConfig, accelerator: Accelerator) -> None:
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise MapetError(
+            f"batch size {config.batch_size} cannot be divided among {accelerator.num_processes} processes with "
+            f"{config.accumulate} micro-batches each; take a multiple of {parts}"
+        )
+
+
+def _check_data(folder: RunFolder, images: ImageSet) -> None:
+    state = read_state(folder.checkpoint)
+    if state["fingerprint"] != images.fingerprint:
+        raise MapetError(
+            f"'data' changed since the run in {folder.root} began: it had {state['images']} images, now there are "
+            f"{len(images)}, or some have other names; restore it, or start another run with another --out"
+        )
+
+
+def _plan(config: PretrainConfig, images: int, first_step: int) -> Plan:
+    steps_per_epoch = images // config.batch_size
+    return Plan(
+        first_step=first_step,
+        total_steps=config.total_steps(images),
+        steps_per_epoch=steps_per_epoch,
+        checkpoint_every=config.checkpoint_every or steps_per_epoch,
+        evaluate_every=config.eval_every * steps_per_epoch,
+    )
+
+
+def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
+    if config.eval_data is None:
+        return []
+    view = PlainView(config.image_size, config.input_mean, config.input_std)
+    parts = open_labelled(config.eval_data, config.seed)
+    return [probe_evaluator(*parts, view, channels=config.channels, workers=workers)]
+
+
+def _sinks(folder: RunFolder, console: Console, baseline: Baseline, plan: Plan) -> list[Sink]:
+    return [
+        JsonLines(folder.metrics),
+        TensorBoard(folder.tensorboard, plan.first_step),
+        ProgressSink(console, baseline, plan.first_step, plan.total_steps),
+    ]
+
+
+def _draw_start(
+    objective: LayoutObjective,
+    tokenizer: KTokenizer,
+    images: ImageSet,
+    view: TrainView,
+    config: PretrainConfig,
+    folder: RunFolder,
+) -> None:
+    folder.figures.mkdir(exist_ok=True)
+    draw_layout(objective, folder.figures / "layout.png")
+    dataset = ViewDataset(images, view, config.channels, config.seed)
+    spread = torch.linspace(0, len(images) - 1, min(8, len(images))).long().tolist()
+    views = torch.stack([dataset[0, index]["view"] for index in spread])
+    ids = tokenizer.encode(views.to(tokenizer.centroids.device)).cpu()
+    draw_tokens(views, ids, tokenizer.grid, tokenizer.vocab_size, folder.figures / "tokens.png")
+
+
+def _log_to(folder: RunFolder) -> None:
+    package = logging.getLogger("mapet")
+    for handler in [handler for handler in package.handlers if isinstance(handler, logging.FileHandler)]:
+        package.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(folder.log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)

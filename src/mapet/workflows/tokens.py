@@ -1,0 +1,144 @@
+"""The tokenizer of a run: taken from a folder or fitted on the run's own images, and its baseline."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mapet.data import DamageTally, ImageSet, TrainView, ViewDataset, fold_seed, load_batches
+from mapet.engine import PretrainConfig, replace_folder
+from mapet.errors import MapetError
+from mapet.report import Baseline
+from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer, save_tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_VOCAB = 8192  # the paper's
+POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
+SAMPLE_PER_CENTROID = 256  # faiss's usual sample
+SAMPLE_BYTES = 4 << 30
+BASELINE_IMAGES = 2048
+
+
+def prepare_tokenizer(
+    config: PretrainConfig,
+    grid: tuple[int, int],
+    images: ImageSet,
+    view: TrainView,
+    folder: Path,
+    device: torch.device,
+    workers: int,
+) -> KTokenizer:
+    """Return the run's tokenizer on ``device``, fitting and saving it under ``folder`` if it is not there.
+
+    Raises:
+        MapetError: if it cannot be had, or its grid is not the student's.
+    """
+    if not folder.exists():
+        if Path(config.tokenizer).is_dir():
+            tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            tokenizer = _fit(config, grid, images, view, device, workers)
+        replace_folder(folder, lambda fresh: save_tokenizer(tokenizer, fresh))
+    tokenizer = load_tokenizer(folder).to(device)
+    if tokenizer.grid != grid:
+        raise MapetError(
+            f"tokenizer {config.tokenizer!r} gives {tokenizer.grid[0]} x {tokenizer.grid[1]} ids an image, but "
+            f"the model has {grid[0]} x {grid[1]} patches; fit one for this image and patch size"
+        )
+    return tokenizer
+
+
+def _fit(
+    config: PretrainConfig,
+    grid: tuple[int, int],
+    images: ImageSet,
+    view: TrainView,
+    device: torch.device,
+    workers: int,
+) -> KTokenizer:
+    patches = grid[0] * grid[1]
+    vocab_size = config.vocab_size or _default_vocab(len(images) * patches)
+    tokenizer: KTokenizer
+    if config.tokenizer == "pixels":
+        patch = config.image_size // grid[0]
+        tokenizer = KPixels(config.image_size, patch, config.channels, vocab_size, config.contrast)
+    else:
+        tokenizer = KFeatures(
+            config.tokenizer,
+            grid,
+            vocab_size,
+            config.teacher_size or config.image_size,
+            config.teacher_stage,
+            config.teacher_weights,
+        )
+    tokenizer.to(device)
+    wanted = min(SAMPLE_PER_CENTROID * vocab_size, SAMPLE_BYTES // (4 * tokenizer.centroids.shape[1]))
+    # From many images a few patches each: neighbouring patches are alike. From at most all images.
+    per_image = min(patches, max(math.ceil(patches / 4), math.ceil(wanted / len(images))))
+    count = min(len(images), math.ceil(wanted / per_image))
+    if count * per_image < vocab_size:
+        raise MapetError(
+            f"a codebook of {vocab_size} ids needs at least as many patches, but {count} images give only "
+            f"{count * per_image}; take a smaller --vocab-size or more images"
+        )
+    logger.info(
+        "fitting tokenizer %r: %d ids from %d patches of %d images",
+        config.tokenizer, vocab_size, count * per_image, count,
+    )  # fmt: skip
+    began = time.perf_counter()
+    batches = _views(config, images, view, count, workers)
+    tokenizer.fit(batches, points_per_image=per_image, seed=config.seed)
+    logger.info("fitted in %.1f s", time.perf_counter() - began)
+    return tokenizer
+
+
+def _default_vocab(points: int) -> int:
+    return min(MAX_VOCAB, 2 ** max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID)))))
+
+
+def _views(config: PretrainConfig, images: ImageSet, view: TrainView, count: int, workers: int) -> Iterator[Tensor]:
+    """Yield augmented views of ``count`` random images, as training sees them."""
+    generator = torch.Generator().manual_seed(fold_seed(config.seed, 1))
+    chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
+    keys = [[(-1, index) for index in chosen[i : i + 64]] for i in range(0, count, 64)]
+    tally = DamageTally(images, config.max_damaged)
+    for batch in load_batches(ViewDataset(images, view, config.channels, config.seed), keys, workers):
+        tally.add(batch)
+        yield batch["view"]
+
+
+def measure_baseline(
+    tokenizer: KTokenizer,
+    config: PretrainConfig,
+    images: ImageSet,
+    view: TrainView,
+    file: Path,
+    device: torch.device,
+    workers: int,
+) -> Baseline:
+    """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``."""
+    if file.exists():
+        saved = json.loads(file.read_text())
+        return Baseline(saved["unigram_entropy"], saved["chance"])
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.long)
+    for views in _views(config, images, view, min(len(images), BASELINE_IMAGES), workers):
+        counts += torch.bincount(tokenizer.encode(views.to(device)).flatten().cpu(), minlength=len(counts))
+    share = counts / counts.sum()
+    entropy = float(torch.special.entr(share.double()).sum())
+    baseline = Baseline(entropy, float(share.max()))
+    used = int((counts > 0).sum())
+    content = {"unigram_entropy": entropy, "chance": baseline.chance, "used_ids": used, "ids": len(counts)}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    logger.info(
+        "tokens: %d of %d ids in use, unigram entropy %.3f nats, most frequent id %.1f%%",
+        used, len(counts), entropy, 100 * baseline.chance,
+    )  # fmt: skip
+    return baseline
