@@ -45,7 +45,8 @@ class TrainView:
         All randomness comes from ``seed``; the caller's random state is left alone.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # Not torch.manual_seed, which also queues seeds, with a traceback each, for devices not yet in use.
+            torch.default_generator.manual_seed(seed)
             view = self._shared(image).clamp(0, 1)
             return view, self._student(view)
 

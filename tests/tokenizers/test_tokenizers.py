@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from mapet import MapetError
+from mapet.tokenizers import KFeatures, KPixels, load_tokenizer, save_tokenizer
+
+
+def photos(count: int = 6, size: int = 32, channels: int = 3) -> torch.Tensor:
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_pixels_are_cut_in_raster_order() -> None:
+    tokenizer = KPixels(8, 4, 2, vocab_size=3, contrast=False)
+    image = torch.arange(2 * 8 * 8, dtype=torch.float32).reshape(1, 2, 8, 8)
+    features = tokenizer.features(image)
+    assert features.shape == (1, 4, 32)
+    assert torch.equal(features[0, 1], image[0, :, :4, 4:].flatten())
+    assert torch.equal(features[0, 2], image[0, :, 4:, :4].flatten())
+
+
+def test_contrast_makes_ids_blind_to_brightness_and_gain() -> None:
+    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    plain = KPixels(32, 8, 3, vocab_size=8, contrast=False).fit([photos()], points_per_image=16, seed=0)
+    darker = photos() * 0.5
+    assert (tokenizer.encode(darker) == tokenizer.encode(photos())).float().mean() > 0.9
+    assert (plain.encode(darker) == plain.encode(photos())).float().mean() < 0.9
+
+
+def test_encode_is_a_protocol_of_ids() -> None:
+    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    ids = tokenizer.encode(photos(3))
+    assert ids.shape == (3, 16)
+    assert ids.dtype == torch.int64
+    assert tokenizer.grid == (4, 4)
+    assert 0 <= ids.min()
+    assert ids.max() < tokenizer.vocab_size
+
+
+def test_saved_and_loaded_gives_the_same_ids_and_hash(tmp_path: Path) -> None:
+    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert torch.equal(loaded.encode(photos()), tokenizer.encode(photos()))
+    assert loaded.content_hash == tokenizer.content_hash
+    other = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=1)
+    assert other.content_hash != tokenizer.content_hash
+
+
+def test_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match="holds no fitted tokenizer"):
+        load_tokenizer(tmp_path)
+    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.centroids += 1
+    from safetensors.torch import save_file
+
+    save_file({"centroids": tokenizer.centroids}, tmp_path / "tokenizer.safetensors")
+    with pytest.raises(MapetError, match="changed after fitting"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(MapetError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random weights of small networks, in files as timm's users have them."""
+    folder = tmp_path_factory.mktemp("weights")
+    files = {}
+    for name in ("test_vit", "test_resnet"):
+        torch.manual_seed(0)
+        files[name] = folder / f"{name}.pth"
+        torch.save(timm.create_model(name).state_dict(), files[name])
+    return files
+
+
+@pytest.mark.parametrize("teacher", ["test_vit", "test_resnet"])
+def test_timm_teachers_from_a_local_file(teacher: str, timm_weights: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = KFeatures(teacher, (5, 5), 8, teacher_size=160, weights=timm_weights[teacher])
+    views = photos(4, size=40)
+    tokenizer.fit([views], points_per_image=25, seed=0)
+    ids = tokenizer.encode(views)
+    assert ids.shape == (4, 25)
+    save_tokenizer(tokenizer, tmp_path)
+    assert torch.equal(load_tokenizer(tmp_path).encode(views), ids)
+
+
+def test_vit_teachers_prefix_tokens_are_dropped(timm_weights: dict[str, Path]) -> None:
+    tokenizer = KFeatures("test_vit", (10, 10), 8, teacher_size=160, weights=timm_weights["test_vit"])
+    whole = timm.create_model("test_vit", num_classes=0).eval()
+    whole.load_state_dict(torch.load(timm_weights["test_vit"], weights_only=True), strict=False)
+    views = photos(2, size=160)
+    mean, std = (torch.tensor(whole.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    tokens = whole.forward_intermediates((views - mean) / std, norm=False, output_fmt="NLC")[1][-1]
+    assert torch.allclose(tokenizer.features(views), tokens, atol=1e-4)
+
+
+def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photographs: Path) -> None:
+    """torchvision's own network, cut after ``features[:14]``, on real photographs."""
+    from mapet.data import PlainView, open_images
+
+    images = open_images(str(photographs))
+    view = PlainView(224, (0.0,) * 3, (1.0,) * 3)
+    views = torch.stack([view(images.load(i, 3))[0] for i in range(4)])
+    tokenizer = KFeatures(
+        "mobilenet_v2", (14, 14), 16, teacher_size=224, stage="features.13", weights=mobilenet_weights
+    )
+    network = torchvision.models.mobilenet_v2()
+    network.load_state_dict(torch.load(mobilenet_weights, weights_only=True))
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = network.eval().features[:14]((views - mean) / std).flatten(2).transpose(1, 2)
+    assert expected.shape == (4, 196, 96)
+    assert torch.allclose(tokenizer.features(views), expected, atol=1e-4)
+    tokenizer.train()
+    assert torch.allclose(tokenizer.features(views), expected, atol=1e-4), "a teacher must stay in evaluation"
+
+
+def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path) -> None:
+    def build(teacher: str, **options: object) -> KFeatures:
+        return KFeatures(teacher, (4, 4), 8, teacher_size=160, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(MapetError, match="unknown tokenizer or teacher 'mobilnet_v2'.*'mobilenet_v2'"):
+        build("mobilnet_v2")
+    with pytest.raises(MapetError, match="do not exist"):
+        build("test_vit", weights=tmp_path / "none.pth")
+    (tmp_path / "cut.pth").write_bytes(timm_weights["test_vit"].read_bytes()[:1000])
+    with pytest.raises(MapetError, match="cannot be read"):
+        build("test_vit", weights=tmp_path / "cut.pth")
+    with pytest.raises(MapetError, match="do not fit teacher 'test_vit'"):
+        build("test_vit", weights=timm_weights["test_resnet"])
+    torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "mobile.pth")
+    with pytest.raises(MapetError, match=r"not a spatial map.*earlier --teacher-stage"):
+        build("mobilenet_v2", stage="flatten", weights=tmp_path / "mobile.pth")
+    with pytest.raises(MapetError, match="no stage 'feature.3'"):
+        build("mobilenet_v2", stage="feature.3", weights=tmp_path / "mobile.pth")
+    with pytest.raises(MapetError, match="must be a number"):
+        build("test_vit", stage="last", weights=timm_weights["test_vit"])
+    with pytest.raises(MapetError, match="no stage 99"):
+        build("test_vit", stage=99, weights=timm_weights["test_vit"])
