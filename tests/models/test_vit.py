@@ -19,7 +19,7 @@ def test_unknown_model_suggests_close_names() -> None:
 
 
 def test_image_size_must_be_divisible_by_the_patch() -> None:
-    with pytest.raises(MapetError, match="image size 225 is not divisible by the patch size 16.* 224 or 240"):
+    with pytest.raises(MapetError, match=r"image size 225 is not divisible by the patch size 16.* 224 or 240"):
         build_vit("vit_tiny_patch16_224", image_size=225)
 
 

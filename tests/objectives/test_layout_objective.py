@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapet import MIM, PIM, MapetError, MaPeT, Raster
+from mapet import MIM, PIM, MaPeT, MapetError, Raster
 from mapet.models import build_vit
 from mapet.objectives import OBJECTIVES, build_objective
 

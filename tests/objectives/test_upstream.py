@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mapet import MapetError, MaPeT, load_upstream
+from mapet import MaPeT, MapetError, load_upstream
 
 
 def test_finetuned_features_and_logits(oracle: Callable[..., Any]) -> None:
@@ -33,9 +33,17 @@ def test_a_released_tar_file_with_module_prefix(oracle: Callable[..., Any], tmp_
 def test_published_shapes_need_no_config(oracle: Callable[..., Any]) -> None:
     """64 channels a head, class token counted in a context of 50: what all published models have."""
     recorded = oracle("pretrain")
-    shapes = {"cls_token": (1, 1, 192), "pos_embed": (1, 197, 192), "mask_positional_token": (1, 1, 192),
-              "patch_embed.proj.weight": (192, 3, 16, 16), "patch_embed.proj.bias": (192,),
-              "decoder.weight": (8192, 192), "decoder.bias": (8192,), "norm.weight": (192,), "norm.bias": (192,)}  # fmt: skip
+    shapes = {
+        "cls_token": (1, 1, 192),
+        "pos_embed": (1, 197, 192),
+        "mask_positional_token": (1, 1, 192),
+        "patch_embed.proj.weight": (192, 3, 16, 16),
+        "patch_embed.proj.bias": (192,),
+        "decoder.weight": (8192, 192),
+        "decoder.bias": (8192,),
+        "norm.weight": (192,),
+        "norm.bias": (192,),
+    }
     for block in range(12):
         for name, tensor in recorded.state_dict.items():
             if name.startswith("blocks.0."):
@@ -65,9 +73,9 @@ def test_bad_files_are_refused(oracle: Callable[..., Any], tmp_path: Path) -> No
         load_upstream(tmp_path / "cut.tar")
     with pytest.raises(MapetError, match="holds no upstream MaPeT model"):
         load_upstream({"weight": torch.zeros(1)})
-    with pytest.raises(MapetError, match="does not fit its architecture.*strange"):
+    with pytest.raises(MapetError, match=r"does not fit its architecture.*strange"):
         load_upstream({**recorded.state_dict, "strange": torch.zeros(1)}, recorded.config)
-    with pytest.raises(MapetError, match="unknown key 'num_head'.*'num_heads'"):
+    with pytest.raises(MapetError, match=r"unknown key 'num_head'.*'num_heads'"):
         load_upstream(recorded.state_dict, {"num_head": 3})
 
 

@@ -39,7 +39,7 @@ def test_same_seed_same_centroids() -> None:
 
 
 def test_bad_points_are_refused() -> None:
-    with pytest.raises(MapetError, match="codebook of 50 ids .* only 40 were sampled"):
+    with pytest.raises(MapetError, match=r"codebook of 50 ids .* only 40 were sampled"):
         fit_centroids(torch.randn(40, 3), 50, 0)
     points = torch.randn(40, 3)
     points[7, 1] = float("nan")

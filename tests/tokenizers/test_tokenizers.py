@@ -38,7 +38,7 @@ def test_encode_is_a_protocol_of_ids() -> None:
     assert ids.shape == (3, 16)
     assert ids.dtype == torch.int64
     assert tokenizer.grid == (4, 4)
-    assert 0 <= ids.min()
+    assert ids.min() >= 0
     assert ids.max() < tokenizer.vocab_size
 
 
@@ -126,7 +126,7 @@ def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path)
     def build(teacher: str, **options: object) -> KFeatures:
         return KFeatures(teacher, (4, 4), 8, teacher_size=160, **options)  # type: ignore[arg-type]
 
-    with pytest.raises(MapetError, match="unknown tokenizer or teacher 'mobilnet_v2'.*'mobilenet_v2'"):
+    with pytest.raises(MapetError, match=r"unknown tokenizer or teacher 'mobilnet_v2'.*'mobilenet_v2'"):
         build("mobilnet_v2")
     with pytest.raises(MapetError, match="do not exist"):
         build("test_vit", weights=tmp_path / "none.pth")
@@ -138,7 +138,7 @@ def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path)
     torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "mobile.pth")
     with pytest.raises(MapetError, match=r"not a spatial map.*earlier --teacher-stage"):
         build("mobilenet_v2", stage="flatten", weights=tmp_path / "mobile.pth")
-    with pytest.raises(MapetError, match="no stage 'feature.3'"):
+    with pytest.raises(MapetError, match=r"no stage 'feature.3'"):
         build("mobilenet_v2", stage="feature.3", weights=tmp_path / "mobile.pth")
     with pytest.raises(MapetError, match="must be a number"):
         build("test_vit", stage="last", weights=timm_weights["test_vit"])

@@ -65,8 +65,10 @@ def print_rows(console: Console, rows: Mapping[str, Mapping[str, float]], title:
     table.add_column("")
     for column in columns:
         name, _, count = column.partition("_")
-        table.add_column(f"{count} labels" if count else {"knn": "k-NN", "linear": "linear probe"}[name], justify="right")
+        table.add_column(
+            f"{count} labels" if count else {"knn": "k-NN", "linear": "linear probe"}[name], justify="right"
+        )
     for key, row in rows.items():
-        cells = [f"{100 * row[column]:.1f} %" if column in row else "–" for column in columns]
+        cells = [f"{100 * row[column]:.1f} %" if column in row else "-" for column in columns]
         table.add_row(ROW_NAMES.get(key, key), *cells, style="bold" if key == "pretrained_vit" else "")
     console.print(table)

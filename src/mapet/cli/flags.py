@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from mapet.engine import PretrainConfig, read_recipe
-from mapet.engine.config import has_mark
+from mapet.config import PretrainConfig, has_mark, read_recipe
 from mapet.errors import MapetError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"

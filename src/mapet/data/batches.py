@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -172,8 +173,20 @@ def load_batches(
 ) -> DataLoader[Sample]:
     """Return a loader over the given batches of sample keys, in their order whatever ``workers`` is."""
     return DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin  # type: ignore[arg-type]
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=_ignore_stops,
     )
+
+
+def _ignore_stops(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal, SLURM's SIGTERM every process of a job. The main one decides when
+    # to stop, and until then needs batches; workers end with it by themselves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

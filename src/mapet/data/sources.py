@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,13 @@ from torch import Tensor
 from mapet.data.decode import decode, to_channels
 from mapet.errors import MapetError
 
+logger = logging.getLogger(__name__)
+
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
+    (
+        ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
+        ".avif", ".tga",
+    )
 )  # fmt: skip
 
 
@@ -160,11 +166,15 @@ def _labels(images: ImageSet) -> tuple[int, ...]:
     return images.labels
 
 
+def _warn(error: OSError) -> None:
+    logger.warning("skipped folder %s (%s)", error.filename, error.strerror)
+
+
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (folder, file name) of all images, sorted by path; each real folder is entered once."""
     seen: set[str] = set()
     found: list[tuple[str, str]] = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=_warn, followlinks=True):
         real = str(Path(root).resolve())
         if real in seen:
             folders.clear()
@@ -172,8 +182,6 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         found += [
-            (root, name)
-            for name in files
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+            (root, name) for name in files if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
         ]
     yield from sorted(found)

@@ -1,13 +1,7 @@
-"""The engine: configuration, loop, checkpoints, run folder."""
+"""The engine: loop, checkpoints, optimiser, run folder."""
 
-from mapet.engine.checkpoint import read_checkpoint, read_state, recover_folder, replace_folder, write_checkpoint
-from mapet.engine.config import (
-    PretrainConfig,
-    config_to_yaml,
-    free_keys,
-    make_config,
-    read_recipe,
-)
+from mapet.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
+from mapet.engine.files import recover_folder, replace_file, replace_folder
 from mapet.engine.loop import Evaluator, Plan, Trainee, train
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
@@ -19,7 +13,6 @@ __all__ = [
     "Evaluator",
     "JsonLines",
     "Plan",
-    "PretrainConfig",
     "Record",
     "RunFolder",
     "Sink",
@@ -27,14 +20,11 @@ __all__ = [
     "TensorBoard",
     "Trainee",
     "build_optimizer",
-    "config_to_yaml",
     "explain_disk_errors",
-    "free_keys",
-    "make_config",
     "read_checkpoint",
-    "read_recipe",
     "read_state",
     "recover_folder",
+    "replace_file",
     "replace_folder",
     "train",
     "warmup_cosine",

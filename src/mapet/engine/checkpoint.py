@@ -1,4 +1,4 @@
-"""Checkpoints: everything that continuing needs, written so that a kill at any moment loses none.
+"""Checkpoints: everything that continuing needs.
 
 A checkpoint is a folder of ``objective.safetensors``, ``optimizer.safetensors`` and ``state.json``. There is
 no random state in it: all randomness is a function of the seed and the step.
@@ -7,9 +7,6 @@ no random state in it: all randomness is a function of the seed and the step.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mapet.errors import MapetError
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Replace the folder ``target`` by one that ``write`` fills; a kill at any moment leaves a whole one.
-
-    The new content is written and flushed beside it, then the two are renamed. Between the renames the old
-    content is found under ``.NAME.old``, from where ``recover_folder`` takes it back.
-    """
-    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    recover_folder(target)
-    fresh.mkdir(parents=True)
-    try:
-        write(fresh)
-        for file in fresh.iterdir():
-            _flush(file)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Clear up after a kill inside ``replace_folder``."""
-    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    if old.exists():
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_checkpoint(folder: Path, objective: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:

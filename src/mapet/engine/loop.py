@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from mapet.config import PretrainConfig
 from mapet.data import Batch, DamageTally, fold_seed
-from mapet.engine.config import PretrainConfig
 from mapet.engine.finite import check_finite
 from mapet.engine.schedule import warmup_cosine
 from mapet.engine.sinks import Record, Sink

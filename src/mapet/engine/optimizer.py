@@ -9,5 +9,6 @@ from torch.optim import AdamW
 
 def build_optimizer(objective: nn.Module, lr: float, weight_decay: float, beta2: float) -> AdamW:
     """AdamW with decay for matrices only: not for vectors, biases, norms and position embeddings."""
-    exempt = getattr(objective, "no_weight_decay", set)()
-    return AdamW(param_groups_weight_decay(objective, weight_decay, exempt), lr=lr, betas=(0.9, beta2))
+    exempt: set[str] = getattr(objective, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(objective, weight_decay, no_weight_decay_list=exempt)
+    return AdamW(groups, lr=lr, betas=(0.9, beta2))

@@ -1,20 +1,19 @@
 """The run folder: where things lie in it, and who may write to it.
 
-    config.yaml          the resolved configuration
-    log.txt              what was logged, damaged images by name
-    metrics.jsonl        a line per logged step
-    tensorboard/         the same as TensorBoard events
-    tokenizer/           the fitted tokenizer
-    checkpoints/last/    everything needed to continue
-    exported/            the backbone, for timm
-    figures/             pictures
+config.yaml          the resolved configuration
+log.txt              what was logged, damaged images by name
+metrics.jsonl        a line per logged step
+tensorboard/         the same as TensorBoard events
+tokenizer/           the fitted tokenizer
+checkpoints/last/    everything needed to continue
+exported/            the backbone, for timm
+figures/             pictures
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from mapet.engine.files import recover_folder, replace_file
 from mapet.errors import MapetError
 
 
@@ -48,15 +48,23 @@ class RunFolder:
         """
         if self.root.exists() and not self.root.is_dir():
             raise MapetError(f"output {self.root} is a file; choose a folder with --out")
-        if self.config.exists() and not resume:
-            raise MapetError(
-                f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
-            )
+        if self.config.exists():
+            if not resume:
+                raise MapetError(
+                    f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
+                )
+        else:
+            # config.yaml is the first that a run writes of these, so without it they are somebody else's.
+            for path in (self.tokenizer, self.checkpoint.parent, self.exported, self.metrics):
+                if path.exists():
+                    raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")
         with explain_disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"
             probe.write_text("")
             probe.unlink()
+        for folder in (self.tokenizer, self.checkpoint, self.exported):
+            recover_folder(folder)
 
     def metric_lines(self) -> Iterator[dict[str, Any]]:
         """Yield the whole lines of metrics.jsonl; a last line cut short by a kill is passed over."""
@@ -70,9 +78,7 @@ class RunFolder:
     def forget_metrics_from(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will compute again."""
         kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
-        fresh = self.metrics.with_suffix(".new")
-        fresh.write_text("".join(kept))
-        os.replace(fresh, self.metrics)
+        replace_file(self.metrics, "".join(kept))
 
 
 @contextmanager
@@ -93,6 +99,8 @@ def explain_disk_errors(root: Path) -> Iterator[None]:
         if number not in reasons:
             raise
         where = getattr(error, "filename", None) or root
+        if not Path(where).absolute().is_relative_to(root.absolute()):
+            raise MapetError(f"cannot open {where} ({error})") from error
         raise MapetError(
             f"cannot write to {where}: {reasons[number]}; what was saved before is whole, --resume continues it"
         ) from error

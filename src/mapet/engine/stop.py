@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT sets ``signal``; a second one acts as it always does."""
+    """While entered, the first SIGTERM or SIGINT sets ``signal``; a second one acts as it always does.
+
+    Outside the main thread, where Python delivers no signals, it is never requested.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -22,7 +29,8 @@ class StopRequest:
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
         return self
 
     def __exit__(
@@ -33,6 +41,7 @@ class StopRequest:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        logger.warning("%s: stopping when this step is saved; once more stops at once", signal.Signals(number).name)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import nn
 
 from mapet.data import ImageSet, PlainView
-from mapet.evaluate.features import extract_features
-from mapet.evaluate.probes import knn_accuracy, linear_accuracy
+from mapet.evaluate.rows import probe_row
 
 
 def probe_evaluator(
@@ -18,10 +17,7 @@ def probe_evaluator(
 
     def evaluator(objective: nn.Module) -> Iterator[tuple[str, float]]:
         backbone = objective.get_submodule("backbone")
-        parts = [
-            extract_features(backbone, part, view, channels=channels, workers=workers) for part in (train, test)
-        ]
-        yield "eval_knn", knn_accuracy(*parts)
-        yield "eval_linear", linear_accuracy(*parts)
+        for name, accuracy in probe_row(backbone, train, test, view, channels=channels, workers=workers).items():
+            yield f"eval_{name}", accuracy
 
     return evaluator

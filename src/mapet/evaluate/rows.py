@@ -15,10 +15,13 @@ from mapet.evaluate.probes import knn_accuracy, linear_accuracy
 Row = dict[str, float]
 
 
-def probe_row(model: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, channels: int) -> Row:
+def probe_row(
+    model: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
+) -> Row:
     """Return k-NN and linear-probe accuracies in 0..1; with ``nn.Flatten()`` as the model, of raw pixels."""
-    parts = [extract_features(model, part, view, channels=channels) for part in (train, test)]
-    return {"knn": knn_accuracy(*parts), "linear": linear_accuracy(*parts)}
+    seen = extract_features(model, train, view, channels=channels, workers=workers)
+    unseen = extract_features(model, test, view, channels=channels, workers=workers)
+    return {"knn": knn_accuracy(seen, unseen), "linear": linear_accuracy(seen, unseen)}
 
 
 def finetune_row(

@@ -9,9 +9,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 
-def export_backbone(
-    backbone: VisionTransformer, folder: Path, mean: Sequence[float], std: Sequence[float]
-) -> None:
+def export_backbone(backbone: VisionTransformer, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing folder.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the identical features. The layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def draw_layout(objective: LayoutObjective, path: Path) -> None:
         right.axhline(edge - 0.5, color=INK, linewidth=0.8)
         if edge < mask.shape[1]:
             right.axvline(edge - 0.5, color=INK, linewidth=0.8)
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
     right.set_yticks(middles, names, rotation=90, va="center")
     keys = [(m, n) for m, n in zip(middles, names, strict=True) if m < mask.shape[1]]
     right.set_xticks([m for m, _ in keys], [n for _, n in keys])

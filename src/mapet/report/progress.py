@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from mapet.engine import Record
 
@@ -32,6 +34,16 @@ class Baseline:
         return "not yet below unigram"
 
 
+class _BarAndStatus(Progress):
+    """A bar with a status below it, so that neither is cut off on a narrow terminal."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text.from_markup(self.status)
+
+
 class ProgressSink:
     """A bar on a terminal; elsewhere (a log file, SLURM) a plain line every quarter of a minute.
 
@@ -45,17 +57,16 @@ class ProgressSink:
     def __init__(self, console: Console, baseline: Baseline, first_step: int, total_steps: int) -> None:
         self._console, self._baseline, self._total = console, baseline, total_steps
         self._printed, self._began, self._first = float("-inf"), time.monotonic(), first_step
-        self._progress = Progress(
+        self._progress = _BarAndStatus(
             TextColumn("pre-training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step)
         self._progress.start()
 
     def write(self, record: Record) -> None:
@@ -68,7 +79,8 @@ class ProgressSink:
         )
         measured = [f"{key.removeprefix('eval_')} {value:.3f}" for key, value in record.items() if key[:5] == "eval_"]
         if self._console.is_terminal:
-            self._progress.update(self._task, completed=done, status=status)
+            self._progress.status = status
+            self._progress.update(self._task, completed=done)
             if measured:
                 self._console.print(f"step {done}: {'  '.join(measured)}")
         elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S or done == self._total or measured:

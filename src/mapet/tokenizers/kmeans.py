@@ -39,7 +39,7 @@ def fit_centroids(points: Tensor, count: int, seed: int) -> Tensor:
         min_points_per_centroid=1,  # small sets are the user's choice, refused only when impossible
     )
     kmeans.train(data)
-    return torch.from_numpy(kmeans.centroids.copy())
+    return torch.from_numpy(np.array(kmeans.centroids))
 
 
 def nearest_centroid(points: Tensor, centroids: Tensor) -> Tensor:

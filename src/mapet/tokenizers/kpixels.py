@@ -33,9 +33,7 @@ class KPixels(KTokenizer):
 
     kind = "pixels"
 
-    def __init__(
-        self, image_size: int, patch_size: int, channels: int, vocab_size: int, contrast: bool = True
-    ) -> None:
+    def __init__(self, image_size: int, patch_size: int, channels: int, vocab_size: int, contrast: bool = True) -> None:
         if image_size % patch_size:
             raise MapetError(f"image size {image_size} is not divisible by the patch size {patch_size}")
         side = image_size // patch_size

@@ -31,6 +31,7 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
+    network: Any
     mean: Tensor
     std: Tensor
 
@@ -64,9 +65,7 @@ class TimmTeacher(Teacher):
     def __init__(self, name: str, stage: int, pretrained: bool) -> None:
         network = _timm_network(name, pretrained)
         if not hasattr(network, "forward_intermediates"):
-            raise MapetError(
-                f"teacher {name!r} cannot return a spatial map; choose a convolutional network or a ViT"
-            )
+            raise MapetError(f"teacher {name!r} cannot return a spatial map; choose a convolutional network or a ViT")
         config = network.pretrained_cfg
         super().__init__(name, stage, config["mean"], config["std"])
         try:
@@ -141,12 +140,11 @@ def build_teacher(
     return teacher
 
 
-def _timm_network(name: str, pretrained: bool) -> nn.Module:
+def _timm_network(name: str, pretrained: bool) -> Any:
     try:
         # dynamic_img_size lets a ViT read any size; networks that are not ViTs do not know the argument.
         extra = {"dynamic_img_size": True} if "vit_" in name else {}
-        network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
-        return network
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
     except (OSError, RuntimeError) as error:
         if pretrained:
             raise _no_download(name, error) from error
@@ -193,9 +191,7 @@ def _load_weights(teacher: Teacher, whole: nn.Module, path: Path) -> None:
             f"weights {path} do not fit teacher {teacher.name!r}: {what} "
             f"({len(missing)} missing, {len(wrong)} of wrong shape of {len(wanted)})"
         )
-    network = teacher.network
-    assert isinstance(network, nn.Module)
-    network.load_state_dict({name: state[name] for name in network.state_dict()})
+    teacher.network.load_state_dict({name: state[name] for name in teacher.network.state_dict()})
 
 
 def _read_weights(path: Path) -> dict[str, Any]:

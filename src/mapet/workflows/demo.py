@@ -12,8 +12,9 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mapet.config import PretrainConfig
 from mapet.data import PlainView, open_labelled
-from mapet.engine import PretrainConfig
+from mapet.engine import replace_file
 from mapet.evaluate import FinetuneRecipe, Row, finetune_row, probe_row
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 
@@ -48,7 +49,7 @@ def run_demo(
     if result.steps < result.total_steps:
         return result, None
     rows = measure_run(result.config, result.objective.backbone, label_counts, recipe or FinetuneRecipe())
-    (result.folder.root / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    replace_file(result.folder.root / "results.json", json.dumps(rows, indent=2) + "\n")
     return result, rows
 
 

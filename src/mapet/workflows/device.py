@@ -7,8 +7,8 @@ import os
 import torch
 from accelerate import Accelerator
 
+from mapet.config import PretrainConfig
 from mapet.data import ImageSet
-from mapet.engine import PretrainConfig
 
 
 def make_accelerator(config: PretrainConfig) -> Accelerator:
@@ -20,7 +20,7 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
 def _fast_precision() -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16" if native and not torch.backends.mps.is_available() else "no"
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
+from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config
 from mapet.data import (
     DamageTally,
     ImageSet,
@@ -32,20 +33,16 @@ from mapet.engine import (
     Evaluator,
     JsonLines,
     Plan,
-    PretrainConfig,
     RunFolder,
     Sink,
     StopRequest,
     TensorBoard,
     Trainee,
     build_optimizer,
-    config_to_yaml,
     explain_disk_errors,
-    free_keys,
-    make_config,
     read_checkpoint,
     read_state,
-    recover_folder,
+    replace_file,
     replace_folder,
     train,
     write_checkpoint,
@@ -56,9 +53,9 @@ from mapet.export import export_backbone
 from mapet.models import build_vit
 from mapet.objectives import LayoutObjective, build_objective
 from mapet.report import Baseline, ProgressSink, draw_curve, draw_layout, draw_tokens
-from mapet.tokenizers import KTokenizer
+from mapet.tokenizers import KTokenizer, load_tokenizer, save_tokenizer
 from mapet.workflows.device import count_workers, make_accelerator
-from mapet.workflows.tokens import measure_baseline, prepare_tokenizer
+from mapet.workflows.tokens import make_tokenizer, measure_baseline, settle_vocab_size
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +120,9 @@ def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -
     return began_with.model_copy(update={key: getattr(given, key) for key in values})
 
 
-def _run(
-    config: PretrainConfig, folder: RunFolder, resume: bool, console: Console, stop: StopRequest
-) -> RunResult:
+def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console, stop: StopRequest) -> RunResult:
     check_channels(config.channels)
+    _check_apart(config, folder)
     images = open_images(config.data)
     config = config.resolve(len(images))
     accelerator = make_accelerator(config)
@@ -136,28 +132,35 @@ def _run(
     evaluators = _evaluators(config, workers)
 
     backbone = initial_backbone(config)
-    grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
-    build = partial(build_objective, config.objective, backbone, context_tokens=config.context_tokens)
-    build(vocab_size=2, order=config.order)  # refuse what cannot work before anything is written or fitted
+    build = partial(build_objective, config.objective, backbone)
+    # Built once without a tokenizer: what cannot work is refused before anything is fitted or written.
+    draft = build(vocab_size=2, context_tokens=config.context_tokens, order=config.order)
+    config = config.model_copy(
+        update={
+            "patch_size": config.image_size // draft.grid[0],
+            "context_tokens": draft.context_tokens,
+            "order": draft.order,
+            "vocab_size": settle_vocab_size(config, len(images) * draft.patches),
+        }
+    )
 
     with accelerator.main_process_first():
         if main:
             folder.open(resume=resume)
             _log_to(folder)
-            recover_folder(folder.tokenizer)
-            recover_folder(folder.checkpoint)
-            recover_folder(folder.exported)
         view = TrainView(
             config.image_size, config.crop_min, config.flip, config.color_jitter,
             config.input_mean, config.input_std,
         )  # fmt: skip
-        tokenizer = prepare_tokenizer(config, grid, images, view, folder.tokenizer, device, workers)
-        baseline = measure_baseline(
-            tokenizer, config, images, view, folder.root / "baseline.json", device, workers
-        )
+        if not folder.tokenizer.exists():
+            tokenizer = make_tokenizer(config, draft.grid, images, view, device, workers)
+            replace_file(folder.config, config_to_yaml(config))
+            replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
+        tokenizer = load_tokenizer(folder.tokenizer).to(device)
+        baseline = measure_baseline(tokenizer, config, images, view, folder.root / "baseline.json", device, workers)
 
     torch.manual_seed(fold_seed(config.seed, 2))
-    objective = build(vocab_size=tokenizer.vocab_size, order=config.order).to(device)
+    objective = build(tokenizer.vocab_size, config.context_tokens, config.order).to(device)
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     first_step, known_damage = 0, []
     if folder.checkpoint.exists():
@@ -171,7 +174,7 @@ def _run(
     prepared, optimizer = accelerator.prepare(objective, optimizer)
 
     if main:
-        folder.config.write_text(config_to_yaml(config))
+        replace_file(folder.config, config_to_yaml(config))
         _draw_start(objective, tokenizer, images, view, config, folder)
         if folder.metrics.exists():
             folder.forget_metrics_from(first_step)
@@ -223,6 +226,15 @@ def initial_backbone(config: PretrainConfig) -> VisionTransformer:
         config.model, image_size=config.image_size, patch_size=config.patch_size, channels=config.channels,
         drop_path=config.drop_path, layer_scale=config.layer_scale, **config.model_args,
     )  # fmt: skip
+
+
+def _check_apart(config: PretrainConfig, folder: RunFolder) -> None:
+    data, out = Path(config.data).resolve(), folder.root.resolve()
+    if data.is_dir() and out.is_relative_to(data):
+        raise MapetError(
+            f"output folder {folder.root} lies inside the image folder {config.data}, so the pictures drawn in it "
+            "would count as images of yours; choose an --out outside of it"
+        )
 
 
 def _check_processes(config: PretrainConfig, accelerator: Accelerator) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mapet.config import PretrainConfig
 from mapet.data import DamageTally, ImageSet, TrainView, ViewDataset, fold_seed, load_batches
-from mapet.engine import PretrainConfig, replace_folder
+from mapet.engine import replace_file
 from mapet.errors import MapetError
 from mapet.report import Baseline
-from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer, save_tokenizer
+from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +28,30 @@ SAMPLE_BYTES = 4 << 30
 BASELINE_IMAGES = 2048
 
 
-def prepare_tokenizer(
+def settle_vocab_size(config: PretrainConfig, points: int) -> int | None:
+    """Return how many ids a tokenizer fitted on so many patches gets; None if it is not to be fitted."""
+    if config.vocab_size is not None or Path(config.tokenizer).is_dir():
+        return config.vocab_size
+    power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
+    return min(MAX_VOCAB, 1 << power)
+
+
+def make_tokenizer(
     config: PretrainConfig,
     grid: tuple[int, int],
     images: ImageSet,
     view: TrainView,
-    folder: Path,
     device: torch.device,
     workers: int,
 ) -> KTokenizer:
-    """Return the run's tokenizer on ``device``, fitting and saving it under ``folder`` if it is not there.
+    """Return the tokenizer that the configuration names: read from its folder, or fitted on the images.
 
     Raises:
         MapetError: if it cannot be had, or its grid is not the student's.
     """
-    if not folder.exists():
-        if Path(config.tokenizer).is_dir():
-            tokenizer = load_tokenizer(config.tokenizer)
-        else:
-            tokenizer = _fit(config, grid, images, view, device, workers)
-        replace_folder(folder, lambda fresh: save_tokenizer(tokenizer, fresh))
-    tokenizer = load_tokenizer(folder).to(device)
+    if not Path(config.tokenizer).is_dir():
+        return _fit(config, grid, images, view, device, workers)
+    tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.grid != grid:
         raise MapetError(
             f"tokenizer {config.tokenizer!r} gives {tokenizer.grid[0]} x {tokenizer.grid[1]} ids an image, but "
@@ -65,7 +69,8 @@ def _fit(
     workers: int,
 ) -> KTokenizer:
     patches = grid[0] * grid[1]
-    vocab_size = config.vocab_size or _default_vocab(len(images) * patches)
+    vocab_size = settle_vocab_size(config, len(images) * patches)
+    assert vocab_size is not None
     tokenizer: KTokenizer
     if config.tokenizer == "pixels":
         patch = config.image_size // grid[0]
@@ -100,10 +105,6 @@ def _fit(
     return tokenizer
 
 
-def _default_vocab(points: int) -> int:
-    return min(MAX_VOCAB, 2 ** max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID)))))
-
-
 def _views(config: PretrainConfig, images: ImageSet, view: TrainView, count: int, workers: int) -> Iterator[Tensor]:
     """Yield augmented views of ``count`` random images, as training sees them."""
     generator = torch.Generator().manual_seed(fold_seed(config.seed, 1))
@@ -136,7 +137,7 @@ def measure_baseline(
     baseline = Baseline(entropy, float(share.max()))
     used = int((counts > 0).sum())
     content = {"unigram_entropy": entropy, "chance": baseline.chance, "used_ids": used, "ids": len(counts)}
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    replace_file(file, json.dumps(content, indent=1) + "\n")
     logger.info(
         "tokens: %d of %d ids in use, unigram entropy %.3f nats, most frequent id %.1f%%",
         used, len(counts), entropy, 100 * baseline.chance,

@@ -43,9 +43,7 @@ class PretrainConfig(BaseModel):
     epochs: int | None = Field(
         None, ge=1, description="passes over the data; 300 unless --steps is given", json_schema_extra=Common
     )
-    steps: int | None = Field(
-        None, ge=1, description="optimiser steps, instead of --epochs", json_schema_extra=Common
-    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs", json_schema_extra=Common)
     batch_size: int = Field(
         256, ge=1, description="images per optimiser step, over all devices", json_schema_extra=Common
     )

@@ -1,0 +1,62 @@
+"""Files and folders replaced so that a kill at any moment leaves a whole one, the old or the new."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(target: Path, text: str) -> None:
+    """Replace the file ``target`` by one that holds ``text``."""
+    fresh = target.with_name(f".{target.name}.new")
+    try:
+        fresh.write_text(text)
+        _flush(fresh)
+        fresh.replace(target)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Replace the folder ``target`` by one that ``write`` fills; a kill at any moment leaves a whole one.
+
+    The new content is written and flushed beside it, then the two are renamed. Between the renames the old
+    content is found under ``.NAME.old``, from where ``recover_folder`` takes it back.
+    """
+    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    recover_folder(target)
+    fresh.mkdir(parents=True)
+    try:
+        write(fresh)
+        for file in fresh.iterdir():
+            _flush(file)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Clear up after a kill inside ``replace_folder``."""
+    fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

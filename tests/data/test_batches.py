@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mapet import MapetError
+from mapet.data import (
+    DamageTally,
+    PlainView,
+    StepSampler,
+    TrainView,
+    ViewDataset,
+    fold_seed,
+    in_order,
+    load_batches,
+    open_images,
+)
+
+VIEW = PlainView(28, (0.5,), (0.5,))
+
+
+def test_every_epoch_visits_every_image_once_but_for_the_remainder() -> None:
+    sampler = StepSampler(23, 5, seed=0, first_step=0, last_step=8)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 8
+    for epoch in (0, 1):
+        mine = [index for batch in batches for e, index in batch if e == epoch]
+        assert len(mine) == len(set(mine)) == 20
+    assert [i for _, i in batches[0]] != [i for _, i in batches[4]]
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 7])
+def test_starting_in_the_middle_gives_the_same_batches(start: int) -> None:
+    whole = list(StepSampler(23, 5, seed=1, first_step=0, last_step=9))
+    assert list(StepSampler(23, 5, seed=1, first_step=start, last_step=9)) == whole[start:]
+
+
+def test_processes_and_micro_batches_share_a_step() -> None:
+    whole = list(StepSampler(40, 12, seed=2, first_step=0, last_step=3))
+    parts = [
+        list(StepSampler(40, 12, seed=2, first_step=0, last_step=3, rank=rank, world=2, accumulate=3))
+        for rank in range(2)
+    ]
+    for step in range(3):
+        micro = [parts[rank][step * 3 + k] for rank in range(2) for k in range(3)]
+        assert all(len(batch) == 2 for batch in micro)
+        assert [key for batch in micro for key in batch] == whole[step]
+
+
+def test_seeds_do_not_collide() -> None:
+    seeds = {fold_seed(a, b, c) for a in range(20) for b in range(-1, 20) for c in range(50)}
+    assert len(seeds) == 20 * 21 * 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_workers_do_not_change_what_is_loaded(digits: Path) -> None:
+    view = TrainView(28, 0.3, 0.5, 0.4, (0.5,), (0.5,))
+    dataset = ViewDataset(open_images(str(digits)), view, 1, seed=3)
+    sampler = StepSampler(60, 16, seed=3, first_step=2, last_step=5)
+    for alone, together in zip(load_batches(dataset, sampler, 0), load_batches(dataset, sampler, 2), strict=True):
+        assert torch.equal(alone["student"], together["student"])
+        assert torch.equal(alone["index"], together["index"])
+
+
+@pytest.fixture
+def damaged(digits: Path, tmp_path: Path) -> Path:
+    """60 digits, one cut short and one that is text."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits, folder)
+    whole = (folder / "class 1" / "0.png").read_bytes()
+    (folder / "class 1" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "class 2" / "3.png").write_text("no image at all")
+    return folder
+
+
+def test_damaged_files_are_replaced_named_and_counted(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = open_images(str(damaged))
+    tally = DamageTally(images, most_share=0.1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
+                tally.add(batch)
+                assert batch["view"].shape == (20, 1, 28, 28)
+                assert batch["view"].flatten(1).amax(1).min() > 0
+    assert {images.keys[i] for i in tally.indices} == {"class 1/0.png", "class 2/3.png"}
+    for key in ("class 1/0.png", "class 2/3.png"):
+        assert caplog.text.count(f"skipped damaged image {key}") == 1
+
+
+def test_too_many_damaged_files_stop_with_their_number(damaged: Path) -> None:
+    images = open_images(str(damaged))
+    tally = DamageTally(images, most_share=0.02)
+    with pytest.raises(MapetError, match=r"2 of 60 images cannot be read.*class 1/0\.png.*--max-damaged"):
+        for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
+            tally.add(batch)
+
+
+def test_a_folder_of_rubbish_stops_at_once(tmp_path: Path) -> None:
+    for number in range(80):
+        (tmp_path / f"{number}.jpg").write_text("rubbish")
+    images = open_images(str(tmp_path))
+    batch = next(iter(load_batches(ViewDataset(images, VIEW, 1), in_order(80, 4), 0)))
+    with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
+        DamageTally(images, most_share=1.0).add(batch)

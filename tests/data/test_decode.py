@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mapet.data import decode
+
+
+def ramp(high: int, dtype: type) -> np.ndarray:
+    return np.linspace(0, high, 64).reshape(8, 8).astype(dtype)
+
+
+def save(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def test_grey_and_rgb(tmp_path: Path) -> None:
+    grey = save(Image.fromarray(ramp(255, np.uint8)), tmp_path / "grey.png")
+    assert decode(grey, 1).shape == (1, 8, 8)
+    assert decode(grey, 3).shape == (3, 8, 8)
+    assert torch.equal(decode(grey, 3)[0], decode(grey, 1)[0])
+    colour = Image.new("RGB", (6, 4), (10, 20, 30))
+    assert decode(save(colour, tmp_path / "rgb.png"), 3)[:, 0, 0].tolist() == [10, 20, 30]
+    assert decode(tmp_path / "rgb.png", 3).shape == (3, 4, 6)
+
+
+def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (200, 0, 0, 255))
+    assert decode(save(image, tmp_path / "rgba.png"), 3)[:, 0].T.tolist() == [[255, 255, 255], [200, 0, 0]]
+    grey = Image.new("LA", (1, 1), (0, 0))
+    assert decode(save(grey, tmp_path / "la.png"), 1).tolist() == [[[255]]]
+
+
+def test_palettes_are_looked_up(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([250, 1, 2, 3, 240, 5])
+    image.putpixel((1, 0), 1)
+    assert decode(save(image, tmp_path / "p.png"), 3)[:, 0].T.tolist() == [[250, 1, 2], [3, 240, 5]]
+    transparent = save(image, tmp_path / "pt.png", transparency=1)
+    assert decode(transparent, 3)[:, 0].T.tolist() == [[250, 1, 2], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("high", [4095, 65535])
+def test_sixteen_bits_are_stretched_not_cut(tmp_path: Path, suffix: str, high: int) -> None:
+    values = ramp(high, np.uint16)
+    pixels = decode(save(Image.fromarray(values), tmp_path / f"deep.{suffix}"), 1)
+    assert pixels.dtype == torch.float32
+    assert torch.allclose(pixels[0], torch.from_numpy(values.astype(np.float32)) / high, atol=1e-4)
+    assert decode(tmp_path / f"deep.{suffix}", 3).shape == (3, 8, 8)
+
+
+def test_floats_and_integers(tmp_path: Path) -> None:
+    expected = torch.from_numpy(ramp(1000, np.float64)).float() / 1000
+    for array in (ramp(1000, np.float32) - 500, ramp(100_000, np.int32)):
+        assert torch.allclose(decode(save(Image.fromarray(array), tmp_path / "x.tif"), 1)[0], expected, atol=1e-3)
+    flat = save(Image.fromarray(np.full((3, 3), 7, np.float32)), tmp_path / "flat.tif")
+    assert torch.equal(decode(flat, 1), torch.zeros(1, 3, 3))
+    with pytest.raises(ValueError, match="NaN"):
+        decode(save(Image.fromarray(np.full((3, 3), np.nan, np.float32)), tmp_path / "nan.tif"), 1)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", "jpg"), ("YCbCr", "jpg"), ("1", "png"), ("LAB", "tif")])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    image = Image.new("RGB", (4, 4), (255, 255, 255))
+    if mode == "LAB":
+        image = Image.new("LAB", (4, 4), (255, 128, 128))
+    pixels = decode(save(image.convert(mode), tmp_path / f"image.{suffix}"), 3)
+    assert pixels.shape == (3, 4, 4)
+    assert pixels.min() >= 250
+
+
+def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4))
+    image.paste((255, 255, 255), (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by a quarter to see it upright
+    pixels = decode(save(image, tmp_path / "turned.jpg", exif=exif, quality=100), 3)
+    assert pixels.shape == (3, 8, 4)
+    assert pixels[:, :4].min() > 200
+    assert pixels[:, 4:].max() < 50
+
+
+def test_damaged_files_raise(tmp_path: Path) -> None:
+    whole = save(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("cut.png", "text.png", "none.png"):
+        with pytest.raises((OSError, SyntaxError)):
+            decode(tmp_path / name, 3)

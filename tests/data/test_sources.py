@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mapet import MapetError
+from mapet.data import few_per_class, open_images, open_labelled, split
+
+
+def test_a_nested_unlabelled_folder_is_found_whole_and_in_order(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "a" / "b")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden").mkdir()
+    shutil.copy(next(digits.rglob("*.png")), tmp_path / ".hidden" / "x.png")
+    shutil.copy(next(digits.rglob("*.png")), tmp_path / "UPPER.PNG")
+    images = open_images(str(tmp_path))
+    assert len(images) == 61
+    assert list(images.keys) == sorted(images.keys)
+    assert images.labels is None
+    assert images.load(0, 1).shape == (1, 28, 28)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(digits)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert len(open_images(str(tmp_path))) == 60
+
+
+def test_a_list_of_paths(digits: Path, tmp_path: Path) -> None:
+    names = sorted(str(path) for path in digits.rglob("*.png"))[:5]
+    (tmp_path / "near.png").write_bytes(Path(names[0]).read_bytes())
+    (tmp_path / "list.txt").write_text("# comment\n\n" + "\n".join([*names, "near.png"]) + "\n")
+    images = open_images(str(tmp_path / "list.txt"))
+    assert len(images) == 6
+    assert images.load(5, 3).shape == (3, 28, 28)
+    (tmp_path / "list.txt").write_text("gone.png\n")
+    with pytest.raises(MapetError, match=r"names 'gone\.png', which does not exist"):
+        open_images(str(tmp_path / "list.txt"))
+
+
+def test_nothing_to_read_is_said_clearly(tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match="neither a folder"):
+        open_images(str(tmp_path / "missing"))
+    with pytest.raises(MapetError, match="did you mean 'fashion-mnist'"):
+        open_images("fashion_mnist")
+    with pytest.raises(MapetError, match="holds no image"):
+        open_images(str(tmp_path))
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(MapetError, match="neither a folder of images nor a text file"):
+        open_images(str(tmp_path / "photo.jpg"))
+
+
+def test_labelled_folders(digits: Path, tmp_path: Path) -> None:
+    train, test = open_labelled(str(digits))
+    assert (len(train), len(test)) == (50, 10)
+    assert train.classes == tuple(f"class {digit}" for digit in range(10))
+    assert sorted(test.labels or ()) == list(range(10))
+    assert not set(train.keys) & set(test.keys)
+    shutil.copytree(digits, tmp_path / "train")
+    shutil.copytree(digits, tmp_path / "val")
+    assert [len(part) for part in open_labelled(str(tmp_path))] == [60, 60]
+    shutil.rmtree(tmp_path / "val" / "class 3")
+    with pytest.raises(MapetError, match=r"do not have the same classes.*class 3"):
+        open_labelled(str(tmp_path))
+
+
+def test_unlabelled_folders_cannot_be_evaluated_on(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match=r"'0\.png' lies outside"):
+        open_labelled(str(digits / "class 0"))
+    shutil.copytree(digits / "class 0", tmp_path / "only")
+    with pytest.raises(MapetError, match="single class 'only'"):
+        open_labelled(str(tmp_path))
+
+
+def test_demo_digits_are_balanced_and_apart() -> None:
+    train, test = open_labelled("mnist")
+    assert (len(train), len(test)) == (4000, 1000)
+    assert all((train.labels or ()).count(digit) == 400 for digit in range(10))
+    assert not {image.tobytes() for image in train.items} & {image.tobytes() for image in test.items}
+
+
+def test_few_labels_are_spread_over_the_classes() -> None:
+    train = open_labelled("mnist")[0]
+    few = few_per_class(train, 100, seed=0)
+    assert all((few.labels or ()).count(digit) == 10 for digit in range(10))
+    assert few.keys != few_per_class(train, 100, seed=1).keys
+    assert len(few_per_class(train, 13, seed=0)) == 13
+
+
+def test_split_is_seeded_and_by_class() -> None:
+    train = open_labelled("mnist")[0]
+    first, second = split(train, 0.25, seed=1)
+    assert (len(first), len(second)) == (3000, 1000)
+    assert split(train, 0.25, seed=1)[1].keys == second.keys
+
+
+def test_fingerprint_follows_names(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "a")
+    before = open_images(str(tmp_path / "a")).fingerprint
+    assert open_images(str(digits)).fingerprint == before
+    (tmp_path / "a" / "class 0" / "0.png").rename(tmp_path / "a" / "class 0" / "zero.png")
+    assert open_images(str(tmp_path / "a")).fingerprint != before

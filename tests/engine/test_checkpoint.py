@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mapet import MaPeT, MapetError
+from mapet.engine import build_optimizer, read_checkpoint, write_checkpoint
+
+
+def trained(build: Callable[..., Any], steps: int = 3) -> tuple[MaPeT, torch.optim.Optimizer]:
+    objective = MaPeT(build(), 9)
+    optimizer = build_optimizer(objective, 1e-2, 0.05, 0.98)
+    for step in range(steps):
+        advance(objective, optimizer, step)
+    return objective, optimizer
+
+
+def advance(objective: MaPeT, optimizer: torch.optim.Optimizer, step: int) -> float:
+    torch.manual_seed(step)
+    output = objective(torch.randn(2, 3, 28, 28), torch.randint(0, 9, (2, 16)))
+    output["loss"].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(output["loss"].detach())
+
+
+def test_everything_is_restored(tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
+    objective, optimizer = trained(tiny_vit)
+    write_checkpoint(tmp_path, objective, optimizer, {"step": 3, "note": [1, 2]})
+    other, its_optimizer = trained(tiny_vit, steps=0)
+    assert read_checkpoint(tmp_path, other, its_optimizer) == {"step": 3, "note": [1, 2]}
+    for step in range(3, 6):
+        assert advance(objective, optimizer, step) == advance(other, its_optimizer, step)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
+    objective, optimizer = trained(tiny_vit)
+    write_checkpoint(tmp_path, objective, optimizer, {"step": 3})
+    wider = MaPeT(tiny_vit(embed_dim=64), 9)
+    with pytest.raises(MapetError, match="cannot be read.*size mismatch"):
+        read_checkpoint(tmp_path, wider, build_optimizer(wider, 1e-2, 0.05, 0.98))
+    for name in ("optimizer.safetensors", "state.json", "objective.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(MapetError, match="cannot be read.*start again from the beginning"):
+            read_checkpoint(tmp_path, objective, optimizer)
+        (tmp_path / name).write_bytes(whole)
+    read_checkpoint(tmp_path, objective, optimizer)

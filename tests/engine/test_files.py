@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mapet.engine import recover_folder, replace_file, replace_folder
+
+
+def writer(text: str):  # type: ignore[no-untyped-def]
+    def write(folder: Path) -> None:
+        (folder / "a").write_text(text)
+        (folder / "b").write_text(text)
+
+    return write
+
+
+def content(folder: Path) -> list[str]:
+    return [(folder / name).read_text() for name in ("a", "b")]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "last"
+    for text in ("one", "two"):
+        replace_folder(target, writer(text))
+        assert content(target) == [text, text]
+    assert os.listdir(target.parent) == ["last"]
+
+
+def test_a_failure_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "last"
+    replace_folder(target, writer("one"))
+
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        replace_folder(target, fail)
+    assert content(target) == ["one", "one"]
+    assert os.listdir(tmp_path) == ["last"]
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(tmp_path / "file", "\ud800")
+    assert sorted(os.listdir(tmp_path)) == ["file", "last"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+import mapet.engine.files as files
+
+# Every system call that replace_folder makes is a moment at which the process may die.
+left = int(sys.argv[2])
+def count(function):
+    def counted(*arguments, **options):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*arguments, **options)
+    return counted
+files._flush = count(files._flush)
+Path.rename, Path.mkdir = count(Path.rename), count(Path.mkdir)
+files.shutil.rmtree = count(files.shutil.rmtree)
+
+def write(folder):
+    for name in ("a", "b"):
+        count(lambda: (folder / name).write_text("two"))()
+files.replace_folder(Path(sys.argv[1]), write)
+print("done")
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
+    outcomes = set()
+    for moment in range(20):
+        target = tmp_path / str(moment) / "last"
+        replace_folder(target, writer("one"))
+        ended = subprocess.run([sys.executable, "-c", KILLED_AT, str(target), str(moment)], capture_output=True)
+        recover_folder(target)
+        found = content(target)
+        assert found in (["one", "one"], ["two", "two"])
+        assert os.listdir(target.parent) == ["last"]
+        outcomes.add((found[0], ended.returncode))
+        if ended.returncode == 0:
+            break
+    assert outcomes == {("one", -9), ("two", -9), ("two", 0)}

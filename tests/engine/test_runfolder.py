@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from mapet import MapetError
+from mapet.engine import RunFolder, explain_disk_errors
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new" / "run")
+    folder.open(resume=False)
+    folder.open(resume=True)
+    folder.config.write_text("data: x\n")
+    folder.open(resume=True)
+    with pytest.raises(MapetError, match=r"already holds a run; pass --resume"):
+        folder.open(resume=False)
+
+
+def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "slurm-1.out").write_text("welcome")
+    RunFolder(tmp_path).open(resume=False)
+    (tmp_path / "tokenizer").mkdir()
+    for resume in (False, True):
+        with pytest.raises(MapetError, match="holds 'tokenizer', but no run"):
+            RunFolder(tmp_path).open(resume=resume)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MapetError, match="file is a file; choose a folder"):
+        RunFolder(tmp_path / "file").open(resume=False)
+
+
+def test_metrics_are_cut_back_and_half_lines_passed_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(5)]
+    folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    assert [line["step"] for line in folder.metric_lines()] == [0, 1, 2, 3, 4]
+    folder.forget_metrics_from(3)
+    assert folder.metrics.read_text().splitlines() == lines[:3]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission")]
+)
+def test_disk_errors_become_sentences(tmp_path: Path, number: int, says: str) -> None:
+    with pytest.raises(MapetError, match=f"cannot write to .*a.txt: .*{says}.*--resume continues"):
+        with explain_disk_errors(tmp_path):
+            raise OSError(number, "reason", str(tmp_path / "a.txt"))
+    with pytest.raises(MapetError, match="cannot open /elsewhere/b.txt"), explain_disk_errors(tmp_path):
+        raise OSError(number, "reason", "/elsewhere/b.txt")
+    with pytest.raises(OSError, match="reason"), explain_disk_errors(tmp_path):
+        raise OSError(errno.EIO, "reason")

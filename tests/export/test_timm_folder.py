@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from mapet.export import export_backbone
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False}, {"layer_scale": 0.1}])
+def test_timm_loads_the_identical_features(
+    changes: dict[str, Any], tiny_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone = tiny_vit(drop_path=0.3, **changes).eval()
+    export_backbone(backbone, tmp_path, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(3, 3, 28, 28)
+    assert torch.equal(loaded(images), backbone(images))
+    assert torch.equal(loaded.forward_features(images), backbone.forward_features(images))
+    assert loaded.train()(images).equal(loaded.eval()(images)), "stochastic depth must not be exported"
+    config = timm.data.resolve_model_data_config(loaded)
+    assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
+    assert tuple(config["std"]) == (0.4, 0.5, 0.6)
+    assert config["input_size"] == (3, 28, 28)
+    assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1.0)

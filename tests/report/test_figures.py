@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mapet.objectives import OBJECTIVES
+from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
+
+
+def picture(path: Path) -> np.ndarray:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert min(pixels.shape[:2]) > 150
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    return pixels
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_layouts(name: str, tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
+    draw_layout(OBJECTIVES[name](tiny_vit(), 9), tmp_path / "layout.png")
+    picture(tmp_path / "layout.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_token_maps_colour_by_id(channels: int, tmp_path: Path) -> None:
+    views = torch.rand(3, channels, 28, 28)
+    same, mixed = torch.zeros(3, 16, dtype=torch.long), torch.arange(48).reshape(3, 16)
+    for name, ids in (("same", same), ("mixed", mixed)):
+        draw_tokens(views, ids, (4, 4), 48, tmp_path / f"{name}.png")
+    colours = [len(np.unique(picture(tmp_path / f"{n}.png").reshape(-1, 3), axis=0)) for n in ("same", "mixed")]
+    assert colours[1] > colours[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 300])
+def test_curves_of_any_length(steps: int, tmp_path: Path) -> None:
+    records = [{"step": step, "loss": 4 / (1 + step), "accuracy": 0.1} for step in range(steps)]
+    draw_curve(records, Baseline(entropy=3.0, chance=0.2), tmp_path / "curve.png")
+    picture(tmp_path / "curve.png")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mapet import MapetError
+from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(MapetError, match=r"unknown key 'batchsize'; did you mean 'batch_size'"):
+        make_config({"data": "x", "batchsize": 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({}, "lacks 'data'"),
+        ({"data": "x", "lr": "fast"}, r"lr = 'fast'.*valid number"),
+        ({"data": "x", "lr": math.inf}, "lr = inf"),
+        ({"data": "x", "crop_min": 0}, "crop_min = 0.*greater than 0"),
+        ({"data": "x", "precision": "int8"}, "precision = 'int8'.*bf16"),
+        ({"data": "x", "steps": 3, "epochs": 3}, "give epochs or steps, not both"),
+        ({"data": "x", "batch_size": 10, "accumulate": 3}, "batch_size 10 is not divisible by accumulate 3"),
+        ({"data": "x", "mean": [0.5]}, r"mean has 1 values for 3 channel\(s\)"),
+        ({"data": "x", "channels": 1, "std": [0.0]}, "std must be positive"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(MapetError, match=says):
+        make_config(values)
+
+
+def test_learning_rate_is_the_papers_scaled_by_the_root_of_the_batch() -> None:
+    assert make_config({"data": "x", "batch_size": 2048}).peak_lr == pytest.approx(1.5e-3)
+    assert make_config({"data": "x", "batch_size": 512}).peak_lr == pytest.approx(0.75e-3)
+    assert make_config({"data": "x", "lr": 0.1}).peak_lr == 0.1
+
+
+def test_resolving_fills_in_what_depends_on_the_data_and_changes_nothing_twice() -> None:
+    config = make_config({"data": "x", "batch_size": 10}).resolve(images=95)
+    assert (config.epochs, config.checkpoint_every, config.total_steps(95)) == (300, 9, 2700)
+    assert config.mean == (0.485, 0.456, 0.406)
+    assert config.resolve(images=95) == config
+    assert make_config({"data": "x", "steps": 7, "batch_size": 10}).resolve(95).total_steps(95) == 7
+
+
+def test_a_batch_larger_than_the_data_set_is_refused() -> None:
+    with pytest.raises(MapetError, match=r"batch size 256 is larger than the data set of 20 images.*--batch-size 20"):
+        make_config({"data": "x"}).resolve(images=20)
+
+
+def test_yaml_round_trip() -> None:
+    config = make_config({"data": "x", "model_args": {"depth": 2}, "layer_scale": None, "lr": 1e-5})
+    assert make_config(yaml.safe_load(config_to_yaml(config))) == config
+
+
+def test_recipes_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match="does not exist"):
+        read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(MapetError, match="must hold 'key: value' lines, but it is a list"):
+        read_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,\n")
+    with pytest.raises(MapetError, match="is not valid YAML"):
+        read_recipe(tmp_path / "broken.yaml")
+
+
+def test_every_key_is_described_and_what_is_computed_is_not_free() -> None:
+    assert all(field.description for field in PretrainConfig.model_fields.values())
+    assert free_keys() == {"data", "workers", "checkpoint_every", "log_every", "eval_data", "eval_every"}
