@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from mapet import __version__
 from mapet.errors import MapetError
 
 
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images."
     )
+    parser.add_argument("--version", action="version", version=f"mapet {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in (pretrain, demo):
         verb.add_parser(verbs)

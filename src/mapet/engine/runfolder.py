@@ -58,11 +58,15 @@ class RunFolder:
             for path in (self.tokenizer, self.checkpoint.parent, self.exported, self.metrics):
                 if path.exists():
                     raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")
-        with explain_disk_errors(self.root):
+        try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"
             probe.write_text("")
             probe.unlink()
+        except OSError as error:
+            raise MapetError(
+                f"output folder {self.root} cannot be written to ({error.strerror}); choose another --out"
+            ) from error
         for folder in (self.tokenizer, self.checkpoint, self.exported):
             recover_folder(folder)
 

@@ -110,14 +110,17 @@ def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -
     saved = yaml.safe_load(folder.config.read_text())
     began_with = make_config(saved, f"{folder.config}")
     given = make_config({"data": saved["data"], **values})
-    for key in values:
-        before, now = getattr(began_with, key), getattr(given, key)
-        if before != now and key not in free_keys():
+    changed = {key: getattr(given, key) for key in values}
+    for key, now in changed.items():
+        before, default = getattr(began_with, key), PretrainConfig.model_fields[key].default
+        if now is None and default is None:
+            changed[key] = before  # "choose for me", which was done when the run began
+        elif before != now and key not in free_keys():
             raise MapetError(
                 f"{key!r} is {now!r}, but the run in {folder.root} began with {before!r}; a resumed run must "
                 "stay the same: drop the change, or start another run with another --out"
             )
-    return began_with.model_copy(update={key: getattr(given, key) for key in values})
+    return began_with.model_copy(update=changed)
 
 
 def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console, stop: StopRequest) -> RunResult:

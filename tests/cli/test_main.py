@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mapet
+from mapet.cli import main
+
+SMALL = ["--model", "vit_tiny_patch16_224", "--model-args", "embed_dim=32", "depth=2", "num_heads=2", "--image-size",
+         "28", "--patch-size", "7", "--channels", "1", "--vocab-size", "16", "--batch-size", "8", "--workers", "0",
+         "--steps", "2"]  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail; return its one sentence."""
+    assert main(arguments) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mapet: error: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", str(digits), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    assert "local-dir:" in capsys.readouterr().err
+    assert (tmp_path / "run" / "exported" / "model.safetensors").exists()
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--model", "vit_tiny_patch16_225"], "unknown model 'vit_tiny_patch16_225'; did you mean"),
+        (["--image-size", "30"], "image size 30 is not divisible by the patch size 7"),
+        (["--batch-size", "100"], "batch size 100 is larger than the data set of 60 images; pass --batch-size 60"),
+        (["--tokenizer", "pixel"], "unknown tokenizer or teacher 'pixel'; did you mean 'pixels'"),
+        (["--tokenizer", "/no/folder"], "unknown tokenizer or teacher '/no/folder'"),
+        (["--objective", "mapett"], "unknown objective 'mapett'; did you mean 'mapet'"),
+        (["--context-tokens", "17"], "no target is left to predict"),
+        (["--channels", "4"], "image files are read as 1 (grey) or 3 (RGB)"),
+        (["--vocab-size", "100000"], "a codebook of 100000 ids needs at least as many patches"),
+        (["--lr", "quick"], "lr = 'quick'"),
+        (["--config", "dem"], "recipe 'dem' is neither a file nor one of the package's recipes"),
+        (["--eval-data", "/no/labels"], "'/no/labels' is neither a folder with one subfolder per class"),
+        (["--model-args", "depth"], "--model-args takes KEY=VALUE"),
+        (["--epochs", "3"], "give epochs or steps, not both"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    change: list[str], says: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert says in refused(capsys, "pretrain", str(digits), "--out", str(out), *SMALL, *change)
+    assert not out.exists() or [path.name for path in out.iterdir()] == ["log.txt"]
+
+
+def test_bad_folders(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "run"), *SMALL]
+    assert "neither a folder of images" in refused(capsys, "pretrain", str(tmp_path / "missing"), *out)
+    (tmp_path / "empty" / "nested").mkdir(parents=True)
+    assert "holds no image" in refused(capsys, "pretrain", str(tmp_path / "empty"), *out)
+    (tmp_path / "empty" / "notes.md").write_text("no image")
+    assert "holds no image" in refused(capsys, "pretrain", str(tmp_path / "empty"), *out)
+    assert "lacks 'data'" in refused(capsys, "pretrain", *out)
+    (tmp_path / "recipe.yaml").write_text("epoch: 3\n")
+    said = refused(capsys, "pretrain", str(digits), *out, "--config", str(tmp_path / "recipe.yaml"))
+    assert "unknown key 'epoch'; did you mean 'epochs'" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folders_that_cannot_be(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", Path("/proc/run")):
+        said = refused(capsys, "pretrain", str(digits), "--out", str(out), *SMALL)
+        assert f"output folder {out} cannot be written to" in said
+
+
+def test_flags_override_recipes(digits: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("epochs: 50\nlr: 1.0e-4\nmodel_args: {depth: 1, embed_dim: 32}\n")
+    assert main(["pretrain", str(digits), "--out", str(tmp_path / "run"), "--config", str(recipe), *SMALL]) == 0
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "lr: 0.0001\n" in saved
+    assert "steps: 2\n" in saved
+    assert "epochs: null\n" in saved
+    assert "depth: 2\n" in saved
+
+
+def test_python_dash_m_and_help_are_quick_to_import() -> None:
+    """Help and refusals of the command line itself must not wait for torch."""
+    code = "import sys, mapet.cli; mapet.cli.main(['pretrain', '--help'])"
+    shown = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert "--tokenizer" in shown.stdout
+    assert all(line.split("|")[-1].strip() != "torch" for line in shown.stderr.splitlines())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"mapet {mapet.__version__}"
+
+
+def test_everything_public_can_be_imported() -> None:
+    assert all(getattr(mapet, name) is not None for name in mapet.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'mappet'"):
+        _ = mapet.mappet
+
+
+@pytest.mark.skipif(shutil.which("mapet") is None, reason="not installed as a command")
+def test_the_installed_command() -> None:
+    assert "pretrain" in subprocess.run(["mapet", "--help"], capture_output=True, text=True, check=True).stdout
