@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class Oracle:
     @property
     def state_dict(self) -> dict[str, Tensor]:
         return {key[6:]: value for key, value in self.tensors.items() if key.startswith("model.")}
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """The command line sets up the package's log for its process."""
+    package = logging.getLogger("mapet")
+    before = package.handlers[:], package.propagate, package.level
+    yield
+    package.handlers[:], package.propagate, package.level = before
 
 
 @pytest.fixture(scope="session")

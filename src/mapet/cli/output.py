@@ -5,15 +5,28 @@ from __future__ import annotations
 import logging
 
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints records above a progress bar; a record stays one line, whatever the width of the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; warnings and errors say that they are."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        style = "" if record.levelno < logging.WARNING else "yellow"
+        self._console.print(Text(prefix + record.getMessage(), style), soft_wrap=True)
 
 
 def set_up_logging() -> Console:
     """Send the package's log to standard error and return the console for progress beside it."""
     console = Console(stderr=True)
-    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
     package = logging.getLogger("mapet")
-    package.handlers[:] = [handler]
+    package.handlers[:] = [ConsoleHandler(console)]
     package.setLevel(logging.INFO)
     package.propagate = False
     return console
