@@ -15,6 +15,9 @@ BICUBIC = InterpolationMode.BICUBIC
 class TrainView:
     """Random resized crop and flip for both networks; colour jitter for the student only.
 
+    The parameters are drawn by torchvision's transforms and applied by its functionals: on small images the
+    transforms' own calls cost more than the work.
+
     Args:
         size: side of the square view in pixels.
         crop_min: least share of the image's area that a crop covers; 1 keeps nearly all of it.
@@ -29,15 +32,12 @@ class TrainView:
     jitter: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    _shared: v2.Transform = field(init=False, repr=False)
-    _student: v2.Transform = field(init=False, repr=False)
+    _crop: v2.RandomResizedCrop = field(init=False, repr=False)
+    _jitter: v2.ColorJitter = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        crop = v2.RandomResizedCrop(self.size, scale=(self.crop_min, 1.0), interpolation=BICUBIC, antialias=True)
-        shared = v2.Compose([crop, v2.RandomHorizontalFlip(self.flip), v2.ToDtype(torch.float32, scale=True)])
-        jitter = [v2.ColorJitter(self.jitter, self.jitter, self.jitter)] if self.jitter else []
-        object.__setattr__(self, "_shared", shared)
-        object.__setattr__(self, "_student", v2.Compose([*jitter, v2.Normalize(self.mean, self.std)]))
+        object.__setattr__(self, "_crop", v2.RandomResizedCrop(self.size, scale=(self.crop_min, 1.0)))
+        object.__setattr__(self, "_jitter", v2.ColorJitter(self.jitter, self.jitter, self.jitter))
 
     def __call__(self, image: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return ``(view, student)``: the view in [0, 1] for the tokenizer, the student's normalised input.
@@ -47,8 +47,15 @@ class TrainView:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which also queues seeds, with a traceback each, for devices not yet in use.
             torch.default_generator.manual_seed(seed)
-            view = self._shared(image).clamp(0, 1)
-            return view, self._student(view)
+            box = self._crop.make_params([image])
+            view = v2.functional.resized_crop(
+                image, **box, size=[self.size, self.size], interpolation=BICUBIC, antialias=True
+            )
+            if torch.rand(()) < self.flip:
+                view = v2.functional.horizontal_flip(view)
+            view = v2.functional.to_dtype(view, torch.float32, scale=True).clamp(0, 1)
+            student = self._jitter(view) if self.jitter else view
+            return view, v2.functional.normalize(student, list(self.mean), list(self.std))
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class FinetuneRecipe:
         flip: probability of a horizontal flip.
     """
 
-    steps: int = 150
-    batch_size: int = 64
+    steps: int = 100
+    batch_size: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.05
     crop_min: float = 0.6

@@ -1,0 +1,58 @@
+"""Pre-train on Fashion-MNIST by the recipe, measure, repeat for several seeds; the table of docs/results.md.
+
+    python benchmarks/fashion_mnist.py --out runs/fashion --seeds 0 1 2
+
+Killed and started again it continues; seeds that are done are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from pathlib import Path
+
+from mapet.cli.flags import find_recipe
+from mapet.config import read_recipe
+from mapet.evaluate import FinetuneRecipe, Row
+from mapet.workflows import run_demo
+
+LABELS = 600  # 1 % of the training images
+FINETUNE = FinetuneRecipe(flip=0.5, crop_min=0.8)
+
+
+def measure(seed: int, out: Path) -> dict[str, Row]:
+    results = out / "results.json"
+    if not results.exists():
+        values = read_recipe(find_recipe("fashion_mnist_tiny")) | {"seed": seed}
+        began = time.perf_counter()
+        run_demo(values, out, label_counts=(LABELS,), recipe=FINETUNE, resume=True)
+        print(f"seed {seed}: {time.perf_counter() - began:.0f} s, pre-training and measuring")
+    rows: dict[str, Row] = json.loads(results.read_text())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/fashion"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+    runs = [measure(seed, arguments.out / f"seed{seed}") for seed in arguments.seeds]
+    columns = list(runs[0]["pretrained_vit"])
+    print(f"\naccuracy in %, mean (least to greatest) of seeds {arguments.seeds}")
+    print("|".join(["", " ", *columns, ""]))
+    print("|".join(["", *["---"] * (len(columns) + 1), ""]))
+    for name in runs[0]:
+        cells = []
+        for column in columns:
+            values = [100 * run[name][column] for run in runs if column in run[name]]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "-")
+        print("|".join(["", name, *cells, ""]))
+
+
+if __name__ == "__main__":
+    main()
