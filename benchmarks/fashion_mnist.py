@@ -20,7 +20,7 @@ from mapet.evaluate import FinetuneRecipe, Row
 from mapet.workflows import run_demo
 
 LABELS = 600  # 1 % of the training images
-FINETUNE = FinetuneRecipe(flip=0.5, crop_min=0.8)
+FINETUNE = FinetuneRecipe(steps=150, batch_size=64, flip=0.5, crop_min=0.8)
 
 
 def measure(seed: int, out: Path) -> dict[str, Row]:
