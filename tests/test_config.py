@@ -28,6 +28,9 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"data": "x", "batch_size": 10, "accumulate": 3}, "batch_size 10 is not divisible by accumulate 3"),
         ({"data": "x", "mean": [0.5]}, r"mean has 1 values for 3 channel\(s\)"),
         ({"data": "x", "channels": 1, "std": [0.0]}, "std must be positive"),
+        ({"data": "x", "teacher_size": 64}, "teacher_size is given, but tokenizer 'pixels' has no teacher"),
+        ({"data": ""}, "data = ''"),
+        ({"data": "x", "seed": 2**64}, "seed = 18446744073709551616"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
@@ -54,6 +57,10 @@ def test_a_batch_larger_than_the_data_set_is_refused() -> None:
         make_config({"data": "x"}).resolve(images=20)
 
 
+def test_a_bare_no_in_yaml_is_a_precision() -> None:
+    assert make_config({"data": "x", **yaml.safe_load("precision: no")}).precision == "no"
+
+
 def test_yaml_round_trip() -> None:
     config = make_config({"data": "x", "model_args": {"depth": 2}, "layer_scale": None, "lr": 1e-5})
     assert make_config(yaml.safe_load(config_to_yaml(config))) == config
@@ -72,4 +79,4 @@ def test_recipes_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 def test_every_key_is_described_and_what_is_computed_is_not_free() -> None:
     assert all(field.description for field in PretrainConfig.model_fields.values())
-    assert free_keys() == {"data", "workers", "checkpoint_every", "log_every", "eval_data", "eval_every"}
+    assert free_keys() == {"data", "workers", "checkpoint_every", "log_every", "eval_data", "eval_every", "max_damaged"}

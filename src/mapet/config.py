@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from mapet.errors import MapetError, nearest
 
@@ -25,6 +25,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     data: str = Field(
+        min_length=1,
         description="a folder of images (nested, unlabelled), a text file of paths, or a demo set "
         "(mnist, fashion-mnist)",
         json_schema_extra={**Common, **Free},  # guarded by a fingerprint of the images instead
@@ -54,12 +55,12 @@ class PretrainConfig(BaseModel):
         "of the batch size",
         json_schema_extra=Common,
     )
-    seed: int = Field(0, ge=0, description="seeds everything that is random", json_schema_extra=Common)
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds everything that is random", json_schema_extra=Common)
 
     patch_size: int | None = Field(None, ge=1, description="side of a patch in pixels; default: the model's")
     channels: int = Field(3, description="1 (grey) or 3 (RGB): what images are converted to")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
-    layer_scale: float | None = Field(0.1, gt=0, description="initial LayerScale; null (flag: none) for none")
+    layer_scale: float | None = Field(0.1, gt=0, description="initial LayerScale; null (flag: none): the model's own")
     model_args: dict[str, int | float | bool | str] = Field(
         default_factory=dict, description="further arguments of timm's VisionTransformer, as depth=4 embed_dim=128"
     )
@@ -93,7 +94,11 @@ class PretrainConfig(BaseModel):
     mean: tuple[float, ...] | None = Field(None, description="input mean per channel; default: ImageNet's")
     std: tuple[float, ...] | None = Field(None, description="input deviation per channel; default: ImageNet's")
     max_damaged: float = Field(
-        0.1, ge=0, le=1, description="stop when more than this share of the images cannot be read"
+        0.1,
+        ge=0,
+        le=1,
+        description="stop when more than this share of the images cannot be read",
+        json_schema_extra=Free,
     )
     workers: int | None = Field(
         None,
@@ -128,6 +133,11 @@ class PretrainConfig(BaseModel):
         10, ge=1, description="epochs between evaluations (and one at the end)", json_schema_extra=Free
     )
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.epochs is not None and self.steps is not None:
@@ -140,6 +150,10 @@ class PretrainConfig(BaseModel):
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channel(s)")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std must be positive")
+        if self.tokenizer == "pixels":
+            for name in ("teacher_stage", "teacher_size", "teacher_weights"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is given, but tokenizer 'pixels' has no teacher")
         return self
 
     @property

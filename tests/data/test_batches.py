@@ -12,6 +12,7 @@ from mapet.data import (
     DamageTally,
     PlainView,
     StepSampler,
+    Stream,
     TrainView,
     ViewDataset,
     fold_seed,
@@ -52,8 +53,8 @@ def test_processes_and_micro_batches_share_a_step() -> None:
 
 
 def test_seeds_do_not_collide() -> None:
-    seeds = {fold_seed(a, b, c) for a in range(20) for b in range(-1, 20) for c in range(50)}
-    assert len(seeds) == 20 * 21 * 50
+    seeds = {fold_seed(a, s, b, c) for a in range(9) for s in Stream for b in range(-1, 20) for c in range(50)}
+    assert len(seeds) == 9 * len(Stream) * 21 * 50
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -64,6 +65,21 @@ def test_workers_do_not_change_what_is_loaded(digits: Path) -> None:
     for alone, together in zip(load_batches(dataset, sampler, 0), load_batches(dataset, sampler, 2), strict=True):
         assert torch.equal(alone["student"], together["student"])
         assert torch.equal(alone["index"], together["index"])
+
+
+def test_the_number_of_threads_does_not_change_what_is_loaded(photographs: Path) -> None:
+    view = TrainView(224, 0.3, 0.5, 0.4, (0.5,) * 3, (0.5,) * 3)
+    dataset = ViewDataset(open_images(str(photographs)), view, 3, seed=3)
+    before = torch.get_num_threads()
+    try:
+        samples = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            samples.append(torch.stack([dataset[0, index]["student"] for index in range(8)]))
+            assert torch.get_num_threads() == threads
+        assert torch.equal(*samples)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

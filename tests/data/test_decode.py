@@ -76,6 +76,11 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
     assert pixels.min() >= 250
 
 
+def test_other_modes_become_grey(tmp_path: Path) -> None:
+    image = Image.new("LAB", (4, 4), (255, 128, 128))
+    assert decode(save(image, tmp_path / "lab.tif"), 1).min() >= 250
+
+
 def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     image = Image.new("RGB", (8, 4))
     image.paste((255, 255, 255), (0, 0, 4, 4))

@@ -35,6 +35,11 @@ def test_a_list_of_paths(digits: Path, tmp_path: Path) -> None:
     images = open_images(str(tmp_path / "list.txt"))
     assert len(images) == 6
     assert images.load(5, 3).shape == (3, 28, 28)
+    (tmp_path / "list.txt").write_text("near.png\n", encoding="utf-8-sig")
+    assert open_images(str(tmp_path / "list.txt")).keys == ("near.png",)
+    (tmp_path / "list.txt").write_text("x" * 5000 + "\n")
+    with pytest.raises(MapetError, match="which does not exist"):
+        open_images(str(tmp_path / "list.txt"))
     (tmp_path / "list.txt").write_text("gone.png\n")
     with pytest.raises(MapetError, match=r"names 'gone\.png', which does not exist"):
         open_images(str(tmp_path / "list.txt"))
@@ -43,6 +48,8 @@ def test_a_list_of_paths(digits: Path, tmp_path: Path) -> None:
 def test_nothing_to_read_is_said_clearly(tmp_path: Path) -> None:
     with pytest.raises(MapetError, match="neither a folder"):
         open_images(str(tmp_path / "missing"))
+    with pytest.raises(MapetError, match="neither a folder"):
+        open_images("x" * 5000)
     with pytest.raises(MapetError, match="did you mean 'fashion-mnist'"):
         open_images("fashion_mnist")
     with pytest.raises(MapetError, match="holds no image"):
@@ -58,7 +65,7 @@ def test_labelled_folders(digits: Path, tmp_path: Path) -> None:
     assert train.classes == tuple(f"class {digit}" for digit in range(10))
     assert sorted(test.labels or ()) == list(range(10))
     assert not set(train.keys) & set(test.keys)
-    shutil.copytree(digits, tmp_path / "train")
+    shutil.copytree(digits, tmp_path / "Train")
     shutil.copytree(digits, tmp_path / "val")
     assert [len(part) for part in open_labelled(str(tmp_path))] == [60, 60]
     shutil.rmtree(tmp_path / "val" / "class 3")

@@ -26,7 +26,9 @@ def test_the_cause_is_named() -> None:
         check_finite(objective=broken, **{**GOOD, "loss": math.nan})
     overflown = nn.Linear(2, 2)
     overflown.weight.grad = torch.full((2, 2), math.inf)
-    with pytest.raises(MapetError, match=r"gradients overflowed \(first 'weight'\); lower --lr"):
+    with pytest.raises(
+        MapetError, match=r"gradients overflowed \(first 'weight'\); start another run with a lower --lr"
+    ):
         check_finite(objective=overflown, **{**GOOD, "grad_norm": math.inf})
     with pytest.raises(MapetError, match="forward pass overflowed"):
         check_finite(objective=nn.Linear(2, 2), **{**GOOD, "loss": math.inf})

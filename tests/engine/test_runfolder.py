@@ -13,16 +13,19 @@ from mapet.engine import RunFolder, explain_disk_errors
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new" / "run")
     folder.open(resume=False)
-    folder.open(resume=True)
     folder.config.write_text("data: x\n")
+    folder.close()
     folder.open(resume=True)
+    folder.close()
     with pytest.raises(MapetError, match=r"already holds a run; pass --resume"):
         folder.open(resume=False)
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "slurm-1.out").write_text("welcome")
-    RunFolder(tmp_path).open(resume=False)
+    folder = RunFolder(tmp_path)
+    folder.open(resume=False)
+    folder.close()
     (tmp_path / "tokenizer").mkdir()
     for resume in (False, True):
         with pytest.raises(MapetError, match="holds 'tokenizer', but no run"):
@@ -30,6 +33,16 @@ def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MapetError, match="file is a file; choose a folder"):
         RunFolder(tmp_path / "file").open(resume=False)
+
+
+def test_one_process_a_folder(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open(resume=False)
+    with pytest.raises(MapetError, match="is in use by another process"):
+        second.open(resume=True)
+    first.close()
+    second.open(resume=True)
+    second.close()
 
 
 def test_metrics_are_cut_back_and_half_lines_passed_over(tmp_path: Path) -> None:

@@ -23,6 +23,11 @@ def test_image_size_must_be_divisible_by_the_patch() -> None:
         build_vit("vit_tiny_patch16_224", image_size=225)
 
 
+def test_an_unknown_tag_is_refused() -> None:
+    with pytest.raises(MapetError, match="cannot build model 'vit_tiny_patch16_224.foo'"):
+        build_vit("vit_tiny_patch16_224.foo", image_size=224)
+
+
 def test_a_model_that_is_no_vit_is_refused() -> None:
     with pytest.raises(MapetError, match="resnet18"):
         build_vit("resnet18", image_size=224)

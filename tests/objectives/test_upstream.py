@@ -75,6 +75,8 @@ def test_bad_files_are_refused(oracle: Callable[..., Any], tmp_path: Path) -> No
         load_upstream({"weight": torch.zeros(1)})
     with pytest.raises(MapetError, match=r"does not fit its architecture.*strange"):
         load_upstream({**recorded.state_dict, "strange": torch.zeros(1)}, recorded.config)
+    with pytest.raises(MapetError, match="says depth is 4, but the checkpoint's is 3"):
+        load_upstream(recorded.state_dict, {**recorded.config, "depth": 4})
     with pytest.raises(MapetError, match=r"unknown key 'num_head'.*'num_heads'"):
         load_upstream(recorded.state_dict, {"num_head": 3})
 

@@ -8,7 +8,9 @@ import torch
 import torchvision
 
 from mapet import MapetError
+from mapet.export import export_backbone
 from mapet.tokenizers import KFeatures, KPixels, load_tokenizer, save_tokenizer
+from mapet.tokenizers.teachers import build_teacher
 
 
 def photos(count: int = 6, size: int = 32, channels: int = 3) -> torch.Tensor:
@@ -73,16 +75,21 @@ def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random weights of small networks, in files as timm's users have them."""
     folder = tmp_path_factory.mktemp("weights")
     files = {}
-    for name in ("test_vit", "test_resnet"):
+    for name in ("test_vit", "test_resnet", "test_efficientnet"):
         torch.manual_seed(0)
         files[name] = folder / f"{name}.pth"
         torch.save(timm.create_model(name).state_dict(), files[name])
     return files
 
 
-@pytest.mark.parametrize("teacher", ["test_vit", "test_resnet"])
-def test_timm_teachers_from_a_local_file(teacher: str, timm_weights: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = KFeatures(teacher, (5, 5), 8, teacher_size=160, weights=timm_weights[teacher])
+@pytest.mark.parametrize(
+    ("teacher", "stage"),
+    [("test_vit", None), ("test_vit", 1), ("test_resnet", None), ("test_resnet", 2), ("test_efficientnet", 1)],
+)
+def test_timm_teachers_from_a_local_file(
+    teacher: str, stage: int | None, timm_weights: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = KFeatures(teacher, (5, 5), 8, teacher_size=160, stage=stage, weights=timm_weights[teacher])
     views = photos(4, size=40)
     tokenizer.fit([views], points_per_image=25, seed=0)
     ids = tokenizer.encode(views)
@@ -99,6 +106,30 @@ def test_vit_teachers_prefix_tokens_are_dropped(timm_weights: dict[str, Path]) -
     mean, std = (torch.tensor(whole.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     tokens = whole.forward_intermediates((views - mean) / std, norm=False, output_fmt="NLC")[1][-1]
     assert torch.allclose(tokenizer.features(views), tokens, atol=1e-4)
+
+
+def test_stages_are_counted_as_timm_counts_them(timm_weights: dict[str, Path]) -> None:
+    views = photos(2, size=160)
+    whole = timm.create_model("test_efficientnet", features_only=True).eval()
+    state = torch.load(timm_weights["test_efficientnet"], weights_only=True)
+    whole.load_state_dict({name: tensor for name, tensor in state.items() if name in whole.state_dict()})
+    config = timm.get_pretrained_cfg("test_efficientnet").to_dict()
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    for stage, expected in enumerate(whole((views - mean) / std)):
+        teacher = build_teacher("test_efficientnet", stage, timm_weights["test_efficientnet"])
+        assert torch.allclose(teacher(views), expected, atol=1e-4)
+
+
+def test_a_grey_backbone_of_ones_own_as_teacher(tiny_vit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    backbone = tiny_vit(channels=1).eval()
+    export_backbone(backbone, tmp_path, (0.5,), (0.25,))
+    teacher = build_teacher(f"local-dir:{tmp_path}")
+    grey = photos(2, size=28, channels=1)
+    expected = backbone.forward_features((grey - 0.5) / 0.25)[:, 1:]
+    found = teacher(grey)
+    assert found.shape == (2, 32, 4, 4)
+    assert torch.allclose(backbone.norm(found.flatten(2).mT), expected, atol=1e-5)
+    assert torch.allclose(teacher(grey.expand(-1, 3, -1, -1)), found, atol=1e-3)
 
 
 def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photographs: Path) -> None:
@@ -142,5 +173,7 @@ def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path)
         build("mobilenet_v2", stage="feature.3", weights=tmp_path / "mobile.pth")
     with pytest.raises(MapetError, match="must be a number"):
         build("test_vit", stage="last", weights=timm_weights["test_vit"])
+    with pytest.raises(MapetError, match=r"'deit_tiny_patch16_224' cannot read images of 100 x 100 .*--teacher-size"):
+        KFeatures("deit_tiny_patch16_224", (4, 4), 8, teacher_size=100, pretrained=False)
     with pytest.raises(MapetError, match="no stage 99"):
         build("test_vit", stage=99, weights=timm_weights["test_vit"])

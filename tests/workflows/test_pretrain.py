@@ -55,13 +55,15 @@ def test_a_run_folder_holds_everything(digits: Path, tmp_path: Path) -> None:
     files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     names = {name for name in files if not name.startswith("tensorboard/events")}
     assert names == {
-        "config.yaml", "log.txt", "metrics.jsonl", "baseline.json",
+        ".lock", "config.yaml", "log.txt", "metrics.jsonl", "baseline.json",
         "tokenizer/tokenizer.json", "tokenizer/tokenizer.safetensors",
         "checkpoints/last/objective.safetensors", "checkpoints/last/optimizer.safetensors",
         "checkpoints/last/state.json", "exported/config.json", "exported/model.safetensors",
         "figures/curve.png", "figures/layout.png", "figures/tokens.png",
     }  # fmt: skip
     assert len(files) == len(names) + 1
+    # Where the last checkpoint is, its export is too: nothing is left to do for a run that is killed here.
+    assert (out / "exported").stat().st_mtime_ns <= (out / "checkpoints" / "last").stat().st_mtime_ns
     assert [line["step"] for line in lines(out)] == list(range(9))
     first, last = lines(out)[0], lines(out)[-1]
     assert set(first) == {
@@ -71,6 +73,7 @@ def test_a_run_folder_holds_everything(digits: Path, tmp_path: Path) -> None:
     assert ["eval_knn" in line for line in lines(out)] == [False] * 6 + [True, False, True]
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["context_tokens"], config["order"], config["patch_size"], config["lr"]) == (5, "random", 7, 1e-3)
+    assert config["precision"] != "auto"
 
 
 def test_the_exported_backbone_is_the_trained_one(digits: Path, tmp_path: Path) -> None:
@@ -150,7 +153,8 @@ def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: 
     with pytest.raises(MapetError, match="already holds a run"):
         pretrain(values, tmp_path / "run", console=QUIET)
     assert {path: path.read_bytes() for path in before} == before
-    free = {"log_every": 2, "checkpoint_every": 1, "epochs": None, "context_tokens": None}
+    free = {"log_every": 2, "checkpoint_every": 1, "epochs": None, "context_tokens": None, "precision": "auto"}
+    free |= {"mean": [0.449], "max_damaged": 0.5}
     assert pretrain({**values, **free}, tmp_path / "run", resume=True, console=QUIET).config.context_tokens == 5
 
 
@@ -163,6 +167,23 @@ def test_changed_images_are_refused_on_resume(digits: Path, tmp_path: Path) -> N
     (tmp_path / "moved" / "class 3" / "1.png").unlink()
     with pytest.raises(MapetError, match="'data' changed.*it had 60 images, now there are 59"):
         pretrain(values, tmp_path / "run", resume=True, console=QUIET)
+
+
+def test_another_tokenizer_is_refused_on_resume(digits: Path, tmp_path: Path) -> None:
+    run(digits, tmp_path / "run", steps=2)
+    run(digits, tmp_path / "other", steps=2, seed=1)
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "run" / "tokenizer")
+    with pytest.raises(MapetError, match="is not the tokenizer that the run in"):
+        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
+
+
+def test_file_names_that_are_no_unicode(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(digits, tmp_path / "images")
+    Path(os.fsdecode(os.fsencode(tmp_path / "images") + b"/caf\xe9.png")).write_bytes(b"cut")
+    run(tmp_path / "images", tmp_path / "run", epochs=1, batch_size=61)
+    assert r"skipped damaged image caf\udce9.png" in (tmp_path / "run" / "log.txt").read_text()
+    assert "Logging error" not in capsys.readouterr().err
 
 
 def test_damaged_images_are_logged_and_the_run_goes_on(
@@ -185,12 +206,35 @@ def test_an_output_folder_among_the_images_is_refused(digits: Path, tmp_path: Pa
     assert not (tmp_path / "images" / "run").exists()
 
 
+def test_a_folder_called_as_a_tokenizer_is_does_not_take_its_place(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pixels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run(digits, tmp_path / "run", steps=1)
+    with pytest.raises(MapetError, match="holds no fitted tokenizer"):
+        run(digits, tmp_path / "other", steps=1, tokenizer="./pixels")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a scaler")
+def test_half_precision_needs_a_scaler(digits: Path, tmp_path: Path) -> None:
+    said = subprocess.run(command(digits, tmp_path / "run", precision="fp16"), capture_output=True, text=True)
+    assert said.returncode == 2
+    assert "precision 'fp16' needs a GPU" in said.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_fitted_tokenizer_is_taken_from_its_folder(digits: Path, tmp_path: Path) -> None:
     first = run(digits, tmp_path / "first", steps=2)
     again = run(digits, tmp_path / "again", steps=2, tokenizer=str(tmp_path / "first" / "tokenizer"))
     assert curve(tmp_path / "first") == curve(tmp_path / "again")
     with pytest.raises(MapetError, match=r"gives 4 x 4 ids an image, but the model has 7 x 7 patches"):
         run(digits, tmp_path / "other", steps=2, patch_size=4, tokenizer=str(tmp_path / "first" / "tokenizer"))
+    with pytest.raises(MapetError, match=r"images have shape \(3, 28, 28\), but this tokenizer reads \(1, 28, 28\)"):
+        run(digits, tmp_path / "other", steps=2, channels=3, tokenizer=str(tmp_path / "first" / "tokenizer"))
+    with pytest.raises(MapetError, match="is fitted and has 16 ids; leave --vocab-size out"):
+        run(digits, tmp_path / "other", steps=2, vocab_size=9, tokenizer=str(tmp_path / "first" / "tokenizer"))
+    assert not (tmp_path / "other" / "config.yaml").exists()
     assert first.objective.vocab_size == again.objective.vocab_size == 16
 
 
@@ -227,6 +271,9 @@ def test_two_processes_see_what_one_sees(digits: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([arguments[0], *launcher, *arguments[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "two" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["made_from"]["processes"] == 2
+    assert done.stderr.count("done: ") == 1
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [line["step"] for line in two] == [0, 1, 2, 3]
     for a, b in zip(one, two, strict=True):

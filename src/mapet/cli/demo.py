@@ -42,12 +42,17 @@ def run(parsed: argparse.Namespace) -> int:
     out = Path(parsed.out) if parsed.out else DEFAULT_OUT if parsed.resume else _next_free(DEFAULT_OUT)
     values = given_values(parsed) | {"data": parsed.dataset}
     result, rows = run_demo(values, out, resume=parsed.resume, console=console)
+    if not result.is_main:
+        return 0
     if rows is None:
-        console.print(f"stopped and saved after step {result.steps}; --resume continues {out}")
+        console.print(f"stopped and saved after step {result.steps}; --resume continues {out}", soft_wrap=True)
         return 128 + (result.stopped_by or 0)
     print_rows(Console(), rows, f"accuracy on {parsed.dataset}, test images")
-    console.print(f"pictures: {result.folder.figures}\nresults:  {out / 'results.json'}")
-    console.print(f'backbone: timm.create_model("local-dir:{result.folder.exported}", pretrained=True)')
+    console.print(
+        f"pictures: {result.folder.figures}\nresults:  {out / 'results.json'}\n"
+        f'backbone: timm.create_model("local-dir:{result.folder.exported}", pretrained=True)',
+        soft_wrap=True,
+    )
     return 0
 
 

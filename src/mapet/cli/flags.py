@@ -49,7 +49,7 @@ def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
         if text is None:
             continue
         if key == "model_args":
-            values[key] = {**values.get(key, {}), **dict(_pair(item) for item in text)}
+            values[key] = {**(values.get(key) or {}), **dict(_pair(item) for item in text)}
         elif isinstance(text, list):
             values[key] = [_parse(item) for item in text]
         else:
@@ -63,7 +63,7 @@ def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "teacher_weights", "eval_data"})
+_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "teacher_weights", "eval_data", "precision"})
 
 
 def _parse(text: str) -> Any:
@@ -71,8 +71,9 @@ def _parse(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
+        value = yaml.safe_load(text)
         # YAML 1.1 takes 1e-3 for a string: it wants a point.
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value
     except (ValueError, yaml.YAMLError):
         return text
 

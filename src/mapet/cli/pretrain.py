@@ -31,8 +31,13 @@ def run(parsed: argparse.Namespace) -> int:
 
     result = pretrain(given_values(parsed), parsed.out, resume=parsed.resume, console=console)
     root = result.folder.root
+    if not result.is_main:
+        return 0
     if result.steps < result.total_steps:
-        console.print(f"stopped and saved after step {result.steps}; --resume continues {root}")
+        console.print(f"stopped and saved after step {result.steps}; --resume continues {root}", soft_wrap=True)
         return 128 + (result.stopped_by or 0)
-    console.print(f'done: {root}\nuse it: timm.create_model("local-dir:{result.folder.exported}", pretrained=True)')
+    console.print(
+        f'done: {root}\nuse it: timm.create_model("local-dir:{result.folder.exported}", pretrained=True)',
+        soft_wrap=True,
+    )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mapet.data.batches import (
@@ -9,6 +10,7 @@ from mapet.data.batches import (
     DamageTally,
     Sample,
     StepSampler,
+    Stream,
     ViewDataset,
     fold_seed,
     in_order,
@@ -36,6 +38,7 @@ __all__ = [
     "PlainView",
     "Sample",
     "StepSampler",
+    "Stream",
     "TrainView",
     "ViewDataset",
     "check_channels",
@@ -50,7 +53,7 @@ __all__ = [
     "split",
 ]
 
-TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "val", "validation", "valid")
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
 
 
 def open_images(source: str) -> ImageSet:
@@ -60,9 +63,10 @@ def open_images(source: str) -> ImageSet:
         MapetError: if there is nothing of that name, or no image in it.
     """
     path = Path(source)
-    if path.is_dir():
+    # os.path, not pathlib: false, not an error, for a name that no file can have.
+    if os.path.isdir(path):  # noqa: PTH112
         return from_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return from_list(path)
     if source in DEMO_SETS:
         return DEMO_SETS[source]()[0]
@@ -87,8 +91,11 @@ def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         raise MapetError(
             f"{source!r} is neither a folder with one subfolder per class nor a demo set ({', '.join(DEMO_SETS)})"
         )
-    train = next((path / name for name in TRAIN_FOLDERS if (path / name).is_dir()), None)
-    test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
+    parts_by_name = {child.name.lower(): child for child in path.iterdir() if child.is_dir()}
+    train, test = (
+        next((parts_by_name[name] for name in names if name in parts_by_name), None)
+        for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
     if train is None or test is None:
         return split(from_labelled_folder(path), 0.2, seed)
     parts = from_labelled_folder(train), from_labelled_folder(test)

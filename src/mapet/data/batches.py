@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TypedDict
 
 import torch
@@ -43,10 +44,21 @@ class Batch(TypedDict):
     damaged: list[list[tuple[int, str]]]
 
 
-def fold_seed(*parts: int) -> int:
-    """Mix integers into one 63-bit seed: independent streams for (seed, epoch, index) and the like."""
+class Stream(IntEnum):
+    """What randomness is for: each purpose has a stream of its own."""
+
+    EPOCH = 1  # the permutation of an epoch
+    VIEW = 2  # the augmentation of an image in an epoch
+    STEP = 3  # orders and stochastic depth of a step
+    SAMPLE = 4  # the images that a tokenizer is fitted on
+    WEIGHTS = 5  # the backbone's initial weights
+    HEAD = 6  # those of the parts that are not exported
+
+
+def fold_seed(seed: int, stream: Stream, *parts: int) -> int:
+    """Mix integers into one 63-bit seed: independent streams for every purpose, epoch, index, ..."""
     mixed = 0x9E3779B97F4A7C15
-    for part in parts:
+    for part in (seed, stream, *parts):
         mixed = ((mixed ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
         mixed ^= mixed >> 29
     return mixed >> 1
@@ -82,7 +94,7 @@ class StepSampler:
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                generator = torch.Generator().manual_seed(fold_seed(self.seed, epoch))
+                generator = torch.Generator().manual_seed(fold_seed(self.seed, Stream.EPOCH, epoch))
                 permutation = torch.randperm(self.images, generator=generator)
             start = step % self.steps_per_epoch * self.batch_size
             step_images = permutation[start : start + self.batch_size]
@@ -105,7 +117,7 @@ class ViewDataset(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
-        seed = fold_seed(self.seed, epoch, index)
+        seed = fold_seed(self.seed, Stream.VIEW, epoch, index)
         replacements = random.Random(seed)
         damaged: list[tuple[int, str]] = []
         # A blank image stands in when all attempts fail; DamageTally then stops the run before it is used.
@@ -117,7 +129,12 @@ class ViewDataset(Dataset[Sample]):
             except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
                 index = replacements.randrange(len(self.images))
+        # One thread, as in a loading process: the rounding of a mean depends on their number, and small images
+        # are not worth more.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         view, student = self.view(image, seed)
+        torch.set_num_threads(threads)
         return {"view": view, "student": student, "index": index, "damaged": damaged}
 
 
@@ -153,8 +170,8 @@ class DamageTally:
     def _too_many(self, what: str) -> MapetError:
         example = self.images.keys[min(self.indices)]
         return MapetError(
-            f"{what}, the first being {example!r} in {self.images.name}; repair or remove the files named in the "
-            f"log, or raise --max-damaged (now {self.most_share:g})"
+            f"{what}, the first being {example!r} in {self.images.name}; repair the files named in the log or raise "
+            f"--max-damaged (now {self.most_share:g})"
         )
 
 

@@ -40,6 +40,8 @@ def decode(path: str | Path, channels: int) -> Tensor:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
+    if image.mode != "L":
+        image = image.convert("RGB")  # the one mode that all others can be turned into
     image = image.convert("L" if channels == 1 else "RGB")
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)

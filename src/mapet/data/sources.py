@@ -103,17 +103,19 @@ def from_labelled_folder(folder: Path) -> ImageSet:
 def from_list(file: Path) -> ImageSet:
     """A text file with one image path per line, relative to the file's own folder; ``#`` starts a comment."""
     try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise MapetError(f"{file} is neither a folder of images nor a text file of paths ({error.reason})") from error
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise MapetError(f"list {file} names no image; write one path per line")
     paths = [file.parent / name for name in names]
-    missing = next((name for name, path in zip(names, paths, strict=True) if not path.is_file()), None)
+    # os.path, not pathlib: false, not an error, for a name that no file can have.
+    exist = [os.path.isfile(path) for path in paths]  # noqa: PTH113
+    missing = next((name for name, found in zip(names, exist, strict=True) if not found), None)
     if missing is not None:
         raise MapetError(
-            f"list {file} names {missing!r}, which does not exist (paths are relative to {file.parent.resolve()})"
+            f"list {file} names {missing[:200]!r}, which does not exist (paths are relative to {file.parent.resolve()})"
         )
     return ImageSet(str(file), tuple(names), paths)
 

@@ -60,7 +60,7 @@ class TrainView:
 
 @dataclass(frozen=True)
 class PlainView:
-    """Resize the short side, crop the centre: what evaluation sees.
+    """The centre square, resized: what evaluation sees.
 
     Returns ``(view, student)`` as ``TrainView`` does; ``seed`` is not used.
     """
@@ -71,7 +71,7 @@ class PlainView:
 
     def __call__(self, image: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Return the view in [0, 1] and normalised."""
-        resized = v2.functional.resize(image, [self.size], interpolation=BICUBIC, antialias=True)
-        cropped = v2.functional.center_crop(resized, [self.size])
-        view = v2.functional.to_dtype(cropped, torch.float32, scale=True).clamp(0, 1)
+        square = v2.functional.center_crop(image, [min(image.shape[-2:])] * 2)
+        resized = v2.functional.resize(square, [self.size, self.size], interpolation=BICUBIC, antialias=True)
+        view = v2.functional.to_dtype(resized, torch.float32, scale=True).clamp(0, 1)
         return view, v2.functional.normalize(view, list(self.mean), list(self.std))

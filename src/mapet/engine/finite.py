@@ -25,13 +25,13 @@ def check_finite(
     if not inputs.isfinite().all():
         cause = "the input images contain NaN or infinity; look at --mean, --std and the files"
     elif broken:
-        cause = f"the weights were not finite before the step (first {broken[0]!r}); resume from a checkpoint"
+        cause = f"the weights were not finite before the step (first {broken[0]!r}); resume from the checkpoint"
     elif math.isfinite(loss):
         gradients = ((name, p.grad) for name, p in objective.named_parameters() if p.grad is not None)
         first = next((name for name, grad in gradients if not grad.isfinite().all()), "their norm")
-        cause = f"the gradients overflowed (first {first!r}); lower --lr or raise --warmup"
+        cause = f"the gradients overflowed (first {first!r}); start another run with a lower --lr or a longer --warmup"
     else:
-        cause = "the forward pass overflowed; lower --lr, raise --warmup, or pass --precision no"
+        cause = "the forward pass overflowed; start another run with a lower --lr, a longer --warmup, or --precision no"
     raise MapetError(
         f"step {step}: loss {loss:g}, gradient norm {grad_norm:g} at learning rate {lr:.3g} in precision "
         f"{precision!r}: {cause}. No weight was changed by this step; the last checkpoint is whole"

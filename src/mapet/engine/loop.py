@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mapet.config import PretrainConfig
-from mapet.data import Batch, DamageTally, fold_seed
+from mapet.data import Batch, DamageTally, Stream, fold_seed
 from mapet.engine.finite import check_finite
 from mapet.engine.schedule import warmup_cosine
 from mapet.engine.sinks import Record, Sink
@@ -62,7 +62,7 @@ class Trainee:
         """Take one optimiser step and return what there is to know about it."""
         config, accelerator = self.config, self.accelerator
         # All randomness of a step comes from here, so a run can be taken up at any step.
-        torch.manual_seed(fold_seed(config.seed, step, accelerator.process_index))
+        torch.manual_seed(fold_seed(config.seed, Stream.STEP, step, accelerator.process_index))
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

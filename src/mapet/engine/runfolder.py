@@ -5,6 +5,7 @@ log.txt              what was logged, damaged images by name
 metrics.jsonl        a line per logged step
 tensorboard/         the same as TensorBoard events
 tokenizer/           the fitted tokenizer
+baseline.json        what can be had without looking at the images
 checkpoints/last/    everything needed to continue
 exported/            the backbone, for timm
 figures/             pictures
@@ -14,16 +15,20 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mapet.engine.files import recover_folder, replace_file
 from mapet.errors import MapetError
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -36,9 +41,11 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.tokenizer = self.root / "tokenizer"
+        self.baseline = self.root / "baseline.json"
         self.checkpoint = self.root / "checkpoints" / "last"
         self.exported = self.root / "exported"
         self.figures = self.root / "figures"
+        self.lock: FileLock | None = None
 
     def open(self, *, resume: bool) -> None:
         """Create the folder, or accept an existing run to be resumed.
@@ -55,7 +62,7 @@ class RunFolder:
                 )
         else:
             # config.yaml is the first that a run writes of these, so without it they are somebody else's.
-            for path in (self.tokenizer, self.checkpoint.parent, self.exported, self.metrics):
+            for path in (self.tokenizer, self.baseline, self.checkpoint.parent, self.exported, self.metrics):
                 if path.exists():
                     raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")
         try:
@@ -67,8 +74,26 @@ class RunFolder:
             raise MapetError(
                 f"output folder {self.root} cannot be written to ({error.strerror}); choose another --out"
             ) from error
+        self._lock()
         for folder in (self.tokenizer, self.checkpoint, self.exported):
             recover_folder(folder)
+
+    def _lock(self) -> None:
+        """Hold the folder for this process; the system lets go of it however the process ends."""
+        self.lock = FileLock(self.root / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise MapetError(
+                f"output folder {self.root} is in use by another process; wait for it or choose another --out"
+            ) from None
+        except (NotImplementedError, OSError) as error:
+            logger.warning("output folder %s cannot be locked (%s); let no other process write to it", self.root, error)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.lock is not None:
+            self.lock.release()
 
     def metric_lines(self) -> Iterator[dict[str, Any]]:
         """Yield the whole lines of metrics.jsonl; a last line cut short by a kill is passed over."""

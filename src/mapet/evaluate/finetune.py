@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch.optim import AdamW
 
-from mapet.data import ImageSet, PlainView, StepSampler, TrainView, ViewDataset, fold_seed, load_batches
+from mapet.data import ImageSet, PlainView, StepSampler, Stream, TrainView, ViewDataset, fold_seed, load_batches
 from mapet.engine import warmup_cosine
 from mapet.evaluate.features import extract_features
 
@@ -49,7 +49,7 @@ def finetune_accuracy(
     """Fine-tune a copy of ``backbone`` on labelled images; return the accuracy in 0..1 on ``test``."""
     device = next(backbone.parameters()).device
     model = copy.deepcopy(backbone)
-    torch.manual_seed(fold_seed(seed))
+    torch.manual_seed(fold_seed(seed, Stream.HEAD))
     model.reset_classifier(len(train.classes))
     model.to(device).train()
     optimizer = AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)

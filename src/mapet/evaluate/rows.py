@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -34,7 +34,6 @@ def finetune_row(
     *,
     channels: int,
     seed: int,
-    report: Callable[[str], None] = lambda _: None,
 ) -> Row:
     """Return ``finetune_N`` for every number ``N`` of labels, with the same recipe and the same labels."""
     row = {}
@@ -43,5 +42,4 @@ def finetune_row(
         row[f"finetune_{count}"] = finetune_accuracy(
             backbone, labelled, test, view, recipe, channels=channels, seed=seed
         )
-        report(f"finetune_{count}")
     return row

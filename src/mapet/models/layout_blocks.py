@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
@@ -83,6 +84,12 @@ def use_layouts(backbone: VisionTransformer) -> VisionTransformer:
             f"the backbone is a {type(backbone).__name__}; the objectives need a plain timm "
             "VisionTransformer such as 'vit_small_patch16_224'"
         )
+    patch = backbone.patch_embed
+    if type(patch) is not PatchEmbed or patch.proj.kernel_size != patch.proj.stride:
+        raise MapetError(
+            f"the backbone embeds patches by a {type(patch).__name__} whose patches overlap, so that a target's pixels "
+            "would be seen before it is predicted; choose a ViT with plain patches such as 'vit_small_patch16_224'"
+        )
     if backbone.pos_embed is None:
         raise MapetError(
             "the backbone has no learned position embedding, which the mask vector needs; "
@@ -91,9 +98,10 @@ def use_layouts(backbone: VisionTransformer) -> VisionTransformer:
     if backbone.dynamic_img_size:
         raise MapetError("the backbone was built with dynamic_img_size=True; pre-train at one fixed image size")
     for index, block in enumerate(backbone.blocks):
-        if type(block) not in (Block, LayoutBlock) or type(block.attn) not in (Attention, LayoutAttention):
+        attention = getattr(block, "attn", None)
+        if type(block) not in (Block, LayoutBlock) or type(attention) not in (Attention, LayoutAttention):
             raise MapetError(
-                f"block {index} of the backbone is a {type(block).__name__} with {type(block.attn).__name__}; "
+                f"block {index} of the backbone is a {type(block).__name__} with {type(attention).__name__}; "
                 "the objectives need timm's standard Block and Attention: choose another model"
             )
     for block in backbone.blocks:

@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError, nearest
 
-CONFIG_KEYS = (
-    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "init_values", "norm_eps",
-    "vocab_size", "context_tokens", "num_classes", "global_pool",
-)  # fmt: skip
+# What the tensors do not tell; ``init_values`` is replaced by the weights, but the authors' configurations have it.
+CONFIG_KEYS = ("num_heads", "norm_eps", "global_pool", "context_tokens", "init_values")
 
 
 def read_upstream(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,27 +83,34 @@ def vit_from_upstream(
 ) -> VisionTransformer:
     """Build the timm ViT that an upstream state dict (under timm's names) belongs to; weights not yet loaded.
 
-    Everything but the number of heads can be read off the tensors; heads default to 64 channels each, as in
-    all published models. ``config`` overrides, by the keys in ``CONFIG_KEYS``.
+    Nearly everything can be read off the tensors. ``config`` says the rest, by the keys in ``CONFIG_KEYS``; heads
+    default to 64 channels each, as in all published models. What else it says must agree with the tensors.
     """
     config = dict(config or {})
-    for key in config:
-        if key not in CONFIG_KEYS:
-            raise MapetError(f"unknown key {key!r} in the upstream config{nearest(key, CONFIG_KEYS)}")
-    patch_size = state["patch_embed.proj.weight"].shape[-1]
-    embed_dim = state["pos_embed"].shape[-1]
+    patch_size, embed_dim = state["patch_embed.proj.weight"].shape[-1], state["pos_embed"].shape[-1]
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    pool = config.get("global_pool", "avg" if "fc_norm.weight" in state else "token")
+    told = {
+        "img_size": side * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_classes": num_classes,
+        "vocab_size": len(state.get("decoder.bias", ())),
+    }
+    for key, value in config.items():
+        if key not in CONFIG_KEYS and key not in told:
+            raise MapetError(f"unknown key {key!r} in the upstream config{nearest(key, [*CONFIG_KEYS, *told])}")
+        if value != told.get(key, value):
+            raise MapetError(f"the upstream config says {key} is {value}, but the checkpoint's is {told[key]}")
     return VisionTransformer(
-        img_size=config.get("img_size", side * patch_size),
-        patch_size=config.get("patch_size", patch_size),
+        img_size=told["img_size"],
+        patch_size=patch_size,
         in_chans=state["patch_embed.proj.weight"].shape[1],
-        embed_dim=config.get("embed_dim", embed_dim),
-        depth=config.get("depth", depth),
+        embed_dim=embed_dim,
+        depth=told["depth"],
         num_heads=config.get("num_heads", max(1, embed_dim // 64)),
-        init_values=config.get("init_values", 0.1 if "blocks.0.ls1.gamma" in state else None),
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
         norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=config.get("norm_eps", 1e-6), **kwargs),
         num_classes=num_classes,
-        global_pool=pool,
+        global_pool=config.get("global_pool", "avg" if "fc_norm.weight" in state else "token"),
     )

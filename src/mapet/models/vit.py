@@ -32,7 +32,7 @@ def build_vit(
         patch_size: side of a patch in pixels; None keeps the named model's.
         channels: 1 or 3 input channels.
         drop_path: stochastic depth rate of the last block.
-        layer_scale: initial LayerScale; None leaves it out.
+        layer_scale: initial LayerScale; None keeps the named model's own, which for most is to have none.
         model_args: further arguments of timm's ``VisionTransformer``, e.g. ``depth=4``.
 
     Raises:
@@ -53,7 +53,7 @@ def build_vit(
             fc_norm=False,
             **overrides,
         )
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, OSError) as error:
         raise MapetError(f"timm cannot build model {name!r} with these arguments: {error}") from error
     use_layouts(backbone)
     patch = backbone.patch_embed.patch_size

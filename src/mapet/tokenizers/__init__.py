@@ -13,7 +13,16 @@ from mapet.tokenizers.base import KTokenizer, Tokenizer
 from mapet.tokenizers.kfeatures import KFeatures
 from mapet.tokenizers.kpixels import KPixels
 
-__all__ = ["TOKENIZERS", "KFeatures", "KPixels", "KTokenizer", "Tokenizer", "load_tokenizer", "save_tokenizer"]
+__all__ = [
+    "CONFIG_FILE",
+    "TOKENIZERS",
+    "KFeatures",
+    "KPixels",
+    "KTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "save_tokenizer",
+]
 
 TOKENIZERS: dict[str, type[KTokenizer]] = {"pixels": KPixels, "features": KFeatures}
 
@@ -41,10 +50,11 @@ def load_tokenizer(folder: str | Path) -> KTokenizer:
             raise MapetError(f"tokenizer {folder} is of unknown kind {kind!r}{nearest(kind, TOKENIZERS)}")
         tokenizer = TOKENIZERS[kind].from_config(content["config"])
         tokenizer.load_state_dict(load_file(folder / TENSOR_FILE))
+        expected_hash = content["hash"]
     except FileNotFoundError as error:
         raise MapetError(f"{folder} holds no fitted tokenizer: {error.filename} is missing") from error
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MapetError(f"tokenizer {folder} cannot be read ({error}); fit it again") from error
-    if tokenizer.content_hash != content["hash"]:
+    if tokenizer.content_hash != expected_hash:
         raise MapetError(f"tokenizer {folder} was changed after fitting (its hash does not match); fit it again")
     return tokenizer.eval()

@@ -77,7 +77,7 @@ class KTokenizer(nn.Module):
 
         Args:
             batches: image batches ``(B, C, H, W)`` in [0, 1]; the features sampled from them are held in
-                memory: ``images * points_per_image * d * 4`` bytes.
+                memory, twice while they are joined: ``2 * images * points_per_image * d * 4`` bytes.
             points_per_image: how many patches of each image are sampled, without replacement.
             seed: seeds the sampling and the k-means.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mapet.errors import MapetError
 from mapet.tokenizers.base import Grid, KTokenizer
 from mapet.tokenizers.teachers import build_teacher
 
@@ -46,8 +47,14 @@ class KFeatures(KTokenizer):
         pretrained: bool = True,
     ) -> None:
         network = build_teacher(teacher, stage, weights, pretrained=pretrained)
-        with torch.no_grad():
-            channels_out = network(torch.zeros(1, 3, teacher_size, teacher_size)).shape[1]
+        try:
+            with torch.no_grad():
+                channels_out = network(torch.zeros(1, 3, teacher_size, teacher_size)).shape[1]
+        except (AssertionError, RuntimeError) as error:
+            raise MapetError(
+                f"teacher {teacher!r} cannot read images of {teacher_size} x {teacher_size} pixels "
+                f"({' '.join(str(error).split())}); choose another --teacher-size"
+            ) from error
         super().__init__(grid, vocab_size, channels_out)
         self.teacher = network
         self.teacher_size = teacher_size

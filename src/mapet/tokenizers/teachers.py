@@ -13,6 +13,7 @@ import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from mapet.errors import MapetError, nearest
 
@@ -22,14 +23,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Teacher(nn.Module):
     """A network cut off at one stage, with its own input normalisation; frozen.
 
-    Maps ``(B, 3, H, W)`` (or one channel, repeated) in [0, 1] to ``(B, d, h, w)``.
+    Maps ``(B, 3, H, W)`` or ``(B, 1, H, W)`` in [0, 1] to ``(B, d, h, w)``, whether the network reads 3 channels or 1.
     """
 
     def __init__(self, name: str, stage: str | int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.name, self.stage = name, stage
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     network: Any
     mean: Tensor
@@ -50,7 +51,10 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the stage."""
-        feature_map = self.network_map((images.expand(-1, 3, -1, -1) - self.mean) / self.std)
+        wanted = self.mean.shape[1]
+        if images.shape[1] != wanted:
+            images = rgb_to_grayscale(images, num_output_channels=wanted)
+        feature_map = self.network_map((images - self.mean) / self.std)
         if feature_map.ndim != 4:
             raise MapetError(
                 f"stage {self.stage!r} of teacher {self.name!r} gives a tensor of shape "
@@ -70,14 +74,14 @@ class TimmTeacher(Teacher):
         super().__init__(name, stage, config["mean"], config["std"])
         try:
             # Later stages are never run: dropping them keeps the saved tokenizer small.
-            network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
+            kept = network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
         except (IndexError, AssertionError) as error:
             raise MapetError(f"teacher {name!r} has no stage {stage}; choose another --teacher-stage") from error
-        self.network = network
+        self.network, self.kept = network, kept
 
     def network_map(self, images: Tensor) -> Tensor:
-        """Return the map of the last stage that is left."""
-        maps = self.network.forward_intermediates(images, indices=1, intermediates_only=True)
+        """Return the map of the stage."""
+        maps = self.network.forward_intermediates(images, indices=self.kept, intermediates_only=True)
         return maps[-1]  # type: ignore[no-any-return]
 
 
@@ -142,9 +146,10 @@ def build_teacher(
 
 def _timm_network(name: str, pretrained: bool) -> Any:
     try:
-        # dynamic_img_size lets a ViT read any size; networks that are not ViTs do not know the argument.
-        extra = {"dynamic_img_size": True} if "vit_" in name else {}
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **extra)
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+        except TypeError:  # it lets a ViT read any size; networks that are not ViTs do not know the argument
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
         if pretrained:
             raise _no_download(name, error) from error

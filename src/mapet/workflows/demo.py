@@ -43,10 +43,11 @@ def run_demo(
         console: where progress is shown.
 
     Returns:
-        the run and its rows of accuracies in 0..1; no rows if it was stopped early.
+        the run and its rows of accuracies in 0..1; no rows if it was stopped early, or on any process but the
+        main one.
     """
     result = pretrain(values, out, resume=resume, console=console)
-    if result.steps < result.total_steps:
+    if result.steps < result.total_steps or not result.is_main:
         return result, None
     rows = measure_run(result.config, result.objective.backbone, label_counts, recipe or FinetuneRecipe())
     replace_file(result.folder.root / "results.json", json.dumps(rows, indent=2) + "\n")

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
+from torch.optim import Optimizer
 
-from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config
+from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
 from mapet.data import (
     DamageTally,
     ImageSet,
     PlainView,
     StepSampler,
+    Stream,
     TrainView,
     ViewDataset,
     check_channels,
@@ -68,19 +70,19 @@ class RunResult:
         folder: the run folder.
         config: the resolved configuration.
         objective: the trained objective; ``objective.backbone`` is the timm model.
-        baseline: what can be had without looking at the image.
         steps: optimiser steps done.
         total_steps: optimiser steps of the whole run.
         stopped_by: the signal that ended it early, or None.
+        is_main: whether this process is the one that reports, of those that trained together.
     """
 
     folder: RunFolder
     config: PretrainConfig
     objective: LayoutObjective
-    baseline: Baseline
     steps: int
     total_steps: int
     stopped_by: int | None
+    is_main: bool
 
 
 def pretrain(
@@ -100,43 +102,43 @@ def pretrain(
     folder = RunFolder(out)
     config = _settle_config(values, folder, resume)
     with explain_disk_errors(folder.root), StopRequest() as stop:
-        return _run(config, folder, resume, console or Console(stderr=True), stop)
+        try:
+            return _run(config, folder, resume, console or Console(stderr=True), stop)
+        finally:
+            folder.close()
 
 
 def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -> PretrainConfig:
-    """Validate the values, on resume against those the run began with."""
+    """Validate the values; on resume they complete those the run began with, and may not contradict them."""
     if not (resume and folder.config.exists()):
         return make_config(dict(values))
-    saved = yaml.safe_load(folder.config.read_text())
-    began_with = make_config(saved, f"{folder.config}")
-    given = make_config({"data": saved["data"], **values})
-    changed = {key: getattr(given, key) for key in values}
-    for key, now in changed.items():
-        before, default = getattr(began_with, key), PretrainConfig.model_fields[key].default
-        if now is None and default is None:
-            changed[key] = before  # "choose for me", which was done when the run began
-        elif before != now and key not in free_keys():
+    began_with = make_config(read_recipe(folder.config), str(folder.config)).model_dump()
+    # "Choose for me" was answered when the run began.
+    given = {key: value for key, value in values.items() if value not in (None, "auto") or key == "layer_scale"}
+    config = make_config({**began_with, **given})
+    for key, now in config.model_dump().items():
+        if now != began_with[key] and key not in free_keys():
             raise MapetError(
-                f"{key!r} is {now!r}, but the run in {folder.root} began with {before!r}; a resumed run must "
-                "stay the same: drop the change, or start another run with another --out"
+                f"{key!r} is {now!r}, but the run in {folder.root} began with {began_with[key]!r}; a resumed run "
+                "must stay the same: drop the change, or start another run with another --out"
             )
-    return began_with.model_copy(update=changed)
+    return config
 
 
 def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console, stop: StopRequest) -> RunResult:
     check_channels(config.channels)
     _check_apart(config, folder)
-    images = open_images(config.data)
-    config = config.resolve(len(images))
     accelerator = make_accelerator(config)
     _check_processes(config, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
-    workers = count_workers(config, images, device, accelerator.num_processes)
+    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
+        images = open_images(config.data)
+    workers = count_workers(config, images, device)
     evaluators = _evaluators(config, workers)
 
-    backbone = initial_backbone(config)
-    build = partial(build_objective, config.objective, backbone)
     # Built once without a tokenizer: what cannot work is refused before anything is fitted or written.
+    config = config.resolve(len(images))
+    build = partial(build_objective, config.objective, initial_backbone(config))
     draft = build(vocab_size=2, context_tokens=config.context_tokens, order=config.order)
     config = config.model_copy(
         update={
@@ -144,37 +146,38 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
             "context_tokens": draft.context_tokens,
             "order": draft.order,
             "vocab_size": settle_vocab_size(config, len(images) * draft.patches),
+            "precision": accelerator.mixed_precision,
         }
+    )
+    view = TrainView(
+        config.image_size, config.crop_min, config.flip, config.color_jitter, config.input_mean, config.input_std
     )
 
     with accelerator.main_process_first():
         if main:
             folder.open(resume=resume)
             _log_to(folder)
-        view = TrainView(
-            config.image_size, config.crop_min, config.flip, config.color_jitter,
-            config.input_mean, config.input_std,
-        )  # fmt: skip
         if not folder.tokenizer.exists():
             tokenizer = make_tokenizer(config, draft.grid, images, view, device, workers)
             replace_file(folder.config, config_to_yaml(config))
             replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
         tokenizer = load_tokenizer(folder.tokenizer).to(device)
-        baseline = measure_baseline(tokenizer, config, images, view, folder.root / "baseline.json", device, workers)
+        baseline = measure_baseline(tokenizer, config, images, view, folder.baseline, device, workers)
 
-    torch.manual_seed(fold_seed(config.seed, 2))
+    torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
     objective = build(tokenizer.vocab_size, config.context_tokens, config.order).to(device)
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
-    first_step, known_damage = 0, []
-    if folder.checkpoint.exists():
-        _check_data(folder, images)
-        state = read_checkpoint(folder.checkpoint, objective, optimizer)
-        first_step, known_damage = state["step"], state["damaged"]
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+    made_from = {
+        "images": len(images),
+        "fingerprint": images.fingerprint,
+        "tokenizer": tokenizer.content_hash,
+        "processes": accelerator.num_processes,
+    }
+    first_step, damaged = _continue(folder, made_from, objective, optimizer, accelerator)
     plan = _plan(config, len(images), first_step)
-    tally = DamageTally(images, config.max_damaged, known_damage)
-    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    tally = DamageTally(images, config.max_damaged, damaged)
+    # The optimizer's state is where it belongs: moved, its step counts would be read back from the device each step.
+    prepared, optimizer = accelerator.prepare(objective, optimizer, device_placement=[True, False])
 
     if main:
         replace_file(folder.config, config_to_yaml(config))
@@ -184,25 +187,20 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         logger.info(
             "%s: %d images, %s, %s, steps %d to %d of %d images on %s in precision %s",
             folder.root, len(images), config.model, config.objective, first_step, plan.total_steps,
-            config.batch_size, device, accelerator.mixed_precision,
+            config.batch_size, device, config.precision,
         )  # fmt: skip
 
     def save(done: int) -> None:
-        accelerator.wait_for_everyone()
+        tally.indices.update(gather_object(sorted(tally.indices)))  # waits for every process
         if main:
-            state = {
-                "step": done,
-                "images": len(images),
-                "fingerprint": images.fingerprint,
-                "tokenizer": tokenizer.content_hash,
-                "damaged": sorted(tally.indices),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            }
-            replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            state = {"step": done, "made_from": made_from, "damaged": sorted(tally.indices), "scaler": scaler}
+            # The export first: where the last checkpoint is, its export is too.
             replace_folder(
                 folder.exported,
                 lambda fresh: export_backbone(objective.backbone, fresh, config.input_mean, config.input_std),
             )
+            replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
 
     sampler = StepSampler(
         len(images), config.batch_size, config.seed, first_step, plan.total_steps,
@@ -219,12 +217,14 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
             sink.close()
     if main:
         draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
-    return RunResult(folder, config, objective, baseline, steps, plan.total_steps, stop.signal)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # leaves the process group; else the first to exit aborts the others
+    return RunResult(folder, config, objective, steps, plan.total_steps, stop.signal, main)
 
 
 def initial_backbone(config: PretrainConfig) -> VisionTransformer:
     """Return the untrained backbone that a run with this configuration begins with."""
-    torch.manual_seed(fold_seed(config.seed))
+    torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     return build_vit(
         config.model, image_size=config.image_size, patch_size=config.patch_size, channels=config.channels,
         drop_path=config.drop_path, layer_scale=config.layer_scale, **config.model_args,
@@ -249,13 +249,37 @@ def _check_processes(config: PretrainConfig, accelerator: Accelerator) -> None:
         )
 
 
-def _check_data(folder: RunFolder, images: ImageSet) -> None:
-    state = read_state(folder.checkpoint)
-    if state["fingerprint"] != images.fingerprint:
+def _continue(
+    folder: RunFolder,
+    made_from: Mapping[str, Any],
+    objective: LayoutObjective,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> tuple[int, list[int]]:
+    """Load the last checkpoint, if there is one; return the steps done and the images known to be damaged."""
+    if not folder.checkpoint.exists():
+        return 0, []
+    before = read_state(folder.checkpoint)["made_from"]
+    if before["fingerprint"] != made_from["fingerprint"]:
         raise MapetError(
-            f"'data' changed since the run in {folder.root} began: it had {state['images']} images, now there are "
-            f"{len(images)}, or some have other names; restore it, or start another run with another --out"
+            f"'data' changed since the run in {folder.root} began: it had {before['images']} images, now there are "
+            f"{made_from['images']}, or some have other names; restore it, or start another run with another --out"
         )
+    if before["tokenizer"] != made_from["tokenizer"]:
+        raise MapetError(
+            f"{folder.tokenizer} is not the tokenizer that the run in {folder.root} began with, so its ids mean "
+            "something else; restore it, or start another run with another --out"
+        )
+    if before["processes"] != made_from["processes"]:
+        logger.warning(
+            "the run began with %d processes and goes on with %d: with the same images in the same order, but other "
+            "visiting orders",
+            before["processes"], made_from["processes"],
+        )  # fmt: skip
+    state = read_checkpoint(folder.checkpoint, objective, optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"], state["damaged"]
 
 
 def _plan(config: PretrainConfig, images: int, first_step: int) -> Plan:
@@ -307,7 +331,8 @@ def _log_to(folder: RunFolder) -> None:
     for handler in [handler for handler in package.handlers if isinstance(handler, logging.FileHandler)]:
         package.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(folder.log)
+    # File names need not be valid Unicode.
+    handler = logging.FileHandler(folder.log, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
     package.setLevel(logging.INFO)

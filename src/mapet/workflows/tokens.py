@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mapet.config import PretrainConfig
-from mapet.data import DamageTally, ImageSet, TrainView, ViewDataset, fold_seed, load_batches
+from mapet.data import DamageTally, ImageSet, Stream, TrainView, ViewDataset, fold_seed, load_batches
 from mapet.engine import replace_file
 from mapet.errors import MapetError
 from mapet.report import Baseline
-from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer
+from mapet.tokenizers import CONFIG_FILE, KFeatures, KPixels, KTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,15 @@ SAMPLE_BYTES = 4 << 30
 BASELINE_IMAGES = 2048
 
 
+def is_folder(tokenizer: str) -> bool:
+    """Whether ``--tokenizer`` means a folder: it holds a fitted tokenizer, or is not a mere name."""
+    path = Path(tokenizer)
+    return tokenizer != "pixels" and path.is_dir() and ((path / CONFIG_FILE).exists() or tokenizer != path.name)
+
+
 def settle_vocab_size(config: PretrainConfig, points: int) -> int | None:
     """Return how many ids a tokenizer fitted on so many patches gets; None if it is not to be fitted."""
-    if config.vocab_size is not None or Path(config.tokenizer).is_dir():
+    if config.vocab_size is not None or is_folder(config.tokenizer):
         return config.vocab_size
     power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
     return min(MAX_VOCAB, 1 << power)
@@ -49,9 +55,16 @@ def make_tokenizer(
     Raises:
         MapetError: if it cannot be had, or its grid is not the student's.
     """
-    if not Path(config.tokenizer).is_dir():
+    if not is_folder(config.tokenizer):
         return _fit(config, grid, images, view, device, workers)
     tokenizer = load_tokenizer(config.tokenizer)
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise MapetError(
+            f"vocab_size is {config.vocab_size}, but tokenizer {config.tokenizer!r} is fitted and has "
+            f"{tokenizer.vocab_size} ids; leave --vocab-size out"
+        )
+    # Asked now, so that images it cannot read are refused before anything is written.
+    tokenizer.encode(torch.zeros(1, config.channels, config.image_size, config.image_size))
     if tokenizer.grid != grid:
         raise MapetError(
             f"tokenizer {config.tokenizer!r} gives {tokenizer.grid[0]} x {tokenizer.grid[1]} ids an image, but "
@@ -107,7 +120,7 @@ def _fit(
 
 def _views(config: PretrainConfig, images: ImageSet, view: TrainView, count: int, workers: int) -> Iterator[Tensor]:
     """Yield augmented views of ``count`` random images, as training sees them."""
-    generator = torch.Generator().manual_seed(fold_seed(config.seed, 1))
+    generator = torch.Generator().manual_seed(fold_seed(config.seed, Stream.SAMPLE))
     chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
     keys = [[(-1, index) for index in chosen[i : i + 64]] for i in range(0, count, 64)]
     tally = DamageTally(images, config.max_damaged)
