@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mapet.data import decode
+from mapet.data.decode import decode, to_channels
 
 
 def ramp(high: int, dtype: type) -> np.ndarray:
@@ -99,3 +99,13 @@ def test_damaged_files_raise(tmp_path: Path) -> None:
     for name in ("cut.png", "text.png", "none.png"):
         with pytest.raises((OSError, SyntaxError)):
             decode(tmp_path / name, 3)
+
+
+def test_arrays_have_the_channels_asked_for() -> None:
+    grey = np.random.default_rng(0).integers(0, 255, (5, 6), np.uint8)
+    colour = np.random.default_rng(1).integers(0, 255, (5, 6, 3), np.uint8)
+    assert torch.equal(to_channels(grey, 1), torch.tensor(grey)[None])
+    assert torch.equal(to_channels(grey, 3), torch.tensor(grey).expand(3, -1, -1))
+    assert torch.equal(to_channels(colour, 3), torch.tensor(colour).permute(2, 0, 1))
+    as_pillow = torch.from_numpy(np.array(Image.fromarray(colour).convert("L")))
+    assert (to_channels(colour, 1)[0].int() - as_pillow.int()).abs().max() <= 1

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from mapet.errors import MapetError
 
@@ -49,9 +50,9 @@ def decode(path: str | Path, channels: int) -> Tensor:
 
 def to_channels(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], channels: int) -> Tensor:
     """Turn an ``(H, W)`` or ``(H, W, 3)`` uint8 array into a ``(channels, H, W)`` tensor."""
-    mode = "L" if channels == 1 else "RGB"
-    image = torch.from_numpy(np.array(Image.fromarray(pixels).convert(mode)))
-    return image[None] if channels == 1 else image.permute(2, 0, 1)
+    image = torch.tensor(pixels)
+    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+    return image if len(image) == channels else rgb_to_grayscale(image, num_output_channels=channels)
 
 
 def _stretched(values_HW: Tensor) -> Tensor:

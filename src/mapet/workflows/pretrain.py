@@ -70,6 +70,7 @@ class RunResult:
         folder: the run folder.
         config: the resolved configuration.
         objective: the trained objective; ``objective.backbone`` is the timm model.
+        baseline: what can be had without looking at the image.
         steps: optimiser steps done.
         total_steps: optimiser steps of the whole run.
         stopped_by: the signal that ended it early, or None.
@@ -79,6 +80,7 @@ class RunResult:
     folder: RunFolder
     config: PretrainConfig
     objective: LayoutObjective
+    baseline: Baseline
     steps: int
     total_steps: int
     stopped_by: int | None
@@ -219,7 +221,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # leaves the process group; else the first to exit aborts the others
-    return RunResult(folder, config, objective, steps, plan.total_steps, stop.signal, main)
+    return RunResult(folder, config, objective, baseline, steps, plan.total_steps, stop.signal, main)
 
 
 def initial_backbone(config: PretrainConfig) -> VisionTransformer:
