@@ -12,6 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from mapet.config import PretrainConfig
 from mapet.data import ImageSet
 from mapet.errors import MapetError
+from mapet.models import cpu_has_bfloat16
 
 # The main process may fit a tokenizer or evaluate for longer than the ten minutes that the others wait by default.
 PATIENCE = timedelta(hours=12)
@@ -42,9 +43,7 @@ def make_accelerator(config: PretrainConfig) -> Accelerator:
 def _fast_precision() -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bf16" if native and not torch.backends.mps.is_available() else "no"
+    return "bf16" if cpu_has_bfloat16() and not torch.backends.mps.is_available() else "no"
 
 
 def count_workers(config: PretrainConfig, images: ImageSet, device: torch.device) -> int:
