@@ -77,7 +77,7 @@ class PretrainConfig(BaseModel):
     vocab_size: int | None = Field(
         None,
         ge=2,
-        description="ids of a tokenizer to be fitted; default: up to 8192, as many as the data supports",
+        description="ids of a tokenizer to be fitted; default: as many as the data supports, up to 8192 (pixels: 1024)",
     )
     contrast: bool = Field(True, description="tokenizer 'pixels': normalise each patch to mean 0, variance 1")
     teacher_stage: str | int | None = Field(

@@ -18,12 +18,16 @@ from mapet.engine import replace_file
 from mapet.errors import MapetError
 from mapet.report import Baseline
 from mapet.tokenizers import CONFIG_FILE, KFeatures, KPixels, KTokenizer, load_tokenizer
+from mapet.tokenizers.kmeans import ITERATIONS
 
 logger = logging.getLogger(__name__)
 
 MAX_VOCAB = 8192  # the paper's
+MAX_VOCAB_PIXELS = 1024  # pixels have fewer kinds of patches than features have, and are to be had at once
 POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
-SAMPLE_PER_CENTROID = 256  # faiss's own default; upstream takes 512
+# Patches sampled for each centroid: faiss's own default (upstream takes 512); fewer where fitting would take more than
+# so many operations, about ten minutes on ten cores, but not fewer than faiss's own least.
+MOST_SAMPLED, LEAST_SAMPLED, FIT_OPERATIONS = 256, 39, 1e14
 SAMPLE_BYTES = 4 << 30
 BASELINE_IMAGES = 2048
 
@@ -39,7 +43,7 @@ def settle_vocab_size(config: PretrainConfig, points: int) -> int | None:
     if config.vocab_size is not None or is_folder(config.tokenizer):
         return config.vocab_size
     power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
-    return min(MAX_VOCAB, 1 << power)
+    return min(MAX_VOCAB_PIXELS if config.tokenizer == "pixels" else MAX_VOCAB, 1 << power)
 
 
 def make_tokenizer(
@@ -98,7 +102,10 @@ def _fit(
             config.teacher_weights,
         )
     tokenizer.to(device)
-    wanted = min(SAMPLE_PER_CENTROID * vocab_size, SAMPLE_BYTES // (4 * tokenizer.centroids.shape[1]))
+    width = tokenizer.centroids.shape[1]
+    affordable = FIT_OPERATIONS / (2 * ITERATIONS * vocab_size**2 * width)
+    per_centroid = min(MOST_SAMPLED, max(LEAST_SAMPLED, int(affordable)))
+    wanted = min(per_centroid * vocab_size, SAMPLE_BYTES // (4 * width))
     # From many images a few patches each: neighbouring patches are alike. From at most all images.
     per_image = min(patches, max(math.ceil(patches / 4), math.ceil(wanted / len(images))))
     count = min(len(images), math.ceil(wanted / per_image))
