@@ -32,7 +32,7 @@ def imported_packages(file: Path) -> set[str]:
             assert node.level == 0, f"{file}: relative import"
             modules = [node.module or ""]
             if node.module == "mapet":
-                modules = [f"mapet.{alias.name}" for alias in node.names]
+                modules = [f"mapet.{alias.name}" for alias in node.names if alias.name != "__version__"]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         else:
