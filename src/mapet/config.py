@@ -36,6 +36,7 @@ class PretrainConfig(BaseModel):
     image_size: int = Field(224, ge=1, description="side of the square input in pixels", json_schema_extra=Common)
     tokenizer: str = Field(
         "pixels",
+        min_length=1,
         description="'pixels', a timm or torchvision model name (k-means over its features), or the folder of a "
         "fitted tokenizer",
         json_schema_extra=Common,
@@ -103,6 +104,7 @@ class PretrainConfig(BaseModel):
     workers: int | None = Field(
         None,
         ge=0,
+        le=1024,
         description="processes that load images; default: chosen by cores and device",
         json_schema_extra=Free,
     )
@@ -126,6 +128,7 @@ class PretrainConfig(BaseModel):
     )
     eval_data: str | None = Field(
         None,
+        min_length=1,
         description="labelled images to measure k-NN and a linear probe on: class folders, or a demo set",
         json_schema_extra=Free,
     )
@@ -254,7 +257,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise MapetError(f"recipe {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise MapetError(f"recipe {path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise MapetError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise MapetError(f"recipe {path} must hold 'key: value' lines, but it is a {type(values).__name__}")

@@ -27,13 +27,14 @@ def values(*arguments: str, config: str | None = None) -> dict[str, Any]:
         (["--contrast", "false"], "contrast", False),
         (["--layer-scale", "none"], "layer_scale", None),
         (["--model", "1e5"], "model", "1e5"),
+        (["--eval-data", "none"], "eval_data", None),
         (["--teacher-stage", "-1"], "teacher_stage", -1),
         (["--teacher-stage", "features.13"], "teacher_stage", "features.13"),
         (["--mean", "0.5", "0.4", "1e-1"], "mean", [0.5, 0.4, 0.1]),
         (
-            ["--model-args", "class_token=false", "depth=4", "init_values=1e-5", "pos_embed=learn"],
+            ["--model-args", "class_token=false", "depth=4", "proj_drop_rate=1e-1", "pos_embed=learn"],
             "model_args",
-            {"class_token": False, "depth": 4, "init_values": 1e-5, "pos_embed": "learn"},
+            {"class_token": False, "depth": 4, "proj_drop_rate": 0.1, "pos_embed": "learn"},
         ),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys
         (["--image-size", "30"], "image size 30 is not divisible by the patch size 7"),
         (["--batch-size", "100"], "batch size 100 is larger than the data set of 60 images; pass --batch-size 60"),
         (["--tokenizer", "pixel"], "unknown tokenizer or teacher 'pixel'; did you mean 'pixels'"),
-        (["--tokenizer", "/no/folder"], "unknown tokenizer or teacher '/no/folder'"),
+        (["--tokenizer", "/no/folder"], "tokenizer folder '/no/folder' does not exist"),
         (["--objective", "mapett"], "unknown objective 'mapett'; did you mean 'mapet'"),
         (["--context-tokens", "17"], "no target is left to predict"),
         (["--channels", "4"], "image files are read as 1 (grey) or 3 (RGB)"),
@@ -47,6 +47,13 @@ def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys
         (["--eval-data", "/no/labels"], "'/no/labels' is neither a folder with one subfolder per class"),
         (["--model-args", "depth"], "--model-args takes KEY=VALUE"),
         (["--epochs", "3"], "give epochs or steps, not both"),
+        (["--model-args", "depth=0"], "take a depth of at least 1"),
+        (["--model-args", "num_heads=0"], "cannot build model"),
+        (["--model-args", "img_size=30"], "use --image-size"),
+        (["--model", "resnet18"], "model 'resnet18' is not a plain Vision Transformer"),
+        (["--tokenizer", "a:b"], "could not be fetched"),
+        (["--workers", "100000"], "workers = 100000"),
+        (["--eval-data", ""], "eval_data = ''"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -65,6 +72,7 @@ def test_bad_folders(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "empty" / "notes.md").write_text("no image")
     assert "holds no image" in refused(capsys, "pretrain", str(tmp_path / "empty"), *out)
     assert "lacks 'data'" in refused(capsys, "pretrain", *out)
+    assert "output folder is empty" in refused(capsys, "pretrain", str(digits), "--out", "", *SMALL)
     (tmp_path / "recipe.yaml").write_text("epoch: 3\n")
     said = refused(capsys, "pretrain", str(digits), *out, "--config", str(tmp_path / "recipe.yaml"))
     assert "unknown key 'epoch'; did you mean 'epochs'" in said

@@ -20,6 +20,7 @@ from mapet.data import (
     load_batches,
     open_images,
 )
+from mapet.data.batches import printable
 
 VIEW = PlainView(28, (0.5,), (0.5,))
 
@@ -105,6 +106,10 @@ def test_damaged_files_are_replaced_named_and_counted(damaged: Path, caplog: pyt
     assert {images.keys[i] for i in tally.indices} == {"class 1/0.png", "class 2/3.png"}
     for key in ("class 1/0.png", "class 2/3.png"):
         assert caplog.text.count(f"skipped damaged image {key}") == 1
+
+
+def test_names_that_would_break_the_log_are_escaped() -> None:
+    assert printable("a\nb\x1b[31m\u00e9 \udce9.png") == "a\\nb\\x1b[31m\u00e9 \\udce9.png"
 
 
 def test_too_many_damaged_files_stop_with_their_number(damaged: Path) -> None:

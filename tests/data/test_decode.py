@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,8 @@ def test_damaged_files_raise(tmp_path: Path) -> None:
     whole = save(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:2000])
     (tmp_path / "text.png").write_text("no image")
-    for name in ("cut.png", "text.png", "none.png"):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("cut.png", "text.png", "none.png", "pipe.png"):
         with pytest.raises((OSError, SyntaxError)):
             decode(tmp_path / name, 3)
 

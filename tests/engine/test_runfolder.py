@@ -48,7 +48,7 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_and_half_lines_passed_over(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(5)]
-    folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    folder.metrics.write_text("\n".join([*lines, "rubbish", "5"]) + '\n{"step": 5, "lo')
     assert [line["step"] for line in folder.metric_lines()] == [0, 1, 2, 3, 4]
     folder.forget_metrics_from(3)
     assert folder.metrics.read_text().splitlines() == lines[:3]
@@ -63,5 +63,7 @@ def test_disk_errors_become_sentences(tmp_path: Path, number: int, says: str) ->
             raise OSError(number, "reason", str(tmp_path / "a.txt"))
     with pytest.raises(MapetError, match="cannot open /elsewhere/b.txt"), explain_disk_errors(tmp_path):
         raise OSError(number, "reason", "/elsewhere/b.txt")
+    with pytest.raises(MapetError, match="a.txt in the run folder is not what"), explain_disk_errors(tmp_path):
+        raise IsADirectoryError(errno.EISDIR, "reason", str(tmp_path / "a.txt"))
     with pytest.raises(OSError, match="reason"), explain_disk_errors(tmp_path):
         raise OSError(errno.EIO, "reason")

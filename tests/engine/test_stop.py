@@ -21,6 +21,17 @@ def test_the_first_signal_asks_and_the_second_acts() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As for a job that a script starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_it_may_be_entered_in_a_thread() -> None:
     seen = []
 

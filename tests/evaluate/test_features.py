@@ -32,6 +32,15 @@ def test_damaged_images_are_left_out(digits: Path, tmp_path: Path) -> None:
     assert np.bincount(features.y).tolist() == [6, 6, 6, 6, 5, 6, 6, 6, 6, 6]
 
 
+def test_one_readable_class_is_not_enough(digits: Path, tmp_path: Path) -> None:
+    for digit in (3, 4):
+        shutil.copytree(digits / f"class {digit}", tmp_path / str(digit))
+    for file in (tmp_path / "4").iterdir():
+        file.write_bytes(b"cut")
+    with pytest.raises(MapetError, match="only 6 of one class can be read"):
+        extract_features(nn.Flatten(), from_labelled_folder(tmp_path), VIEW, channels=1)
+
+
 def test_images_without_labels_are_refused(digits: Path) -> None:
     with pytest.raises(MapetError, match="has no labels"):
         extract_features(nn.Flatten(), open_images(str(digits)), VIEW, channels=1)

@@ -158,6 +158,36 @@ def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: 
     assert pretrain({**values, **free}, tmp_path / "run", resume=True, console=QUIET).config.context_tokens == 5
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("config.yaml", "data: x\n", "config.yaml lacks 'model', so it was cut short or edited"),
+        ("checkpoints/last/state.json", "{}", "cannot be read"),
+        ("baseline.json", '{"unigram', None),
+        ("metrics.jsonl", "rubbish\n5\n", None),
+    ],
+)
+def test_damaged_files_of_a_run(file: str, damage: str, says: str | None, digits: Path, tmp_path: Path) -> None:
+    run(digits, tmp_path / "run", steps=2)
+    (tmp_path / "run" / file).write_text(damage)
+    if says is None:
+        assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).baseline.entropy > 1
+        return
+    with pytest.raises(MapetError, match=says):
+        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
+
+
+def test_a_measurement_that_fails_loses_no_step(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "labelled" / "train")
+    shutil.copytree(digits, tmp_path / "labelled" / "test")
+    for file in (tmp_path / "labelled" / "test").rglob("*.png"):
+        file.write_bytes(b"cut")
+    with pytest.raises(MapetError, match="cannot be read"):
+        run(digits, tmp_path / "run", steps=3, eval_data=str(tmp_path / "labelled"))
+    assert json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["step"] == 3
+    assert pretrain({"eval_data": None}, tmp_path / "run", resume=True, console=QUIET).config.eval_data is None
+
+
 def test_changed_images_are_refused_on_resume(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "images")
     run(tmp_path / "images", tmp_path / "run", steps=2)

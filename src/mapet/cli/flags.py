@@ -49,11 +49,14 @@ def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
         if text is None:
             continue
         if key == "model_args":
-            values[key] = {**(values.get(key) or {}), **dict(_pair(item) for item in text)}
+            before = values.get(key)
+            values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(item) for item in text)}
         elif isinstance(text, list):
             values[key] = [_parse(item) for item in text]
         else:
-            values[key] = text if key in _TEXT_KEYS else _parse(text)
+            optional = PretrainConfig.model_fields[key].default is None
+            as_text = key in _TEXT_KEYS and not (optional and text == "none")
+            values[key] = text if as_text else _parse(text)
     if "steps" in values and "epochs" in values:
         # A flag overrides the recipe's way of saying how long.
         if getattr(parsed, "steps", None) is not None and getattr(parsed, "epochs", None) is None:

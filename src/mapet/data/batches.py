@@ -161,7 +161,9 @@ class DamageTally:
             for index, reason in met:
                 if index not in self.indices:
                     self.indices.add(index)
-                    logger.warning("skipped damaged image %s (%s)", self.images.keys[index], reason)
+                    logger.warning(
+                        "skipped damaged image %s (%s)", printable(self.images.keys[index]), printable(reason)
+                    )
             if len(met) == MOST_ATTEMPTS:
                 raise self._too_many(f"{MOST_ATTEMPTS} files drawn in a row cannot be read")
         if len(self.indices) > self.most_share * len(self.images):
@@ -169,10 +171,15 @@ class DamageTally:
 
     def _too_many(self, what: str) -> MapetError:
         example = self.images.keys[min(self.indices)]
+        raising = f" or raise --max-damaged (now {self.most_share:g})" if self.most_share < 1 else ""
         return MapetError(
-            f"{what}, the first being {example!r} in {self.images.name}; repair the files named in the log or raise "
-            f"--max-damaged (now {self.most_share:g})"
+            f"{what}, the first being {example!r} in {self.images.name}; repair the files named in the log{raising}"
         )
+
+
+def printable(text: str) -> str:
+    """Escape what would break a line of the log or drive a terminal; file names may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

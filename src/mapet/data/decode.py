@@ -30,6 +30,8 @@ def decode(path: str | Path, channels: int) -> Tensor:
     Raises:
         OSError, ValueError, SyntaxError: if the file is missing, damaged or cut short, as Pillow does.
     """
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise OSError("missing, or not a regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that do not touch the pixels
         with Image.open(path) as opened:

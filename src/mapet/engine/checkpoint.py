@@ -45,8 +45,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's ``state.json``."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if not isinstance(state["step"], int):
+            raise TypeError(f"its step is {state['step']!r}")
         return state
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(folder, error) from error
 
 

@@ -131,9 +131,13 @@ def train(
         done = step + 1
         last = done == plan.total_steps or agree(accelerator, stop.requested)
 
-        measured = {}
+        measured: dict[str, float] = {}
         if done % plan.evaluate_every == 0 or done == plan.total_steps:
-            measured = evaluate(evaluators, accelerator, trainee.objective)
+            try:
+                measured = evaluate(evaluators, accelerator, trainee.objective)
+            except Exception:
+                save(done)  # what was learned is not to be lost for a measurement
+                raise
         if step % trainee.config.log_every == 0 or measured or last:
             for sink in sinks:
                 sink.write(record | measured)

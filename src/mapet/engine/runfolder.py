@@ -35,6 +35,8 @@ class RunFolder:
     """Paths of a run, below ``root``."""
 
     def __init__(self, root: str | Path) -> None:
+        if not str(root):
+            raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
         self.root = Path(root)
         self.config = self.root / "config.yaml"
         self.log = self.root / "log.txt"
@@ -99,10 +101,16 @@ class RunFolder:
         """Yield the whole lines of metrics.jsonl; a last line cut short by a kill is passed over."""
         if not self.metrics.exists():
             return
-        with self.metrics.open() as lines:
-            for line in lines:
+        with self.metrics.open(errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    try:
+                        record = json.loads(line)
+                        int(record["step"])
+                    except (ValueError, TypeError, KeyError):
+                        logger.warning("passed over line %d of %s, which is damaged", number, self.metrics)
+                    else:
+                        yield record
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will compute again."""
@@ -125,11 +133,15 @@ def explain_disk_errors(root: Path) -> Iterator[None]:
             errno.EPERM: "permission is denied: choose another --out",
         }
         number = _errno(error)
-        if number not in reasons:
+        where = getattr(error, "filename", None) or (root if number in reasons else None)
+        if where is None:
             raise
-        where = getattr(error, "filename", None) or root
         if not Path(where).absolute().is_relative_to(root.absolute()):
             raise MapetError(f"cannot open {where} ({error})") from error
+        if number not in reasons:
+            raise MapetError(
+                f"{where} in the run folder is not what a run writes there ({error}); remove it or choose another --out"
+            ) from error
         raise MapetError(
             f"cannot write to {where}: {reasons[number]}; what was saved before is whole, --resume continues it"
         ) from error

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT sets ``signal``; a second one acts as it always does.
 
-    Outside the main thread, where Python delivers no signals, it is never requested.
+    A signal that the process ignores stays ignored. Outside the main thread, where Python delivers no signals, it is
+    never requested.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -30,7 +31,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
+            heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._take) for number in heeded}
         return self
 
     def __exit__(

@@ -58,4 +58,6 @@ def extract_features(
         kept.append(labels[batch["index"][whole]])
     model.train(training)
     x, y = torch.cat(features).numpy(), torch.cat(kept).numpy()
+    if len(np.unique(y)) < 2:
+        raise MapetError(f"of the labelled images of {images.name} only {len(y)} of one class can be read; repair them")
     return Features(x, y)

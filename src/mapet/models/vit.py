@@ -10,6 +10,14 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.errors import MapetError, nearest
 from mapet.models.layout_blocks import use_layouts
 
+FLAGS = {
+    "img_size": "--image-size",
+    "patch_size": "--patch-size",
+    "in_chans": "--channels",
+    "drop_path_rate": "--drop-path",
+    "init_values": "--layer-scale",
+}
+
 
 def build_vit(
     name: str,
@@ -41,6 +49,9 @@ def build_vit(
     if not timm.is_model(name):
         vits = timm.list_models("vit_*")
         raise MapetError(f"unknown model {name!r}{nearest(name, vits) or '; see timm.list_models()'}")
+    for argument in model_args:
+        if argument in FLAGS:
+            raise MapetError(f"model argument {argument!r} has a flag of its own: use {FLAGS[argument]}")
     overrides: dict[str, Any] = {"patch_size": patch_size, "init_values": layer_scale, **model_args}
     try:
         backbone = timm.create_model(
@@ -53,9 +64,13 @@ def build_vit(
             fc_norm=False,
             **overrides,
         )
-    except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, OSError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, KeyError, OSError, ArithmeticError) as error:
+        if "'img_size'" in str(error):
+            raise MapetError(f"model {name!r} is not a plain Vision Transformer; choose a vit_* model") from error
         raise MapetError(f"timm cannot build model {name!r} with these arguments: {error}") from error
     use_layouts(backbone)
+    if not len(backbone.blocks):
+        raise MapetError(f"model {name!r} is to have no block at all; take a depth of at least 1")
     patch = backbone.patch_embed.patch_size
     if image_size % patch[0] or image_size % patch[1]:
         side = patch[0]

@@ -52,8 +52,9 @@ def load_tokenizer(folder: str | Path) -> KTokenizer:
         tokenizer.load_state_dict(load_file(folder / TENSOR_FILE))
         expected_hash = content["hash"]
     except FileNotFoundError as error:
-        raise MapetError(f"{folder} holds no fitted tokenizer: {error.filename} is missing") from error
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        missing = error.filename or TENSOR_FILE  # safetensors does not name the file
+        raise MapetError(f"{folder} holds no fitted tokenizer: {missing} is missing") from error
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise MapetError(f"tokenizer {folder} cannot be read ({error}); fit it again") from error
     if tokenizer.content_hash != expected_hash:
         raise MapetError(f"tokenizer {folder} was changed after fitting (its hash does not match); fit it again")

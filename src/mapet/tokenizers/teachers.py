@@ -150,7 +150,7 @@ def _timm_network(name: str, pretrained: bool) -> Any:
             return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
         except TypeError:  # it lets a ViT read any size; networks that are not ViTs do not know the argument
             return timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if pretrained:
             raise _no_download(name, error) from error
         raise MapetError(f"teacher {name!r} cannot be built: {error}") from error
@@ -201,9 +201,9 @@ def _load_weights(teacher: Teacher, whole: nn.Module, path: Path) -> None:
 
 def _read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise MapetError(f"teacher weights {path} do not exist; pass the path of a weights file")
+        raise MapetError(f"teacher weights {path} do not exist or are no file; pass the path of a weights file")
     try:
         return dict(timm.models.load_state_dict(str(path), use_ema=False, weights_only=True))
     except (OSError, RuntimeError, ValueError, EOFError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise MapetError(f"teacher weights {path} cannot be read as tensors ({reason})") from error

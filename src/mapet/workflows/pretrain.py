@@ -103,9 +103,9 @@ def pretrain(
     """
     folder = RunFolder(out)
     config = _settle_config(values, folder, resume)
-    with explain_disk_errors(folder.root), StopRequest() as stop:
+    with explain_disk_errors(folder.root):
         try:
-            return _run(config, folder, resume, console or Console(stderr=True), stop)
+            return _run(config, folder, resume, console or Console(stderr=True))
         finally:
             folder.close()
 
@@ -114,9 +114,14 @@ def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -
     """Validate the values; on resume they complete those the run began with, and may not contradict them."""
     if not (resume and folder.config.exists()):
         return make_config(dict(values))
-    began_with = make_config(read_recipe(folder.config), str(folder.config)).model_dump()
-    # "Choose for me" was answered when the run began.
-    given = {key: value for key, value in values.items() if value not in (None, "auto") or key == "layer_scale"}
+    saved = read_recipe(folder.config)
+    lacking = [key for key in PretrainConfig.model_fields if key not in saved]
+    if lacking:
+        raise MapetError(f"{folder.config} lacks {lacking[0]!r}, so it was cut short or edited; restore it")
+    began_with = make_config(saved, str(folder.config)).model_dump()
+    # "Choose for me" was answered when the run began, but for what may change.
+    kept = free_keys() - {"data"} | {"layer_scale"}
+    given = {key: value for key, value in values.items() if value not in (None, "auto") or key in kept}
     config = make_config({**began_with, **given})
     for key, now in config.model_dump().items():
         if now != began_with[key] and key not in free_keys():
@@ -127,14 +132,14 @@ def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -
     return config
 
 
-def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console, stop: StopRequest) -> RunResult:
+def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console) -> RunResult:
     check_channels(config.channels)
-    _check_apart(config, folder)
     accelerator = make_accelerator(config)
     _check_processes(config, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     with accelerator.main_process_first():  # what has to be downloaded is downloaded once
         images = open_images(config.data)
+    _check_apart(config, folder)
     workers = count_workers(config, images, device)
     evaluators = _evaluators(config, workers)
 
@@ -186,6 +191,8 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         _draw_start(objective, tokenizer, images, view, config, folder)
         if folder.metrics.exists():
             folder.forget_metrics_from(first_step)
+        elif first_step:
+            logger.warning("%s is gone: the curve begins anew at step %d", folder.metrics, first_step)
         logger.info(
             "%s: %d images, %s, %s, steps %d to %d of %d images on %s in precision %s",
             folder.root, len(images), config.model, config.objective, first_step, plan.total_steps,
@@ -213,7 +220,8 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     sinks = _sinks(folder, console, baseline, plan) if main else []
     trainee = Trainee(config, plan, accelerator, prepared, optimizer, tokenizer, tally)
     try:
-        steps = train(trainee, batches, sinks=sinks, evaluators=evaluators, save=save, stop=stop)
+        with StopRequest() as stop:
+            steps = train(trainee, batches, sinks=sinks, evaluators=evaluators, save=save, stop=stop)
     finally:
         for sink in sinks:
             sink.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,14 @@ def is_folder(tokenizer: str) -> bool:
 
 def settle_vocab_size(config: PretrainConfig, points: int) -> int | None:
     """Return how many ids a tokenizer fitted on so many patches gets; None if it is not to be fitted."""
-    if config.vocab_size is not None or is_folder(config.tokenizer):
+    if is_folder(config.tokenizer):
+        return config.vocab_size
+    if config.vocab_size is not None:
+        if config.vocab_size > points:
+            raise MapetError(
+                f"a codebook of {config.vocab_size} ids needs at least as many patches, but the images have only "
+                f"{points}; take a smaller --vocab-size or more images"
+            )
         return config.vocab_size
     power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
     return min(MAX_VOCAB_PIXELS if config.tokenizer == "pixels" else MAX_VOCAB, 1 << power)
@@ -59,6 +67,8 @@ def make_tokenizer(
     Raises:
         MapetError: if it cannot be had, or its grid is not the student's.
     """
+    if os.sep in config.tokenizer and ":" not in config.tokenizer and not Path(config.tokenizer).is_dir():
+        raise MapetError(f"tokenizer folder {config.tokenizer!r} does not exist")
     if not is_folder(config.tokenizer):
         return _fit(config, grid, images, view, device, workers)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -67,8 +77,10 @@ def make_tokenizer(
             f"vocab_size is {config.vocab_size}, but tokenizer {config.tokenizer!r} is fitted and has "
             f"{tokenizer.vocab_size} ids; leave --vocab-size out"
         )
-    # Asked now, so that images it cannot read are refused before anything is written.
-    tokenizer.encode(torch.zeros(1, config.channels, config.image_size, config.image_size))
+    try:  # asked now, so that what it cannot read is refused before anything is written
+        tokenizer.encode(torch.zeros(1, config.channels, config.image_size, config.image_size))
+    except MapetError as error:
+        raise MapetError(f"tokenizer {config.tokenizer!r} does not fit this run: {error}") from error
     if tokenizer.grid != grid:
         raise MapetError(
             f"tokenizer {config.tokenizer!r} gives {tokenizer.grid[0]} x {tokenizer.grid[1]} ids an image, but "
@@ -146,9 +158,13 @@ def measure_baseline(
     workers: int,
 ) -> Baseline:
     """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``."""
-    if file.exists():
+    try:
         saved = json.loads(file.read_text())
-        return Baseline(saved["unigram_entropy"], saved["chance"])
+        return Baseline(float(saved["unigram_entropy"]), float(saved["chance"]))
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged and measured again", file)
     counts = torch.zeros(tokenizer.vocab_size, dtype=torch.long)
     for views in _views(config, images, view, min(len(images), BASELINE_IMAGES), workers):
         counts += torch.bincount(tokenizer.encode(views.to(device)).flatten().cpu(), minlength=len(counts))
