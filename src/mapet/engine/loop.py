@@ -18,6 +18,7 @@ from mapet.engine.finite import check_finite
 from mapet.engine.schedule import warmup_cosine
 from mapet.engine.sinks import Record, Sink
 from mapet.engine.stop import StopRequest
+from mapet.errors import MapetError
 from mapet.tokenizers import Tokenizer
 
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
@@ -156,13 +157,21 @@ def agree(accelerator: Accelerator, wish: bool) -> bool:
 
 
 def evaluate(evaluators: Sequence[Evaluator], accelerator: Accelerator, objective: nn.Module) -> dict[str, float]:
-    """Collect what the evaluators yield, on the main process, with the objective in evaluation mode."""
+    """Collect what the evaluators yield, on the main process, with the objective in evaluation mode.
+
+    A failure is raised on every process, so that all do the same next.
+    """
     measured: dict[str, float] = {}
+    failure: Exception | None = None
     if accelerator.is_main_process and evaluators:
         objective.eval()
-        with torch.no_grad():
-            for evaluator in evaluators:
-                measured.update(evaluator(accelerator.unwrap_model(objective)))
+        try:
+            with torch.no_grad():
+                for evaluator in evaluators:
+                    measured.update(evaluator(accelerator.unwrap_model(objective)))
+        except Exception as error:
+            failure = error
         objective.train()
-    accelerator.wait_for_everyone()
+    if agree(accelerator, failure is not None):
+        raise failure or MapetError("a measurement failed on the main process, which says why")
     return measured

@@ -98,8 +98,8 @@ def _fit(
     workers: int,
 ) -> KTokenizer:
     patches = grid[0] * grid[1]
-    vocab_size = settle_vocab_size(config, len(images) * patches)
-    assert vocab_size is not None
+    vocab_size = config.vocab_size
+    assert vocab_size is not None, "settle_vocab_size() sets it for a tokenizer to be fitted"
     tokenizer: KTokenizer
     if config.tokenizer == "pixels":
         patch = config.image_size // grid[0]
