@@ -13,7 +13,7 @@ from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config,
 
 def test_unknown_key_names_the_nearest() -> None:
     with pytest.raises(MapetError, match=r"unknown key 'batchsize'; did you mean 'batch_size'"):
-        make_config({"data": "x", "batchsize": 3})
+        make_config(PretrainConfig, {"data": "x", "batchsize": 3})
 
 
 @pytest.mark.parametrize(
@@ -28,42 +28,42 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"data": "x", "batch_size": 10, "accumulate": 3}, "batch_size 10 is not divisible by accumulate 3"),
         ({"data": "x", "mean": [0.5]}, r"mean has 1 values for 3 channel\(s\)"),
         ({"data": "x", "channels": 1, "std": [0.0]}, "std must be positive"),
-        ({"data": "x", "teacher_size": 64}, "teacher_size is given, but tokenizer 'pixels' has no teacher"),
+        ({"data": "x", "teacher_size": 64}, "teacher_size is given, but there is no teacher"),
         ({"data": ""}, "data = ''"),
         ({"data": "x", "seed": 2**64}, "seed = 18446744073709551616"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(MapetError, match=says):
-        make_config(values)
+        make_config(PretrainConfig, values)
 
 
 def test_learning_rate_is_the_papers_scaled_by_the_root_of_the_batch() -> None:
-    assert make_config({"data": "x", "batch_size": 2048}).peak_lr == pytest.approx(1.5e-3)
-    assert make_config({"data": "x", "batch_size": 512}).peak_lr == pytest.approx(0.75e-3)
-    assert make_config({"data": "x", "lr": 0.1}).peak_lr == 0.1
+    assert make_config(PretrainConfig, {"data": "x", "batch_size": 2048}).peak_lr == pytest.approx(1.5e-3)
+    assert make_config(PretrainConfig, {"data": "x", "batch_size": 512}).peak_lr == pytest.approx(0.75e-3)
+    assert make_config(PretrainConfig, {"data": "x", "lr": 0.1}).peak_lr == 0.1
 
 
 def test_resolving_fills_in_what_depends_on_the_data_and_changes_nothing_twice() -> None:
-    config = make_config({"data": "x", "batch_size": 10}).resolve(images=95)
+    config = make_config(PretrainConfig, {"data": "x", "batch_size": 10}).resolve(images=95)
     assert (config.epochs, config.checkpoint_every, config.total_steps(95)) == (300, 9, 2700)
     assert config.mean == (0.485, 0.456, 0.406)
     assert config.resolve(images=95) == config
-    assert make_config({"data": "x", "steps": 7, "batch_size": 10}).resolve(95).total_steps(95) == 7
+    assert make_config(PretrainConfig, {"data": "x", "steps": 7, "batch_size": 10}).resolve(95).total_steps(95) == 7
 
 
 def test_a_batch_larger_than_the_data_set_is_refused() -> None:
     with pytest.raises(MapetError, match=r"batch size 256 is larger than the data set of 20 images.*--batch-size 20"):
-        make_config({"data": "x"}).resolve(images=20)
+        make_config(PretrainConfig, {"data": "x"}).resolve(images=20)
 
 
 def test_a_bare_no_in_yaml_is_a_precision() -> None:
-    assert make_config({"data": "x", **yaml.safe_load("precision: no")}).precision == "no"
+    assert make_config(PretrainConfig, {"data": "x", **yaml.safe_load("precision: no")}).precision == "no"
 
 
 def test_yaml_round_trip() -> None:
-    config = make_config({"data": "x", "model_args": {"depth": 2}, "layer_scale": None, "lr": 1e-5})
-    assert make_config(yaml.safe_load(config_to_yaml(config))) == config
+    config = make_config(PretrainConfig, {"data": "x", "model_args": {"depth": 2}, "layer_scale": None, "lr": 1e-5})
+    assert make_config(PretrainConfig, yaml.safe_load(config_to_yaml(config))) == config
 
 
 def test_recipes_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
@@ -79,4 +79,12 @@ def test_recipes_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 def test_every_key_is_described_and_what_is_computed_is_not_free() -> None:
     assert all(field.description for field in PretrainConfig.model_fields.values())
-    assert free_keys() == {"data", "workers", "checkpoint_every", "log_every", "eval_data", "eval_every", "max_damaged"}
+    assert free_keys(PretrainConfig) == {
+        "data",
+        "workers",
+        "checkpoint_every",
+        "log_every",
+        "eval_data",
+        "eval_every",
+        "max_damaged",
+    }

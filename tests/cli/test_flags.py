@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from mapet.cli.flags import add_config_flags, given_values
-from mapet.config import make_config
+from mapet.config import PretrainConfig, make_config
 
 
 def values(*arguments: str, config: str | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=config)
-    add_config_flags(parser, leave_out=frozenset({"data"}))
-    return given_values(parser.parse_args(arguments))
+    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
+    return given_values(parser.parse_args(arguments), PretrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_flags_mean_what_yaml_means(arguments: list[str], key: str, expected: ob
     found = values(*arguments)
     assert found == {key: expected}
     assert type(found[key]) is type(expected)
-    make_config({"data": "x", "tokenizer": "resnet18", **found})
+    make_config(PretrainConfig, {"data": "x", "tokenizer": "resnet18", **found})
 
 
 def test_flags_override_a_recipe_and_its_way_of_saying_how_long(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mapet.cli.flags import add_config_flags, given_values
 from mapet.cli.output import set_up_logging
+from mapet.config import PretrainConfig
 
 DEFAULT_OUT = Path("runs/demo")
 ROW_NAMES = {"raw_pixels": "raw pixels", "random_vit": "random-init ViT", "pretrained_vit": "pre-trained ViT"}
@@ -30,7 +31,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/demo, or the next free)")
     parser.add_argument("--config", default="demo", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
-    add_config_flags(parser, leave_out=frozenset({"data"}))
+    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
     parser.set_defaults(run=run)
 
 
@@ -40,7 +41,7 @@ def run(parsed: argparse.Namespace) -> int:
     from mapet.workflows import run_demo
 
     out = Path(parsed.out) if parsed.out else DEFAULT_OUT if parsed.resume else _next_free(DEFAULT_OUT)
-    values = given_values(parsed) | {"data": parsed.dataset}
+    values = given_values(parsed, PretrainConfig) | {"data": parsed.dataset}
     result, rows = run_demo(values, out, resume=parsed.resume, console=console)
     if not result.is_main:
         return 0

@@ -9,20 +9,25 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from mapet.config import PretrainConfig, has_mark, read_recipe
+from mapet.config import StrictConfig, has_mark, read_recipe
 from mapet.errors import MapetError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def add_config_flags(parser: argparse.ArgumentParser, leave_out: frozenset[str] = frozenset()) -> None:
-    """Add a flag for every key of ``PretrainConfig`` but those in ``leave_out``."""
+def add_config_flags(
+    parser: argparse.ArgumentParser, config_class: type[StrictConfig], leave_out: frozenset[str] = frozenset()
+) -> None:
+    """Add a flag for every key of a configuration but those in ``leave_out``."""
     common = parser.add_argument_group("common")
     more = parser.add_argument_group("more")
-    for key, field in PretrainConfig.model_fields.items():
+    fields = config_class.model_fields
+    # What is particular to the command comes first.
+    for key in sorted(fields, key=lambda key: key not in config_class.__annotations__):
         if key in leave_out:
             continue
-        group = common if has_mark(key, "common") else more
+        field = fields[key]
+        group = common if has_mark(config_class, key, "common") else more
         default = field.get_default(call_default_factory=True)
         shown = "" if default in (None, PydanticUndefined, {}) else f" (default: {_plain(default)})"
         text = f"{field.description}{shown}".replace("%", "%%")
@@ -39,12 +44,12 @@ def _plain(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
+def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -> dict[str, Any]:
     """Return the recipe's values overridden by the flags that were given."""
     values: dict[str, Any] = {}
     if getattr(parsed, "config", None):
         values = read_recipe(find_recipe(parsed.config))
-    for key in PretrainConfig.model_fields:
+    for key, field in config_class.model_fields.items():
         text = getattr(parsed, key, None)
         if text is None:
             continue
@@ -54,7 +59,7 @@ def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
         elif isinstance(text, list):
             values[key] = [_parse(item) for item in text]
         else:
-            optional = PretrainConfig.model_fields[key].default is None
+            optional = field.default is None
             as_text = key in _TEXT_KEYS and not (optional and text == "none")
             values[key] = text if as_text else _parse(text)
     if "steps" in values and "epochs" in values:
@@ -66,7 +71,7 @@ def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "teacher_weights", "eval_data", "precision"})
+_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "tokens", "teacher", "teacher_weights", "eval_data", "precision"})
 
 
 def _parse(text: str) -> Any:

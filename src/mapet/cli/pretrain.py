@@ -7,6 +7,7 @@ from typing import Any
 
 from mapet.cli.flags import add_config_flags, given_values
 from mapet.cli.output import set_up_logging
+from mapet.config import PretrainConfig
 
 
 def add_parser(verbs: Any) -> None:
@@ -20,7 +21,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the run folder")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly, or begin it")
-    add_config_flags(parser, leave_out=frozenset({"data"}))
+    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
     parser.set_defaults(run=run)
 
 
@@ -29,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
     console = set_up_logging()
     from mapet.workflows import pretrain
 
-    result = pretrain(given_values(parsed), parsed.out, resume=parsed.resume, console=console)
+    result = pretrain(given_values(parsed, PretrainConfig), parsed.out, resume=parsed.resume, console=console)
     root = result.folder.root
     if not result.is_main:
         return 0

@@ -1,0 +1,188 @@
+"""Groups of keys that several configurations have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mapet.config.base import Common, Free, StrictConfig
+from mapet.errors import MapetError
+
+
+class DataKeys(StrictConfig):
+    """Which images, and how they are read."""
+
+    data: str = Field(
+        min_length=1,
+        description="a folder of images (nested, unlabelled), a text file of paths, or a demo set "
+        "(mnist, fashion-mnist)",
+        json_schema_extra={**Common, **Free},  # guarded by a fingerprint of the images instead
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds everything that is random", json_schema_extra=Common)
+    max_damaged: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="stop when more than this share of the images cannot be read",
+        json_schema_extra=Free,
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="processes that load images; default: chosen by cores and device",
+        json_schema_extra=Free,
+    )
+
+
+class InputKeys(DataKeys):
+    """What the networks get."""
+
+    channels: int = Field(3, description="1 (grey) or 3 (RGB): what images are converted to")
+
+
+class TeacherKeys(StrictConfig):
+    """Which part of a teacher is asked, and how."""
+
+    teacher_stage: str | int | None = Field(
+        None,
+        description="where to cut the teacher: a stage's or block's number (timm; -1: the last) or a node's name "
+        "(torchvision)",
+    )
+    teacher_size: int | None = Field(
+        None, ge=1, description="side of the teacher's input in pixels; default: --image-size"
+    )
+    teacher_weights: str | None = Field(
+        None,
+        description="weights of the teacher or of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE, "
+        "perhaps with #sha256=HEX; default: the published ones",
+    )
+
+
+class KMeansKeys(TeacherKeys):
+    """How a codebook is fitted by k-means."""
+
+    vocab_size: int | None = Field(
+        None,
+        ge=2,
+        description="ids of a tokenizer to be fitted; default: as many as the data supports, up to 8192 (pixels: 1024)",
+    )
+    contrast: bool = Field(True, description="k-pixels: normalise each patch to mean 0, variance 1")
+    spherical: bool = Field(False, description="k-means by direction: features are scaled to length 1")
+    kmeans_iterations: int = Field(20, ge=1, description="iterations of k-means")
+    kmeans_restarts: int = Field(1, ge=1, description="runs of k-means, of which the best is kept")
+    points_per_centroid: int | None = Field(
+        None,
+        ge=1,
+        description="patches sampled for each id; default: up to 256, fewer where k-means would take hours",
+    )
+    sample_gib: float = Field(4.0, gt=0, description="most memory for the sampled patches, in GiB")
+
+
+class ViewKeys(StrictConfig):
+    """How an image is cropped; keys left out are those of the token store, if there is one."""
+
+    crop_min: float | None = Field(
+        None, gt=0, le=1, description="least share of the image that a random crop covers; default: 0.2"
+    )
+    flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; default: 0.5")
+    mirror: bool | None = Field(
+        None, description="with --views: each crop in both orientations, whatever --flip; default: false"
+    )
+
+    @property
+    def view_settings(self) -> dict[str, float | bool]:
+        """The keys above, with their defaults."""
+        return {
+            "crop_min": 0.2 if self.crop_min is None else self.crop_min,
+            "flip": 0.5 if self.flip is None else self.flip,
+            "mirror": bool(self.mirror),
+        }
+
+
+class TrainKeys(InputKeys):
+    """How the loop trains, whatever it trains."""
+
+    batch_size: int = Field(
+        256, ge=1, description="images per optimiser step, over all devices", json_schema_extra=Common
+    )
+    epochs: int | None = Field(None, ge=1, description="passes over the data; default: see --steps",
+                               json_schema_extra=Common)  # fmt: skip
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs; without both 300 epochs",
+                              json_schema_extra=Common)  # fmt: skip
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate; by default the paper's 1.5e-3 at batch 2048, scaled by the square root "
+        "of the batch size",
+        json_schema_extra=Common,
+    )
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_lr: float = Field(1e-6, ge=0, description="learning rate at the first step")
+    warmup: float = Field(10 / 300, ge=0, lt=1, description="share of the run that warms up")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay")
+    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second beta (the first is 0.9)")
+    clip_grad: float = Field(3.0, gt=0, description="largest gradient norm; above it gradients are scaled down")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step; saves memory")
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="mixed precision; auto: bf16 where the device has it fast, else no"
+    )
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="optimiser steps between checkpoints; default: one epoch", json_schema_extra=Free
+    )
+    log_every: int = Field(
+        1, ge=1, description="optimiser steps between lines of metrics.jsonl", json_schema_extra=Free
+    )
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare no as false
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The given peak learning rate, or the paper's scaled by the square root of the batch size.
+
+        Adam's steps do not grow with the gradient, so noise, not size, sets the rate: hence the root
+        (Malladi et al., 2205.10287) where the linear rule belongs to SGD.
+        """
+        return self.lr if self.lr is not None else 1.5e-3 * math.sqrt(self.batch_size / 2048)
+
+    def resolve(self, images: int) -> Self:
+        """Fill in what has a default depending on other values, so that a saved file says it all.
+
+        Args:
+            images: size of the data set.
+
+        Raises:
+            MapetError: if a batch is larger than the data set.
+        """
+        if self.batch_size > images:
+            raise MapetError(
+                f"batch size {self.batch_size} is larger than the data set of {images} images; "
+                f"pass --batch-size {images} or less"
+            )
+        epochs = self.epochs if self.epochs is not None or self.steps is not None else 300
+        update = {
+            "epochs": epochs,
+            "lr": self.peak_lr,
+            "checkpoint_every": self.checkpoint_every or images // self.batch_size,
+        }
+        return self.model_copy(update=update)
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None, "resolve() sets epochs or steps"
+        return self.epochs * (images // self.batch_size)

@@ -1,0 +1,70 @@
+"""The configurations of the tokenizer commands."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mapet.config.base import Common, Free
+from mapet.config.groups import DataKeys, InputKeys, KMeansKeys, TeacherKeys, TrainKeys, ViewKeys
+
+
+class FitConfig(KMeansKeys, InputKeys):
+    """A tokenizer fitted by k-means."""
+
+    teacher: str = Field(
+        "pixels",
+        min_length=1,
+        description="what is clustered: 'pixels', or the features of a timm or torchvision model by name, or of the "
+        "exported folder of an earlier run",
+        json_schema_extra=Common,
+    )
+    image_size: int = Field(224, ge=1, description="side of the student's input in pixels", json_schema_extra=Common)
+    patch_size: int = Field(16, ge=1, description="side of the student's patches in pixels", json_schema_extra=Common)
+    crop_min: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fit on random crops that cover at least this share of an image; default: on the centre square",
+    )
+    batch_size: int = Field(64, ge=1, description="images at a time, per process", json_schema_extra=Free)
+
+
+class EncodeConfig(ViewKeys, DataKeys):
+    """A token store."""
+
+    tokenizer: str = Field(
+        min_length=1, description="the folder of a tokenizer, or 'dvae' (published)", json_schema_extra=Common
+    )
+    views: int = Field(
+        8, ge=1, description="distinct crops of each image, so that augmentation stays possible",
+        json_schema_extra=Common,
+    )  # fmt: skip
+    channels: int | None = Field(
+        None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
+    )
+    batch_size: int = Field(64, ge=1, description="views at a time, per process", json_schema_extra=Free)
+
+
+class VQKDConfig(TrainKeys, TeacherKeys):
+    """A VQ-KD tokenizer trained on one's own images (BEiT v2, 2208.06366)."""
+
+    teacher: str = Field(
+        min_length=1,
+        description="whose features are distilled: a timm or torchvision model by name, or the exported folder of an "
+        "earlier run",
+        json_schema_extra=Common,
+    )
+    image_size: int = Field(224, ge=1, description="side of the student's input in pixels", json_schema_extra=Common)
+    patch_size: int = Field(16, ge=1, description="side of the student's patches in pixels", json_schema_extra=Common)
+    vocab_size: int = Field(8192, ge=2, description="how many ids", json_schema_extra=Common)
+    code_dim: int = Field(32, ge=1, description="width of a code")
+    embed_dim: int = Field(768, ge=1, description="width of encoder and decoder; a multiple of 64, or of the heads")
+    depth: int = Field(12, ge=1, description="blocks of the encoder")
+    num_heads: int = Field(12, ge=1, description="attention heads")
+    decoder_depth: Literal[1, 3] = Field(3, description="blocks of the decoder")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="how slowly codes follow the patches they stand for")
+    crop_min: float = Field(0.2, gt=0, le=1, description="least share of the image that a random crop covers")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    color_jitter: float = Field(0.0, ge=0, le=1, description="colour jitter of the encoder's view")
