@@ -10,6 +10,7 @@ import torch
 from mapet import MapetError
 from mapet.data import (
     DamageTally,
+    Draws,
     PlainView,
     StepSampler,
     Stream,
@@ -60,8 +61,8 @@ def test_seeds_do_not_collide() -> None:
 
 
 def test_workers_do_not_change_what_is_loaded(digits: Path) -> None:
-    view = TrainView(28, 0.3, 0.5, 0.4, (0.5,), (0.5,))
-    dataset = ViewDataset(open_images(str(digits)), view, 1, seed=3)
+    view = TrainView(28, 28, 0.3, 0.5, 0.4, (0.5,), (0.5,))
+    dataset = ViewDataset(open_images(str(digits)), view, 1, Draws(3, 3))
     sampler = StepSampler(60, 16, seed=3, first_step=2, last_step=5)
     for alone, together in zip(load_batches(dataset, sampler, 0), load_batches(dataset, sampler, 2), strict=True):
         assert torch.equal(alone["student"], together["student"])
@@ -69,8 +70,8 @@ def test_workers_do_not_change_what_is_loaded(digits: Path) -> None:
 
 
 def test_the_number_of_threads_does_not_change_what_is_loaded(photographs: Path) -> None:
-    view = TrainView(224, 0.3, 0.5, 0.4, (0.5,) * 3, (0.5,) * 3)
-    dataset = ViewDataset(open_images(str(photographs)), view, 3, seed=3)
+    view = TrainView(224, 224, 0.3, 0.5, 0.4, (0.5,) * 3, (0.5,) * 3)
+    dataset = ViewDataset(open_images(str(photographs)), view, 3, Draws(3, 3))
     before = torch.get_num_threads()
     try:
         samples = []
@@ -100,7 +101,7 @@ def test_damaged_files_are_replaced_named_and_counted(damaged: Path, caplog: pyt
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
-                tally.add(batch)
+                tally.add(batch["damaged"])
                 assert batch["view"].shape == (20, 1, 28, 28)
                 assert batch["view"].flatten(1).amax(1).min() > 0
     assert {images.keys[i] for i in tally.indices} == {"class 1/0.png", "class 2/3.png"}
@@ -117,7 +118,7 @@ def test_too_many_damaged_files_stop_with_their_number(damaged: Path) -> None:
     tally = DamageTally(images, most_share=0.02)
     with pytest.raises(MapetError, match=r"2 of 60 images cannot be read.*class 1/0\.png.*--max-damaged"):
         for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
-            tally.add(batch)
+            tally.add(batch["damaged"])
 
 
 def test_a_folder_of_rubbish_stops_at_once(tmp_path: Path) -> None:
@@ -126,4 +127,4 @@ def test_a_folder_of_rubbish_stops_at_once(tmp_path: Path) -> None:
     images = open_images(str(tmp_path))
     batch = next(iter(load_batches(ViewDataset(images, VIEW, 1), in_order(80, 4), 0)))
     with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
-        DamageTally(images, most_share=1.0).add(batch)
+        DamageTally(images, most_share=1.0).add(batch["damaged"])

@@ -2,25 +2,26 @@ from __future__ import annotations
 
 import torch
 
-from mapet.data import PlainView, TrainView
+from mapet.data import Draw, PlainView, TrainView
 
 IMAGE = (torch.rand(3, 40, 56, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
 
 
-def make(jitter: float = 0.4, **changes: float) -> TrainView:
-    return TrainView(32, **{"crop_min": 0.3, "flip": 0.5, **changes}, jitter=jitter, mean=(0.5,) * 3, std=(0.25,) * 3)
+def make(jitter: float = 0.4, size: int = 32, view_size: int = 32, **changes: float) -> TrainView:
+    shape = {"crop_min": 0.3, "flip": 0.5, **changes}
+    return TrainView(size, view_size, **shape, jitter=jitter, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def test_both_networks_see_the_same_crop_and_flip() -> None:
     for seed in range(10):
-        view, student = make(jitter=0.0)(IMAGE, seed)
+        view, student = make(jitter=0.0)(IMAGE, Draw(seed, seed))
         assert view.shape == student.shape == (3, 32, 32)
         assert torch.allclose(student, (view - 0.5) / 0.25)
 
 
 def test_colour_jitter_is_the_students_alone() -> None:
-    view, student = make(jitter=0.4)(IMAGE, 3)
-    plain_view, plain_student = make(jitter=0.0)(IMAGE, 3)
+    view, student = make(jitter=0.4)(IMAGE, Draw(3, 3))
+    plain_view, plain_student = make(jitter=0.0)(IMAGE, Draw(3, 3))
     assert torch.equal(view, plain_view)
     assert not torch.allclose(student, plain_student)
 
@@ -28,10 +29,10 @@ def test_colour_jitter_is_the_students_alone() -> None:
 def test_views_come_from_the_seed_alone() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = make()(IMAGE, 1)
+    first = make()(IMAGE, Draw(1, 1))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    again, other = make()(IMAGE, 1), make()(IMAGE, 2)
+    again, other = make()(IMAGE, Draw(1, 1)), make()(IMAGE, Draw(2, 2))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
@@ -39,14 +40,14 @@ def test_views_come_from_the_seed_alone() -> None:
 
 def test_views_stay_in_range_for_floats() -> None:
     deep = torch.rand(1, 40, 40).round()
-    view, _ = TrainView(28, 0.3, 0.5, 0.0, (0.5,), (0.5,))(deep, 0)
+    view, _ = TrainView(28, 28, 0.3, 0.5, 0.0, (0.5,), (0.5,))(deep, Draw(0, 0))
     assert view.min() >= 0
     assert view.max() <= 1
 
 
 def test_flip_mirrors() -> None:
-    unflipped, _ = make(flip=0.0, crop_min=1.0)(IMAGE[:, :, :40], 0)
-    flipped, _ = make(flip=1.0, crop_min=1.0)(IMAGE[:, :, :40], 0)
+    unflipped, _ = make(flip=0.0, crop_min=1.0)(IMAGE[:, :, :40], Draw(0, 0))
+    flipped, _ = make(flip=1.0, crop_min=1.0)(IMAGE[:, :, :40], Draw(0, 0))
     assert torch.allclose(flipped, unflipped.flip(-1), atol=1e-6)
 
 
@@ -60,3 +61,25 @@ def test_plain_view_is_the_centre_of_the_resized_image() -> None:
     view, student = PlainView(40, (0.5,) * 3, (0.25,) * 3)(IMAGE)
     assert torch.allclose(view, IMAGE[:, :, 8:48].float() / 255)
     assert torch.allclose(student, (view - 0.5) / 0.25)
+
+
+def test_the_tokenizers_view_is_the_same_crop_at_its_own_size() -> None:
+    draw = Draw(3, 3)
+    large, student = make(jitter=0.0, view_size=64)(IMAGE, draw)
+    assert large.shape == (3, 64, 64)
+    assert torch.equal(student, make(jitter=0.0)(IMAGE, draw)[1])
+    assert (torch.nn.functional.avg_pool2d(large, 2) - (student * 0.25 + 0.5)).abs().mean() < 0.03
+    nothing, alone = make(jitter=0.0, view_size=0)(IMAGE, draw)
+    assert nothing.numel() == 0
+    assert torch.equal(alone, student)
+    view, nothing = make(jitter=0.0, size=0, view_size=64)(IMAGE, draw)
+    assert nothing.numel() == 0
+    assert torch.equal(view, large)
+
+
+def test_a_settled_flip_is_not_drawn() -> None:
+    for flip in (0.0, 1.0):
+        plain, _ = make(flip=flip)(IMAGE, Draw(1, 1, mirrored=False))
+        mirrored, _ = make(flip=flip)(IMAGE, Draw(1, 1, mirrored=True))
+        assert torch.equal(plain.flip(-1), mirrored)
+        assert torch.equal(plain, make(flip=0.0)(IMAGE, Draw(1, 1))[0])

@@ -10,14 +10,15 @@ from mapet.data.batches import (
     DamageTally,
     Sample,
     StepSampler,
-    Stream,
     ViewDataset,
-    fold_seed,
+    collate,
     in_order,
     load_batches,
 )
 from mapet.data.decode import check_channels, decode
 from mapet.data.demo_sets import DEMO_SETS
+from mapet.data.passes import ContentOnly, EveryView, load_passes
+from mapet.data.seeds import Draw, Draws, Stream, fold_seed
 from mapet.data.sources import (
     ImageSet,
     few_per_class,
@@ -27,27 +28,34 @@ from mapet.data.sources import (
     from_list,
     split,
 )
-from mapet.data.views import PlainView, TrainView
+from mapet.data.views import PlainView, TrainView, View
 from mapet.errors import MapetError, nearest
 
 __all__ = [
     "DEMO_SETS",
     "Batch",
+    "ContentOnly",
     "DamageTally",
+    "Draw",
+    "Draws",
+    "EveryView",
     "ImageSet",
     "PlainView",
     "Sample",
     "StepSampler",
     "Stream",
     "TrainView",
+    "View",
     "ViewDataset",
     "check_channels",
+    "collate",
     "decode",
     "few_per_class",
     "fold_seed",
     "from_array",
     "in_order",
     "load_batches",
+    "load_passes",
     "open_images",
     "open_labelled",
     "split",

@@ -5,63 +5,52 @@ from __future__ import annotations
 import logging
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
+from mapet.data.views import NOTHING, View
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
 
-View = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 SampleKey = tuple[int, int]  # (epoch, index)
+Met = tuple[int, str]  # a damaged file: (index, reason)
+NO_SEED = Draws(0, 0)  # for views in which nothing is random
 
 # Files that fail are replaced by another image, drawn anew this often before the sample is given up.
 MOST_ATTEMPTS = 50
 
 
 class Sample(TypedDict):
-    """One image: its two inputs, its index, and the damaged files met on the way as (index, reason)."""
+    """One image: its two inputs, which image and which view of it, and the damaged files met on the way."""
 
     view: Tensor
     student: Tensor
     index: int
-    damaged: list[tuple[int, str]]
+    number: int
+    digest: Tensor
+    damaged: list[Met]
 
 
 class Batch(TypedDict):
-    """``view`` and ``student`` ``(B, C, H, W)``, ``index`` ``(B,)``, and per image the damaged files met."""
+    """``view`` and ``student`` ``(B, C, H, W)``; ``index`` and ``number`` (of the view) ``(B,)``; ``digest``
+    ``(B, 32)`` uint8, or ``(B, 0)`` if not asked for; per image the damaged files met, as (index, reason).
+    """
 
     view: Tensor
     student: Tensor
     index: Tensor
-    damaged: list[list[tuple[int, str]]]
-
-
-class Stream(IntEnum):
-    """What randomness is for: each purpose has a stream of its own."""
-
-    EPOCH = 1  # the permutation of an epoch
-    VIEW = 2  # the augmentation of an image in an epoch
-    STEP = 3  # orders and stochastic depth of a step
-    SAMPLE = 4  # the images that a tokenizer is fitted on
-    WEIGHTS = 5  # the backbone's initial weights
-    HEAD = 6  # those of the parts that are not exported
-
-
-def fold_seed(seed: int, stream: Stream, *parts: int) -> int:
-    """Mix integers into one 63-bit seed: independent streams for every purpose, epoch, index, ..."""
-    mixed = 0x9E3779B97F4A7C15
-    for part in (seed, stream, *parts):
-        mixed = ((mixed ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
-        mixed ^= mixed >> 29
-    return mixed >> 1
+    number: Tensor
+    digest: Tensor
+    damaged: list[list[Met]]
 
 
 @dataclass(frozen=True)
@@ -105,37 +94,57 @@ class StepSampler:
 
 @dataclass(frozen=True)
 class ViewDataset(Dataset[Sample]):
-    """Decodes and augments; an image that cannot be decoded is replaced by a random other one."""
+    """Decodes and augments; an image that cannot be decoded is replaced by a random other one.
+
+    Args:
+        images: the data set.
+        view: makes the two inputs.
+        channels: 1 or 3.
+        draws: which view of an image an epoch shows.
+        digests: also give the SHA-256 of each image's content.
+    """
 
     images: ImageSet
     view: View
     channels: int
-    seed: int = 0
+    draws: Draws = NO_SEED
+    digests: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
-        seed = fold_seed(self.seed, Stream.VIEW, epoch, index)
-        replacements = random.Random(seed)
-        damaged: list[tuple[int, str]] = []
+        replacements = random.Random(fold_seed(self.draws.seed, Stream.VIEW, epoch, index))
+        damaged: list[Met] = []
         # A blank image stands in when all attempts fail; DamageTally then stops the run before it is used.
-        image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
+        image, digest = torch.zeros(self.channels, 1, 1, dtype=torch.uint8), NOTHING
         while len(damaged) < MOST_ATTEMPTS:
             try:
                 image = self.images.load(index, self.channels)
+                digest = self.images.digest(index) if self.digests else NOTHING
                 break
             except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
                 index = replacements.randrange(len(self.images))
-        # One thread, as in a loading process: the rounding of a mean depends on their number, and small images
-        # are not worth more.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        view, student = self.view(image, seed)
+        name = self.images.keys[index]
+        number = self.draws.number(epoch, name)
+        with one_thread():
+            view, student = self.view(image, self.draws.draw(number, name, epoch))
+        return {
+            "view": view, "student": student, "index": index, "number": number, "digest": digest, "damaged": damaged,
+        }  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a loading process: a mean's rounding depends on the number of threads; small images are not worth more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(threads)
-        return {"view": view, "student": student, "index": index, "damaged": damaged}
 
 
 class DamageTally:
@@ -151,13 +160,13 @@ class DamageTally:
         self.images, self.most_share = images, most_share
         self.indices = set(known)
 
-    def add(self, batch: Batch) -> None:
-        """Take note of a batch's damaged files.
+    def add(self, damaged: Sequence[Sequence[Met]]) -> None:
+        """Take note of the damaged files met for each image of a batch.
 
         Raises:
             MapetError: if too many files are damaged.
         """
-        for met in batch["damaged"]:
+        for met in damaged:
             for index, reason in met:
                 if index not in self.indices:
                     self.indices.add(index)
@@ -188,6 +197,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         "view": torch.stack([sample["view"] for sample in samples]),
         "student": torch.stack([sample["student"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
+        "number": torch.tensor([sample["number"] for sample in samples]),
+        "digest": torch.stack([sample["digest"] for sample in samples]),
         "damaged": [sample["damaged"] for sample in samples],
     }
 
@@ -202,11 +213,12 @@ def load_batches(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=_ignore_stops,
+        worker_init_fn=ignore_stops,
     )
 
 
-def _ignore_stops(worker: int) -> None:
+def ignore_stops(worker: int) -> None:
+    """Leave it to the main process to end a loading process."""
     # Ctrl-C reaches every process of a terminal, SLURM's SIGTERM every process of a job. The main one decides when
     # to stop, and until then needs batches; workers end with it by themselves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

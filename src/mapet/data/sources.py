@@ -53,6 +53,16 @@ class ImageSet:
         item = self.items[index]
         return decode(item, channels) if isinstance(item, Path) else to_channels(item, channels)
 
+    def digest(self, index: int) -> Tensor:
+        """Return the SHA-256 of image ``index``'s content, ``(32,)`` uint8: of its file's bytes, or its pixels."""
+        item = self.items[index]
+        if isinstance(item, Path):
+            with item.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256")
+        else:
+            found = hashlib.sha256(np.ascontiguousarray(item).tobytes())
+        return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """Return the images at ``indices``, in that order."""
         items = self.items[np.asarray(indices)] if isinstance(self.items, np.ndarray) else None

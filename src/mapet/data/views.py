@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from mapet.data.seeds import Draw
+
 BICUBIC = InterpolationMode.BICUBIC
+
+# From a decoded image to (the tokenizer's view in [0, 1], the student's normalised input).
+View = Callable[[Tensor, Draw], tuple[Tensor, Tensor]]
+NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,8 @@ class TrainView:
     transforms' own calls cost more than the work.
 
     Args:
-        size: side of the square view in pixels.
+        size: side of the student's square input in pixels; 0 for none.
+        view_size: side of the tokenizer's view of the same crop; 0 for none.
         crop_min: least share of the image's area that a crop covers; 1 keeps nearly all of it.
         flip: probability of a horizontal flip.
         jitter: strength of brightness, contrast and saturation jitter; 0 for none.
@@ -27,6 +35,7 @@ class TrainView:
     """
 
     size: int
+    view_size: int
     crop_min: float
     flip: float
     jitter: float
@@ -36,40 +45,49 @@ class TrainView:
     _jitter: v2.ColorJitter = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_crop", v2.RandomResizedCrop(self.size, scale=(self.crop_min, 1.0)))
+        object.__setattr__(self, "_crop", v2.RandomResizedCrop(1, scale=(self.crop_min, 1.0)))
         object.__setattr__(self, "_jitter", v2.ColorJitter(self.jitter, self.jitter, self.jitter))
 
-    def __call__(self, image: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """Return ``(view, student)``: the view in [0, 1] for the tokenizer, the student's normalised input.
 
-        All randomness comes from ``seed``; the caller's random state is left alone.
+        All randomness comes from ``draw``; the caller's random state is left alone.
         """
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which also queues seeds, with a traceback each, for devices not yet in use.
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(draw.geometry)
             box = self._crop.make_params([image])
-            view = v2.functional.resized_crop(
-                image, **box, size=[self.size, self.size], interpolation=BICUBIC, antialias=True
-            )
-            if torch.rand(()) < self.flip:
-                view = v2.functional.horizontal_flip(view)
-            view = v2.functional.to_dtype(view, torch.float32, scale=True).clamp(0, 1)
-            student = self._jitter(view) if self.jitter else view
+            drawn = bool(torch.rand(()) < self.flip)
+            mirrored = drawn if draw.mirrored is None else draw.mirrored
+            view = _crop(image, box, self.view_size, mirrored) if self.view_size else NOTHING
+            if not self.size:
+                return view, NOTHING
+            student = view if self.size == self.view_size else _crop(image, box, self.size, mirrored)
+            if self.jitter:
+                torch.default_generator.manual_seed(draw.colour)
+                student = self._jitter(student)
             return view, v2.functional.normalize(student, list(self.mean), list(self.std))
+
+
+def _crop(image: Tensor, box: dict[str, int], size: int, mirrored: bool) -> Tensor:
+    crop = v2.functional.resized_crop(image, **box, size=[size, size], interpolation=BICUBIC, antialias=True)
+    if mirrored:
+        crop = v2.functional.horizontal_flip(crop)
+    return v2.functional.to_dtype(crop, torch.float32, scale=True).clamp(0, 1)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
 class PlainView:
     """The centre square, resized: what evaluation sees.
 
-    Returns ``(view, student)`` as ``TrainView`` does; ``seed`` is not used.
+    Returns ``(view, student)`` as ``TrainView`` does; nothing about it is random.
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, image: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """Return the view in [0, 1] and normalised."""
         square = v2.functional.center_crop(image, [min(image.shape[-2:])] * 2)
         resized = v2.functional.resize(square, [self.size, self.size], interpolation=BICUBIC, antialias=True)

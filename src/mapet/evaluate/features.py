@@ -51,7 +51,7 @@ def extract_features(
     model.eval()
     features, kept = [], []
     for batch in loader:
-        tally.add(batch)
+        tally.add(batch["damaged"])
         # A damaged file's stand-in must not be counted twice: only images that are themselves stay.
         whole = torch.tensor([not met for met in batch["damaged"]])
         features.append(model(batch["student"][whole].to(device)).flatten(1).float().cpu())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch.optim import AdamW
 
-from mapet.data import ImageSet, PlainView, StepSampler, Stream, TrainView, ViewDataset, fold_seed, load_batches
+from mapet.data import Draws, ImageSet, PlainView, StepSampler, Stream, TrainView, ViewDataset, fold_seed, load_batches
 from mapet.engine import warmup_cosine
 from mapet.evaluate.features import extract_features
 
@@ -54,12 +54,12 @@ def finetune_accuracy(
     model.to(device).train()
     optimizer = AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
-    augment = TrainView(view.size, recipe.crop_min, recipe.flip, 0.0, view.mean, view.std)
+    augment = TrainView(view.size, 0, recipe.crop_min, recipe.flip, 0.0, view.mean, view.std)
     batch_size = min(recipe.batch_size, len(train))
     sampler = StepSampler(len(train), batch_size, seed, first_step=0, last_step=recipe.steps)
     assert train.labels is not None
     labels = torch.tensor(train.labels, device=device)
-    loader = load_batches(ViewDataset(train, augment, channels, seed), sampler, workers=0)
+    loader = load_batches(ViewDataset(train, augment, channels, Draws(seed, seed)), sampler, workers=0)
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(

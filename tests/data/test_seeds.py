@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from mapet.data import Draws
+
+
+def test_without_a_number_of_crops_every_epoch_has_a_new_view() -> None:
+    draws = Draws(1, 2)
+    assert [draws.number(epoch, "a") for epoch in range(3)] == [0, 1, 2]
+    assert len({draws.draw(epoch, "a").geometry for epoch in range(50)}) == 50
+
+
+def test_a_fixed_number_of_views_is_shown_in_turn() -> None:
+    draws = Draws(1, 2, crops=3, mirror=True)
+    assert draws.count == 6
+    shown = [draws.number(epoch, "a") for epoch in range(12)]
+    assert sorted(shown[:6]) == list(range(6))
+    assert shown[6:] == shown[:6]
+    begins = {draws.number(0, str(name)) for name in range(100)}
+    assert begins == set(range(6)), "images do not all begin with the same view"
+
+
+def test_mirrored_views_come_in_pairs_of_one_crop() -> None:
+    draws = Draws(1, 2, crops=2, mirror=True)
+    found = [draws.draw(number, "a") for number in range(4)]
+    assert [draw.mirrored for draw in found] == [False, True, False, True]
+    assert found[0].geometry == found[1].geometry != found[2].geometry == found[3].geometry
+    assert Draws(1, 2, crops=2).draw(0, "a").mirrored is None
+
+
+def test_colours_change_with_the_epoch_and_crops_do_not() -> None:
+    draws = Draws(1, 2, crops=1)
+    first, later = draws.draw(0, "a", epoch=0), draws.draw(0, "a", epoch=5)
+    assert first.geometry == later.geometry
+    assert first.colour != later.colour
+    assert Draws(1, 3, crops=1).draw(0, "a").colour != first.colour
+    assert Draws(1, 3, crops=1).draw(0, "a").geometry == first.geometry
+
+
+def test_views_are_the_images_own_whatever_others_there_are() -> None:
+    draws = Draws(1, 2)
+    assert draws.draw(0, "a").geometry != draws.draw(0, "b").geometry
+    assert draws.draw(0, "caf\udce9.png").geometry == draws.draw(0, "caf\udce9.png").geometry
