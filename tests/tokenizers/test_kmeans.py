@@ -20,7 +20,7 @@ def test_nearest_centroid_equals_faiss() -> None:
     index = faiss.IndexFlatL2(points.shape[1])
     index.add(centroids.numpy())
     _, expected = index.search(points.numpy(), 1)
-    assert np.array_equal(nearest_centroid(points.reshape(40, 100, 12), centroids).flatten().numpy(), expected[:, 0])
+    assert np.array_equal(nearest_centroid(points.reshape(40, 100, 12), centroids)[0].flatten().numpy(), expected[:, 0])
 
 
 def test_inertia_is_scikit_learns() -> None:

@@ -9,12 +9,16 @@ import torchvision
 
 from mapet import MapetError
 from mapet.export import export_backbone
-from mapet.tokenizers import KFeatures, KPixels, load_tokenizer, save_tokenizer
+from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer, save_tokenizer
 from mapet.tokenizers.teachers import build_teacher
 
 
 def photos(count: int = 6, size: int = 32, channels: int = 3) -> torch.Tensor:
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def fitted(tokenizer: KTokenizer, images: torch.Tensor, seed: int = 0) -> KTokenizer:
+    return tokenizer.fit(tokenizer.features(images).flatten(0, 1), seed)
 
 
 def test_pixels_are_cut_in_raster_order() -> None:
@@ -27,15 +31,15 @@ def test_pixels_are_cut_in_raster_order() -> None:
 
 
 def test_contrast_makes_ids_blind_to_brightness_and_gain() -> None:
-    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
-    plain = KPixels(32, 8, 3, vocab_size=8, contrast=False).fit([photos()], points_per_image=16, seed=0)
+    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
+    plain = fitted(KPixels(32, 8, 3, vocab_size=8, contrast=False), photos(), seed=0)
     darker = photos() * 0.5
     assert (tokenizer.encode(darker) == tokenizer.encode(photos())).float().mean() > 0.9
     assert (plain.encode(darker) == plain.encode(photos())).float().mean() < 0.9
 
 
 def test_encode_is_a_protocol_of_ids() -> None:
-    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
     ids = tokenizer.encode(photos(3))
     assert ids.shape == (3, 16)
     assert ids.dtype == torch.int64
@@ -45,19 +49,19 @@ def test_encode_is_a_protocol_of_ids() -> None:
 
 
 def test_saved_and_loaded_gives_the_same_ids_and_hash(tmp_path: Path) -> None:
-    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
     save_tokenizer(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert torch.equal(loaded.encode(photos()), tokenizer.encode(photos()))
     assert loaded.content_hash == tokenizer.content_hash
-    other = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=1)
+    other = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=1)
     assert other.content_hash != tokenizer.content_hash
 
 
 def test_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MapetError, match="holds no fitted tokenizer"):
         load_tokenizer(tmp_path)
-    tokenizer = KPixels(32, 8, 3, vocab_size=8).fit([photos()], points_per_image=16, seed=0)
+    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
     save_tokenizer(tokenizer, tmp_path)
     tokenizer.centroids += 1
     from safetensors.torch import save_file
@@ -89,9 +93,9 @@ def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_timm_teachers_from_a_local_file(
     teacher: str, stage: int | None, timm_weights: dict[str, Path], tmp_path: Path
 ) -> None:
-    tokenizer = KFeatures(teacher, (5, 5), 8, teacher_size=160, stage=stage, weights=timm_weights[teacher])
+    tokenizer = KFeatures.from_teacher(teacher, (5, 5), 8, teacher_size=160, stage=stage, weights=timm_weights[teacher])
     views = photos(4, size=40)
-    tokenizer.fit([views], points_per_image=25, seed=0)
+    fitted(tokenizer, views)
     ids = tokenizer.encode(views)
     assert ids.shape == (4, 25)
     save_tokenizer(tokenizer, tmp_path)
@@ -99,7 +103,7 @@ def test_timm_teachers_from_a_local_file(
 
 
 def test_vit_teachers_prefix_tokens_are_dropped(timm_weights: dict[str, Path]) -> None:
-    tokenizer = KFeatures("test_vit", (10, 10), 8, teacher_size=160, weights=timm_weights["test_vit"])
+    tokenizer = KFeatures.from_teacher("test_vit", (10, 10), 8, teacher_size=160, weights=timm_weights["test_vit"])
     whole = timm.create_model("test_vit", num_classes=0).eval()
     whole.load_state_dict(torch.load(timm_weights["test_vit"], weights_only=True), strict=False)
     views = photos(2, size=160)
@@ -139,7 +143,7 @@ def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photogr
     images = open_images(str(photographs))
     view = PlainView(224, (0.0,) * 3, (1.0,) * 3)
     views = torch.stack([view(images.load(i, 3))[0] for i in range(4)])
-    tokenizer = KFeatures(
+    tokenizer = KFeatures.from_teacher(
         "mobilenet_v2", (14, 14), 16, teacher_size=224, stage="features.13", weights=mobilenet_weights
     )
     network = torchvision.models.mobilenet_v2()
@@ -154,8 +158,8 @@ def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photogr
 
 
 def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path) -> None:
-    def build(teacher: str, **options: object) -> KFeatures:
-        return KFeatures(teacher, (4, 4), 8, teacher_size=160, **options)  # type: ignore[arg-type]
+    def build(teacher: str, teacher_size: int = 160, **options: object) -> KFeatures:
+        return KFeatures.from_teacher(teacher, (4, 4), 8, teacher_size, **options)  # type: ignore[arg-type]
 
     with pytest.raises(MapetError, match=r"unknown tokenizer or teacher 'mobilnet_v2'.*'mobilenet_v2'"):
         build("mobilnet_v2")
@@ -173,7 +177,8 @@ def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path)
         build("mobilenet_v2", stage="feature.3", weights=tmp_path / "mobile.pth")
     with pytest.raises(MapetError, match="must be a number"):
         build("test_vit", stage="last", weights=timm_weights["test_vit"])
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "deit.pth")
     with pytest.raises(MapetError, match=r"'deit_tiny_patch16_224' cannot read images of 100 x 100 .*--teacher-size"):
-        KFeatures("deit_tiny_patch16_224", (4, 4), 8, teacher_size=100, pretrained=False)
+        build("deit_tiny_patch16_224", teacher_size=100, weights=tmp_path / "deit.pth")
     with pytest.raises(MapetError, match="no stage 99"):
         build("test_vit", stage=99, weights=timm_weights["test_vit"])

@@ -11,6 +11,7 @@ from mapet.objectives.mim import MIM
 from mapet.objectives.pim import PIM
 from mapet.objectives.raster import Raster
 from mapet.objectives.upstream import load_upstream
+from mapet.objectives.vqkd import VQKDObjective
 
 __all__ = [
     "MIM",
@@ -20,6 +21,7 @@ __all__ = [
     "MaPeT",
     "Output",
     "Raster",
+    "VQKDObjective",
     "build_objective",
     "load_upstream",
 ]

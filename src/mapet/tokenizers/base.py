@@ -1,13 +1,15 @@
-"""The protocol of visual tokenizers, and the k-means tokenizers' common part."""
+"""What every visual tokenizer is, and the k-means tokenizers' common part."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, Self
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mapet.tokenizers.kmeans import fit_centroids, nearest_centroid
@@ -15,92 +17,122 @@ from mapet.tokenizers.kmeans import fit_centroids, nearest_centroid
 Grid = tuple[int, int]
 
 
-class Tokenizer(Protocol):
+class Tokenizer(nn.Module):
     """What turns images into prediction targets: one id in ``[0, vocab_size)`` per patch.
 
-    Attributes:
-        vocab_size: ``V``, how many ids there are.
+    A subclass gives ``kind``, ``assign`` and ``config``, and is entered in ``TOKENIZERS``. Its weights are its
+    state dict.
+
+    Args:
         grid: rows and columns of patches; ``P`` is their product.
+        vocab_size: ``V``, how many ids there are.
+        input_size: side in pixels of the square view that is tokenized best; others are resized to it.
+        channels: of the views, 1 or 3.
+
+    Attributes:
+        origin: where the weights came from and their SHA-256, for the record; does not touch the ids.
     """
 
-    vocab_size: int
-    grid: Grid
+    kind: ClassVar[str]
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` images in [0, 1] to ``(B, P)`` int64 ids in raster order."""
-
-    @property
-    def content_hash(self) -> str:
-        """SHA-256 of everything that decides the ids: two tokenizers with one hash give the same ids."""
-
-
-class KTokenizer(nn.Module):
-    """Ids are nearest centroids of per-patch features, by L2 distance.
-
-    A subclass gives ``features`` and ``config``. Fitted centroids live in the buffer ``centroids``
-    ``(V, d)``; before ``fit`` they are NaN.
-    """
-
-    kind: str
-    centroids: Tensor
-
-    def __init__(self, grid: Grid, vocab_size: int, channels_out: int) -> None:
+    def __init__(self, grid: Grid, vocab_size: int, input_size: int, channels: int = 3) -> None:
         super().__init__()
-        self.grid = (int(grid[0]), int(grid[1]))
-        self.vocab_size = vocab_size
-        self.register_buffer("centroids", torch.full((vocab_size, channels_out), float("nan")))
+        self.grid: Grid = (int(grid[0]), int(grid[1]))
+        self.vocab_size, self.input_size, self.channels = vocab_size, input_size, channels
+        self.origin: dict[str, str] = {}
 
-    def features(self, images: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` images in [0, 1] to ``(B, P, d)`` float32 features in raster order."""
+    def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Map float32 ``(B, C, H, W)`` images in [0, 1] to ``(B, P)`` int64 ids, and to how far each patch is from
+        its code, ``(B, P)``: smaller is nearer; what the distance is, is the tokenizer's own affair.
+        """
         raise NotImplementedError
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON-able."""
+        """What ``from_config`` needs, JSON-able."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build an unfitted tokenizer whose weights are then loaded from a state dict."""
+        """Build it with weights that are then loaded from a state dict."""
         return cls(**config)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` images in [0, 1] to ``(B, P)`` int64 ids in raster order."""
-        # Ids must not depend on the precision that the student happens to train in.
-        with torch.autocast(images.device.type, enabled=False):
-            return nearest_centroid(self.features(images.float()), self.centroids)
+        return self.encode_with_distance(images)[0]
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor], *, points_per_image: int, seed: int) -> Self:
-        """Fit the centroids by k-means, in place.
-
-        Args:
-            batches: image batches ``(B, C, H, W)`` in [0, 1]; the features sampled from them are held in
-                memory, twice while they are joined: ``2 * images * points_per_image * d * 4`` bytes.
-            points_per_image: how many patches of each image are sampled, without replacement.
-            seed: seeds the sampling and the k-means.
-
-        Raises:
-            MapetError: if there are fewer points than centroids, or a feature is not finite.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        device = self.centroids.device
-        points = []
-        for images in batches:
-            features_BPD = self.features(images.to(device)).cpu()
-            noise = torch.rand(features_BPD.shape[:2], generator=generator)
-            chosen = noise.argsort(dim=1)[:, :points_per_image]
-            points.append(features_BPD.gather(1, chosen[:, :, None].expand(-1, -1, features_BPD.shape[-1])))
-        sample = torch.cat(points).flatten(0, 1)
-        self.centroids.copy_(fit_centroids(sample, self.vocab_size, seed))
-        return self
+    def encode_with_distance(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids of ``encode`` and, as ``(B, P)``, how far each patch is from its code."""
+        # Ids must not depend on the precision that the student happens to train in.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.assign(images.float())
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over kind, configuration and tensors."""
-        digest = hashlib.sha256(json.dumps([self.kind, self.config], sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of everything that decides the ids: two tokenizers with one hash give the same ids."""
+        return hash_content([self.kind, self.config], self)
+
+
+def hash_content(config: Any, module: nn.Module) -> str:
+    """Return the SHA-256 of a JSON-able configuration and a module's tensors."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Resize ``(B, C, H, W)`` images in [0, 1] to ``size`` pixels square, bicubic, where they differ."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+class KTokenizer(Tokenizer):
+    """Ids are nearest centroids of per-patch features, by L2 distance.
+
+    A subclass gives ``patch_features`` and ``config``. Centroids live in the buffer ``centroids`` ``(V, d)``; before
+    they are fitted they are NaN.
+
+    Args:
+        grid, vocab_size, input_size, channels: see ``Tokenizer``.
+        width: ``d``, of the features.
+        spherical: compare directions only: features are scaled to length 1 first.
+    """
+
+    centroids: Tensor
+
+    def __init__(
+        self, grid: Grid, vocab_size: int, input_size: int, channels: int, width: int, spherical: bool = False
+    ) -> None:
+        super().__init__(grid, vocab_size, input_size, channels)
+        self.spherical = spherical
+        self.register_buffer("centroids", torch.full((vocab_size, width), float("nan")))
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` images in [0, 1] to ``(B, P, d)`` float32 features in raster order."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return what is clustered and compared, ``(B, P, d)`` float32 in raster order."""
+        with torch.autocast(images.device.type, enabled=False):
+            features = self.patch_features(images.float())
+        return F.normalize(features, dim=-1) if self.spherical else features
+
+    def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return nearest centroids and squared distances; unit vectors are compared by direction all the same."""
+        return nearest_centroid(self.features(images), self.centroids)
+
+    def fit(self, points: Tensor, seed: int, **options: Any) -> Self:
+        """Fit the centroids to ``(n, d)`` points out of ``features``, in place; see ``fit_centroids``."""
+        self.centroids.copy_(fit_centroids(points, self.vocab_size, seed, spherical=self.spherical, **options))
+        return self

@@ -26,6 +26,7 @@ class KPixels(KTokenizer):
         vocab_size: ``V``.
         contrast: normalise each patch to mean 0 and variance 1, so that ids tell structure rather than
             brightness; without it they tell both.
+        spherical: see ``KTokenizer``.
 
     Raises:
         MapetError: if patches do not tile the image.
@@ -33,28 +34,37 @@ class KPixels(KTokenizer):
 
     kind = "pixels"
 
-    def __init__(self, image_size: int, patch_size: int, channels: int, vocab_size: int, contrast: bool = True) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        channels: int,
+        vocab_size: int,
+        contrast: bool = True,
+        spherical: bool = False,
+    ) -> None:
         if image_size % patch_size:
             raise MapetError(f"image size {image_size} is not divisible by the patch size {patch_size}")
         side = image_size // patch_size
-        super().__init__((side, side), vocab_size, channels * patch_size**2)
-        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        super().__init__((side, side), vocab_size, image_size, channels, channels * patch_size**2, spherical)
+        self.patch_size = patch_size
         self.contrast = contrast
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
-            "image_size": self.image_size,
+            "image_size": self.input_size,
             "patch_size": self.patch_size,
             "channels": self.channels,
             "vocab_size": self.vocab_size,
             "contrast": self.contrast,
+            "spherical": self.spherical,
         }
 
-    def features(self, images: Tensor) -> Tensor:
+    def patch_features(self, images: Tensor) -> Tensor:
         """Cut ``(B, C, H, W)`` images into ``(B, P, C * patch * patch)`` pixels."""
-        expected = (self.channels, self.image_size, self.image_size)
+        expected = (self.channels, self.input_size, self.input_size)
         if tuple(images.shape[1:]) != expected:
             raise MapetError(f"images have shape {tuple(images.shape[1:])}, but this tokenizer reads {expected}")
         patches = torch.nn.functional.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)

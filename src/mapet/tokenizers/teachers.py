@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError
+from timm.models import get_model_args
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from mapet.errors import MapetError, nearest
+from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -24,24 +24,46 @@ class Teacher(nn.Module):
     """A network cut off at one stage, with its own input normalisation; frozen.
 
     Maps ``(B, 3, H, W)`` or ``(B, 1, H, W)`` in [0, 1] to ``(B, d, h, w)``, whether the network reads 3 channels or 1.
+
+    Attributes:
+        config: what ``from_config`` needs to build the same architecture, JSON-able; the weights' source is not
+            needed again.
+        origin: where the weights came from, and the SHA-256 of their file where there is one.
     """
 
-    def __init__(self, name: str, stage: str | int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.name, self.stage = name, stage
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
+    library: ClassVar[str]
     network: Any
     mean: Tensor
     std: Tensor
 
-    def freeze(self) -> None:
-        """Switch to evaluation, for good."""
-        self.requires_grad_(False)
-        self.eval()
+    def __init__(
+        self, name: str, stage: str | int, mean: Sequence[float], std: Sequence[float], **architecture: Any
+    ) -> None:
+        super().__init__()
+        self.name, self.stage = name, stage
+        self.config: dict[str, Any] = {
+            "library": self.library, "name": name, "stage": stage, "mean": list(mean), "std": list(std), **architecture,
+        }  # fmt: skip
+        self.origin: dict[str, str] = {}
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def train(self, mode: bool = True) -> Teacher:
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Teacher:
+        """Build the architecture with random weights, frozen."""
+        arguments = dict(config)
+        return LIBRARIES[arguments.pop("library")](**arguments).frozen()
+
+    @property
+    def channels(self) -> int:
+        """How many channels the network reads."""
+        return self.mean.shape[1]
+
+    def frozen(self) -> Self:
+        """Switch to evaluation, for good."""
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
         """Stay in evaluation: a teacher's batch statistics must not follow the student's mode."""
         return super().train(False)
 
@@ -51,9 +73,8 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the stage."""
-        wanted = self.mean.shape[1]
-        if images.shape[1] != wanted:
-            images = rgb_to_grayscale(images, num_output_channels=wanted)
+        if images.shape[1] != self.channels:
+            images = rgb_to_grayscale(images, num_output_channels=self.channels)
         feature_map = self.network_map((images - self.mean) / self.std)
         if feature_map.ndim != 4:
             raise MapetError(
@@ -62,22 +83,47 @@ class Teacher(nn.Module):
             )
         return feature_map
 
+    @torch.no_grad()
+    def measure(self, size: int) -> tuple[int, int, int]:
+        """Return channels, rows and columns of the map of images of ``size`` pixels square.
+
+        Raises:
+            MapetError: if there is no map, or such images cannot be read.
+        """
+        try:
+            shape = self(torch.zeros(1, self.channels, size, size, device=self.mean.device)).shape
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise MapetError(
+                f"teacher {self.name!r} cannot read images of {size} x {size} pixels "
+                f"({' '.join(str(error).split())}); choose another --teacher-size"
+            ) from error
+        return int(shape[1]), int(shape[2]), int(shape[3])
+
 
 class TimmTeacher(Teacher):
     """Any timm model that can return intermediate maps; prefix tokens are dropped."""
 
-    def __init__(self, name: str, stage: int, pretrained: bool) -> None:
-        network = _timm_network(name, pretrained)
-        if not hasattr(network, "forward_intermediates"):
+    library = "timm"
+
+    def __init__(
+        self,
+        name: str,
+        stage: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        architecture: str,
+        model_args: Mapping[str, Any],
+        network: nn.Module | None = None,
+    ) -> None:
+        super().__init__(name, stage, mean, std, architecture=architecture, model_args=dict(model_args))
+        self.network = network if network is not None else _timm_network(architecture, False, **model_args)
+        if not hasattr(self.network, "forward_intermediates"):
             raise MapetError(f"teacher {name!r} cannot return a spatial map; choose a convolutional network or a ViT")
-        config = network.pretrained_cfg
-        super().__init__(name, stage, config["mean"], config["std"])
         try:
             # Later stages are never run: dropping them keeps the saved tokenizer small.
-            kept = network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
+            self.kept = self.network.prune_intermediate_layers([stage], prune_norm=True, prune_head=True)
         except (IndexError, AssertionError) as error:
             raise MapetError(f"teacher {name!r} has no stage {stage}; choose another --teacher-stage") from error
-        self.network, self.kept = network, kept
 
     def network_map(self, images: Tensor) -> Tensor:
         """Return the map of the stage."""
@@ -88,12 +134,13 @@ class TimmTeacher(Teacher):
 class TorchvisionTeacher(Teacher):
     """Any torchvision classifier, cut at a named node of its graph."""
 
-    def __init__(self, name: str, stage: str, pretrained: bool) -> None:
-        super().__init__(name, stage, IMAGENET_MEAN, IMAGENET_STD)
-        try:
-            network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
-        except OSError as error:
-            raise _no_download(name, error) from error
+    library = "torchvision"
+
+    def __init__(
+        self, name: str, stage: str, mean: Sequence[float], std: Sequence[float], network: nn.Module | None = None
+    ) -> None:
+        super().__init__(name, stage, mean, std)
+        network = network if network is not None else torchvision.models.get_model(name, weights=None)
         try:
             self.network = create_feature_extractor(network, {stage: "map"})
         except ValueError as error:
@@ -107,49 +154,69 @@ class TorchvisionTeacher(Teacher):
         return self.network(images)["map"]  # type: ignore[no-any-return]
 
 
-def build_teacher(
-    name: str, stage: str | int | None = None, weights: str | Path | None = None, *, pretrained: bool = True
-) -> Teacher:
-    """Build a frozen teacher.
+LIBRARIES: dict[str, type[Teacher]] = {"timm": TimmTeacher, "torchvision": TorchvisionTeacher}
+
+
+def build_teacher(name: str, stage: str | int | None = None, weights: str | Path | None = None) -> Teacher:
+    """Build a frozen pre-trained teacher.
 
     Args:
-        name: a timm model name, ``local-dir:FOLDER`` or ``hf-hub:ID``, or a torchvision model name.
-        stage: for timm the index of a stage (default: the last), for torchvision the name of a node
+        name: a timm model name, ``local-dir:FOLDER`` (or just the folder) as ``mapet`` and timm export it,
+            ``hf-hub:ID``, or a torchvision model name.
+        stage: for timm the index of a stage or block (default: the last), for torchvision the name of a node
             (default: ``features`` or ``layer4``).
-        weights: a local file of weights for the whole network; None takes the published ones.
-        pretrained: false builds it with random weights, to be loaded from a fitted tokenizer.
+        weights: of the whole network: a file, a URL or ``hf-hub:ID/FILE``; None takes the published ones.
 
     Raises:
         MapetError: for an unknown name or stage, or weights that cannot be had or do not fit.
     """
-    fetch = pretrained and weights is None
+    if (Path(name) / "config.json").is_file():
+        name = f"local-dir:{name}"
     if ":" in name or timm.is_model(name):
-        index = _stage_index(name, stage)
-        factory: Any = lambda: TimmTeacher(name, index, fetch)  # noqa: E731
-        whole: Any = lambda: _timm_network(name, False)  # noqa: E731
+        teacher = _timm_teacher(name, _stage_index(name, stage), weights)
     elif name in torchvision.models.list_models(module=torchvision.models):
-        node = str(stage) if stage is not None else _default_node(name)
-        factory = lambda: TorchvisionTeacher(name, node, fetch)  # noqa: E731
-        whole = lambda: torchvision.models.get_model(name, weights=None)  # noqa: E731
+        teacher = _torchvision_teacher(name, str(stage) if stage is not None else _default_node(name), weights)
     else:
         known = [*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
         raise MapetError(
             f"unknown tokenizer or teacher {name!r}{nearest(name, ['pixels', *known])}; it takes 'pixels', a timm "
-            "or torchvision model name, or the folder of a fitted tokenizer"
+            "or torchvision model name, the exported folder of an earlier run, or the folder of a fitted tokenizer"
         )
-    teacher: Teacher = factory()
+    return teacher.frozen()
+
+
+def _timm_teacher(name: str, stage: int, weights: str | Path | None) -> Teacher:
+    network = _timm_network(name, weights is None)
+    origin = {"weights": name}
     if weights is not None:
-        _load_weights(teacher, whole(), Path(weights))
-    teacher.freeze()
+        origin = _load_weights(network, name, weights)
+    # As timm's own export records them, but for those that are always the same here.
+    architecture = network.pretrained_cfg["architecture"]
+    model_args = {k: v for k, v in get_model_args(network).items() if k not in ("num_classes", "dynamic_img_size")}
+    config = network.pretrained_cfg
+    teacher = TimmTeacher(name, stage, config["mean"], config["std"], architecture, model_args, network)
+    teacher.origin = origin
     return teacher
 
 
-def _timm_network(name: str, pretrained: bool) -> Any:
+def _torchvision_teacher(name: str, node: str, weights: str | Path | None) -> Teacher:
+    try:
+        network = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
+    except OSError as error:
+        raise _no_download(name, error) from error
+    origin = _load_weights(network, name, weights) if weights is not None else {"weights": f"torchvision {name}"}
+    teacher = TorchvisionTeacher(name, node, IMAGENET_MEAN, IMAGENET_STD, network)
+    teacher.origin = origin
+    return teacher
+
+
+def _timm_network(name: str, pretrained: bool, **model_args: Any) -> Any:
+    arguments = {**model_args, "num_classes": 0}
     try:
         try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+            return timm.create_model(name, pretrained=pretrained, **arguments, dynamic_img_size=True)
         except TypeError:  # it lets a ViT read any size; networks that are not ViTs do not know the argument
-            return timm.create_model(name, pretrained=pretrained, num_classes=0)
+            return timm.create_model(name, pretrained=pretrained, **arguments)
     except (OSError, RuntimeError, ValueError) as error:
         if pretrained:
             raise _no_download(name, error) from error
@@ -181,29 +248,10 @@ def _default_node(name: str) -> str:
     raise MapetError(f"say with --teacher-stage where to cut teacher {name!r}; its parts are {list(children)}")
 
 
-def _load_weights(teacher: Teacher, whole: nn.Module, path: Path) -> None:
-    """Load a file for the whole network strictly, then copy what the cut network needs."""
-    state = _read_weights(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    wanted = whole.state_dict()
-    missing = [name for name in wanted if name not in state]
-    wrong = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
-    if missing or wrong:
-        what = f"{missing[0]!r} is missing" if missing else f"{wrong[0]!r} has another shape"
-        raise MapetError(
-            f"weights {path} do not fit teacher {teacher.name!r}: {what} "
-            f"({len(missing)} missing, {len(wrong)} of wrong shape of {len(wanted)})"
-        )
-    teacher.network.load_state_dict({name: state[name] for name in teacher.network.state_dict()})
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MapetError(f"teacher weights {path} do not exist or are no file; pass the path of a weights file")
-    try:
-        return dict(timm.models.load_state_dict(str(path), use_ema=False, weights_only=True))
-    except (OSError, RuntimeError, ValueError, EOFError, TypeError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise MapetError(f"teacher weights {path} cannot be read as tensors ({reason})") from error
+def _load_weights(network: nn.Module, name: str, weights: str | Path) -> dict[str, str]:
+    """Load a file for the whole network; return its origin."""
+    path, origin = fetch_weights(weights)
+    state, wanted = read_tensors(path), network.state_dict()
+    check_fit(state, wanted, weights, f"teacher {name!r}")
+    network.load_state_dict({key: state[key] for key in wanted})
+    return origin

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mapet import MapetError
+from mapet.tokenizers import load_tokenizer, save_tokenizer
+from mapet.tokenizers.files import TOKENIZERS
+from mapet.tokenizers.vqkd import VQKD
+
+DEPTH, WIDTH, PATCH, SIDE, CODES, CODE_DIM = 2, 128, 4, 3, 50, 8
+
+
+def transformer(prefix: str, depth: int, channels: int, patch: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one of upstream's ViTs, as ``beit2/modeling_finetune.py`` registers them."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, WIDTH),
+        "pos_embed": (1, SIDE**2 + 1, WIDTH),
+        "patch_embed.proj.weight": (WIDTH, channels, patch, patch),
+        "patch_embed.proj.bias": (WIDTH,),
+    }
+    for block in range(depth):
+        shapes |= {
+            f"blocks.{block}.norm1.weight": (WIDTH,),
+            f"blocks.{block}.norm1.bias": (WIDTH,),
+            f"blocks.{block}.attn.q_bias": (WIDTH,),
+            f"blocks.{block}.attn.v_bias": (WIDTH,),
+            f"blocks.{block}.attn.qkv.weight": (3 * WIDTH, WIDTH),
+            f"blocks.{block}.attn.proj.weight": (WIDTH, WIDTH),
+            f"blocks.{block}.attn.proj.bias": (WIDTH,),
+            f"blocks.{block}.norm2.weight": (WIDTH,),
+            f"blocks.{block}.norm2.bias": (WIDTH,),
+            f"blocks.{block}.mlp.fc1.weight": (4 * WIDTH, WIDTH),
+            f"blocks.{block}.mlp.fc1.bias": (4 * WIDTH,),
+            f"blocks.{block}.mlp.fc2.weight": (WIDTH, 4 * WIDTH),
+            f"blocks.{block}.mlp.fc2.bias": (WIDTH,),
+        }
+    shapes |= {"fc_norm.weight": (WIDTH,), "fc_norm.bias": (WIDTH,)}
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def published_state() -> dict[str, torch.Tensor]:
+    """A small file with every name of a published one, ``beit2/modeling_vqkd.py`` and ``norm_ema_quantizer.py``."""
+    shapes = {
+        **transformer("encoder", DEPTH, 3, PATCH),
+        **transformer("decoder", 1, CODE_DIM, 1),
+        "quantize.cluster_size": (CODES,),
+        "quantize.embedding.weight": (CODES, CODE_DIM),
+        "quantize.embedding.cluster_size": (CODES,),
+        "quantize.embedding.embed_avg": (CODES, CODE_DIM),
+        "quantize.embedding.initted": (1,),
+        "scaling_layer.shift": (1, 3, 1, 1),
+        "scaling_layer.scale": (1, 3, 1, 1),
+        "teacher_model.visual.proj": (WIDTH, 512),
+        "encode_task_layer.0.weight": (WIDTH, WIDTH),
+        "encode_task_layer.0.bias": (WIDTH,),
+        "encode_task_layer.2.weight": (CODE_DIM, WIDTH),
+        "encode_task_layer.2.bias": (CODE_DIM,),
+        "decode_task_layer.0.weight": (WIDTH, WIDTH),
+        "decode_task_layer.0.bias": (WIDTH,),
+        "decode_task_layer.2.weight": (512, WIDTH),
+        "decode_task_layer.2.bias": (512,),
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator) * (0.3 if "bias" in name else 0.1) + ("norm" in name)
+        for name, shape in shapes.items()
+    }
+
+
+def published_file(folder: Path, state: dict[str, torch.Tensor] | None = None) -> Path:
+    torch.save({"model": published_state() if state is None else state}, folder / "vqkd.pth")
+    return folder / "vqkd.pth"
+
+
+def photos(count: int = 40, size: int = SIDE * PATCH) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def plain_features(state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """The published network, spelled out: (B, P, code_dim) before any normalisation, in float64."""
+    w = {name: tensor.double() for name, tensor in state.items()}
+    pixels = images.double() * 255 / 127.5 - 1
+    maps = F.conv2d(pixels, w["encoder.patch_embed.proj.weight"], w["encoder.patch_embed.proj.bias"], stride=PATCH)
+    x = torch.cat([w["encoder.cls_token"].expand(len(images), -1, -1), maps.flatten(2).mT], 1) + w["encoder.pos_embed"]
+    for block in range(DEPTH):
+        b = {name.removeprefix(f"encoder.blocks.{block}."): tensor for name, tensor in w.items()}
+        y = F.layer_norm(x, (WIDTH,), b["norm1.weight"], b["norm1.bias"], 1e-6)
+        to_q, to_k, to_v = b["attn.qkv.weight"].split(WIDTH)
+        query, key, value = y @ to_q.T + b["attn.q_bias"], y @ to_k.T, y @ to_v.T + b["attn.v_bias"]
+        heads = []
+        for head in range(WIDTH // 64):
+            part = slice(64 * head, 64 * head + 64)
+            heads.append((query[..., part] @ key[..., part].mT / 8).softmax(-1) @ value[..., part])
+        x = x + torch.cat(heads, -1) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+        y = F.layer_norm(x, (WIDTH,), b["norm2.weight"], b["norm2.bias"], 1e-6)
+        x = x + F.gelu(y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]) @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
+    x = F.layer_norm(x[:, 1:], (WIDTH,), w["encoder.fc_norm.weight"], w["encoder.fc_norm.bias"], 1e-6)
+    x = torch.tanh(x @ w["encode_task_layer.0.weight"].T + w["encode_task_layer.0.bias"])
+    return x @ w["encode_task_layer.2.weight"].T + w["encode_task_layer.2.bias"]
+
+
+def test_published_ids_are_those_of_the_network_spelled_out(tmp_path: Path) -> None:
+    state, images = published_state(), photos()
+    features = plain_features(state, images)
+    # Codes among the features, of any length, so that many of them are hit.
+    state["quantize.embedding.weight"] = 3 * features[:, 4].float().repeat(2, 1)[:CODES] + torch.randn(CODES, CODE_DIM)
+    tokenizer = VQKD.from_published(published_file(tmp_path, state))
+    assert (tokenizer.grid, tokenizer.vocab_size, tokenizer.input_size) == ((SIDE, SIDE), CODES, SIDE * PATCH)
+    assert tokenizer.config["num_heads"] == 2
+
+    unit = [x / x.norm(dim=-1, keepdim=True) for x in (features, state["quantize.embedding.weight"].double())]
+    distances, expected = torch.cdist(unit[0], unit[1].expand(len(images), -1, -1)).min(-1)
+    ids, found = tokenizer.encode_with_distance(images)
+    assert len(expected.unique()) > 10
+    assert torch.equal(ids, expected)
+    assert torch.allclose(found.double(), distances**2 / 2, atol=1e-5)
+    assert torch.allclose(found, 1 - (unit[0] * unit[1][expected]).sum(-1).float(), atol=1e-5)
+
+
+def test_defaults_are_the_published_sizes() -> None:
+    """Parameters of encoder and projection of the base network, counted by hand; a k bias that is zero comes on top."""
+    tokenizer = VQKD()
+    block = 2 * 2 * 768 + (3 * 768 * 768 + 2 * 768) + (768 * 768 + 768) + (2 * 4 * 768 * 768 + 4 * 768 + 768)
+    encoder = 768 + 197 * 768 + (3 * 16 * 16 * 768 + 768) + 12 * (block + 768) + 2 * 768
+    projection = 768 * 768 + 768 + 768 * 32 + 32
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) == encoder + projection
+    assert tokenizer.codebook.shape == (8192, 32)
+
+
+def test_views_of_other_sizes_are_resized(tmp_path: Path) -> None:
+    tokenizer = VQKD.from_published(published_file(tmp_path))
+    large = photos(4, size=30)
+    small = F.interpolate(large, (12, 12), mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.equal(tokenizer.encode(large), tokenizer.encode(small))
+
+
+def test_own_mean_and_std_are_used() -> None:
+    options = {"image_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 1, "vocab_size": 30}
+    torch.manual_seed(0)
+    tokenizer = VQKD(**options, mean=(0.3,), std=(0.2,))
+    assert tokenizer.channels == 1
+    tokenizer.codebook.copy_(F.normalize(torch.randn(30, 32), dim=-1))
+    images = torch.rand(3, 1, 8, 8)
+    cosine = tokenizer((images - 0.3) / 0.2) @ tokenizer.codebook.T
+    ids, distance = tokenizer.encode_with_distance(images)
+    assert torch.equal(ids, cosine.argmax(-1))
+    assert torch.allclose(distance, 1 - cosine.amax(-1), atol=1e-6)
+
+
+def test_features_keep_their_precision_under_autocast(tmp_path: Path) -> None:
+    tokenizer = VQKD.from_published(published_file(tmp_path))
+    images = photos(4) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        features = tokenizer(images)
+        patches = tokenizer.encoder.forward_features(images)[:, 1:]
+    assert features.dtype == torch.float32
+    assert torch.allclose(features, F.normalize(tokenizer.projection(patches.float()), dim=-1), atol=1e-6)
+
+
+def test_saved_and_loaded_gives_the_same_ids_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOKENIZERS, "vqkd", VQKD)
+    tokenizer = VQKD.from_published(published_file(tmp_path))
+    assert set(tokenizer.origin) == {"weights", "sha256"}
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, VQKD)
+    assert torch.equal(loaded.encode(photos()), tokenizer.encode(photos()))
+    assert (loaded.content_hash, loaded.origin) == (tokenizer.content_hash, tokenizer.origin)
+    before = tokenizer.content_hash
+    tokenizer.codebook[3].neg_()
+    assert tokenizer.content_hash != before
+
+
+def test_a_checkpoint_of_upstreams_training_is_read_too(tmp_path: Path) -> None:
+    """It holds the optimiser, the gradient scaler and the command line as an ``argparse.Namespace``."""
+    checkpoint = {
+        "model": published_state(), "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "epoch": 99,
+        "args": argparse.Namespace(model="vqkd_encoder_base_decoder_3x768x12_clip"), "scaler": {"scale": 65536.0},
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    expected = VQKD.from_published(published_file(tmp_path)).content_hash
+    assert VQKD.from_published(tmp_path / "checkpoint.pth").content_hash == expected
+
+
+def test_dino_and_deeper_decoders_give_the_same_tokenizer(tmp_path: Path) -> None:
+    expected = VQKD.from_published(published_file(tmp_path)).content_hash
+    state = published_state() | {"decode_task_layer.2.weight": torch.zeros(768, WIDTH)}
+    state |= {name: torch.zeros(shape) for name, shape in transformer("decoder", 3, CODE_DIM, 1).items()}
+    assert VQKD.from_published(published_file(tmp_path, state)).content_hash == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.pos_embed",
+        "quantize.embedding.weight",
+        "encoder.fc_norm.bias",
+        "encoder.blocks.1.attn.v_bias",
+        "encode_task_layer.2.weight",
+    ],
+)
+def test_a_missing_or_misshapen_tensor_is_named(name: str, tmp_path: Path) -> None:
+    state = published_state()
+    tensor = state.pop(name)
+    with pytest.raises(MapetError, match=f"vqkd.pth do not fit a VQ-KD tokenizer: '{name}' is missing"):
+        VQKD.from_published(published_file(tmp_path, state))
+    with pytest.raises(MapetError, match=f"do not fit a VQ-KD tokenizer: '{name}' has"):
+        VQKD.from_published(published_file(tmp_path, state | {name: tensor[:, None].repeat_interleave(2, 0)}))
+
+
+def test_networks_of_another_kind_are_refused(tmp_path: Path) -> None:
+    def read(**changes: torch.Tensor) -> None:
+        VQKD.from_published(published_file(tmp_path, published_state() | changes))
+
+    with pytest.raises(MapetError, match=r"has no 'encoder.blocks.1.gamma_1' \(1 unknown\)"):
+        read(**{"encoder.blocks.1.gamma_1": torch.ones(WIDTH)})
+    with pytest.raises(MapetError, match="'encoder.pos_embed' has 12 positions"):
+        read(**{"encoder.pos_embed": torch.zeros(1, 12, WIDTH)})
+    with pytest.raises(MapetError, match="has 96 channels, which are no multiple of the 64 of a head"):
+        read(**{"encoder.patch_embed.proj.weight": torch.zeros(96, 3, PATCH, PATCH)})
+    without_blocks = {name: tensor for name, tensor in published_state().items() if "encoder.blocks" not in name}
+    with pytest.raises(MapetError, match="'encoder.blocks.0.norm1.weight' is missing"):
+        VQKD.from_published(published_file(tmp_path, without_blocks))
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(MapetError, match="image size 30 is not divisible by the patch size 16"):
+        VQKD(image_size=30, depth=1)
+    with pytest.raises(MapetError, match="cannot build"):
+        VQKD(image_size=32, embed_dim=64, num_heads=7, depth=1)
+    with pytest.raises(MapetError, match="mean has 1 values but std has 3"):
+        VQKD(mean=(0.5,))
