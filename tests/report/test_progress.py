@@ -14,7 +14,7 @@ BASELINE = Baseline(entropy=3.0, chance=0.2)
 @pytest.mark.parametrize("terminal", [True, False])
 def test_it_says_where_the_run_is_and_whether_it_is_learning(terminal: bool) -> None:
     text = io.StringIO()
-    sink = ProgressSink(Console(file=text, force_terminal=terminal, width=80), BASELINE, 0, 4)
+    sink = ProgressSink(Console(file=text, force_terminal=terminal, width=80), BASELINE.describe, 0, 4)
     for step, loss in enumerate((3.5, 3.2, 2.5, 2.25)):
         record = {"step": step, "loss": loss, "accuracy": 0.31}
         sink.write(record | ({"eval_knn": 0.75} if step == 3 else {}))

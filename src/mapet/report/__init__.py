@@ -1,6 +1,20 @@
-"""What a person looks at: progress on the terminal, pictures."""
+"""What a person looks at: progress on the terminal, pictures, the report on a codebook."""
 
+from mapet.report.atlas import write_codebook_report
+from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, warnings
 from mapet.report.figures import draw_curve, draw_layout, draw_tokens
-from mapet.report.progress import Baseline, ProgressSink
+from mapet.report.progress import Baseline, Meter, ProgressSink
 
-__all__ = ["Baseline", "ProgressSink", "draw_curve", "draw_layout", "draw_tokens"]
+__all__ = [
+    "Baseline",
+    "CodebookReport",
+    "CodebookStatistics",
+    "Meter",
+    "ProgressSink",
+    "draw_curve",
+    "draw_layout",
+    "draw_tokens",
+    "report_table",
+    "warnings",
+    "write_codebook_report",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,6 +34,13 @@ class Baseline:
             return f"[green]learning[/]: {self.entropy - loss:.2f} nats below unigram"
         return "not yet below unigram"
 
+    def describe(self, record: Record) -> str:
+        """Put a record into words, beside what it is to be compared with."""
+        return (
+            f"loss {record['loss']:.3f} (unigram {self.entropy:.3f})  "
+            f"token accuracy {record['accuracy']:.1%} (chance {self.chance:.1%})  {self.verdict(record['loss'])}"
+        )
+
 
 class _BarAndStatus(Progress):
     """A bar with a status below it, so that neither is cut off on a narrow terminal."""
@@ -49,16 +57,16 @@ class ProgressSink:
 
     Args:
         console: where to print.
-        baseline: what loss and accuracy are compared with.
+        describe: puts a record into words.
         first_step: steps done before.
         total_steps: steps of the whole run.
     """
 
-    def __init__(self, console: Console, baseline: Baseline, first_step: int, total_steps: int) -> None:
-        self._console, self._baseline, self._total = console, baseline, total_steps
+    def __init__(self, console: Console, describe: Callable[[Record], str], first_step: int, total_steps: int) -> None:
+        self._console, self._describe, self._total = console, describe, total_steps
         self._printed, self._began, self._first = float("-inf"), time.monotonic(), first_step
         self._progress = _BarAndStatus(
-            TextColumn("pre-training"),
+            TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("ETA"),
@@ -72,11 +80,7 @@ class ProgressSink:
     def write(self, record: Record) -> None:
         """Show a record."""
         done = record["step"] + 1
-        base = self._baseline
-        status = (
-            f"loss {record['loss']:.3f} (unigram {base.entropy:.3f})  "
-            f"token accuracy {record['accuracy']:.1%} (chance {base.chance:.1%})  {base.verdict(record['loss'])}"
-        )
+        status = self._describe(record)
         measured = [f"{key.removeprefix('eval_')} {value:.3f}" for key, value in record.items() if key[:5] == "eval_"]
         if self._console.is_terminal:
             self._progress.status = status
@@ -92,3 +96,47 @@ class ProgressSink:
     def close(self) -> None:
         """Stop the bar."""
         self._progress.stop()
+
+
+class Meter:
+    """Progress of a pass over something: a bar on a terminal, elsewhere a plain line every quarter of a minute.
+
+    Use it as a context manager.
+
+    Args:
+        console: where to print.
+        what: is being done.
+        total: how much there is to do.
+    """
+
+    def __init__(self, console: Console, what: str, total: int) -> None:
+        self._console, self._what, self._total = console, what, total
+        self._began = self._printed = time.monotonic()
+        self._progress = Progress(
+            TextColumn(what),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, status="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done: int, status: str = "") -> None:
+        """Show how much is done, and a few words."""
+        self._progress.update(self._task, completed=done, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL_S:
+            self._printed = now
+            eta = (now - self._began) / max(1, done) * (self._total - done)
+            self._console.print(f"{self._what} {done}/{self._total}  ETA {eta:.0f} s  {status}", soft_wrap=True)
