@@ -2,7 +2,7 @@
 
 from mapet.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
 from mapet.engine.files import recover_folder, replace_file, replace_folder
-from mapet.engine.loop import Evaluator, Plan, Trainee, train
+from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, train
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
 from mapet.engine.schedule import warmup_cosine
@@ -17,8 +17,10 @@ __all__ = [
     "RunFolder",
     "Sink",
     "StopRequest",
+    "Targets",
     "TensorBoard",
     "Trainee",
+    "agree",
     "build_optimizer",
     "explain_disk_errors",
     "read_checkpoint",

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapet.config import PretrainConfig
+from mapet.config import TrainKeys
 from mapet.data import Batch, DamageTally, Stream, fold_seed
 from mapet.engine.finite import check_finite
 from mapet.engine.schedule import warmup_cosine
 from mapet.engine.sinks import Record, Sink
 from mapet.engine.stop import StopRequest
 from mapet.errors import MapetError
-from mapet.tokenizers import Tokenizer
 
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
+# What a batch is to be trained towards, on the device: visual token ids, or whatever the objective takes.
+Targets = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Plan:
 class Trainee:
     """What takes an optimiser step: the objective, prepared by Accelerate, and what feeds it."""
 
-    config: PretrainConfig
+    config: TrainKeys
     plan: Plan
     accelerator: Accelerator
     objective: nn.Module
     optimizer: Optimizer
-    tokenizer: Tokenizer
+    targets: Targets
     tally: DamageTally
 
     def learning_rate(self, step: int) -> float:
@@ -69,25 +70,27 @@ class Trainee:
             group["lr"] = lr
 
         began, waited = time.perf_counter(), 0.0
-        sums = torch.zeros(2, device=accelerator.device)
+        sums: dict[str, Tensor] = {}
         grad_norm = 0.0
         for _ in range(config.accumulate):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            self.tally.add(batch)
-            view = batch["view"].to(accelerator.device, non_blocking=True)
+            self.tally.add(batch["damaged"])
             student = batch["student"].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.objective):
-                output = self.objective(student, self.tokenizer.encode(view))
-                sums += torch.stack([output["loss"].detach(), output["accuracy"]]) / config.accumulate
+                output = self.objective(student, self.targets(batch))
+                for name, value in output.items():
+                    if value.ndim == 0:
+                        sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
                 accelerator.backward(output["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = float(accelerator.clip_grad_norm_(self.objective.parameters(), config.clip_grad))
-                    loss, accuracy = accelerator.reduce(sums, "mean").tolist()
+                    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+                    measured = dict(zip(sums, means, strict=True))
                     check_finite(
-                        step=step, loss=loss, grad_norm=grad_norm, lr=lr, precision=accelerator.mixed_precision,
-                        inputs=student, objective=self.objective,
+                        step=step, loss=measured["loss"], grad_norm=grad_norm, lr=lr,
+                        precision=accelerator.mixed_precision, inputs=student, objective=self.objective,
                     )  # fmt: skip
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -96,8 +99,7 @@ class Trainee:
             "step": step,
             "epoch": (step + 1) / self.plan.steps_per_epoch,
             "images": (step + 1) * config.batch_size,
-            "loss": loss,
-            "accuracy": accuracy,
+            **measured,
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16's scaler skips such steps
             "images_per_s": config.batch_size / seconds,

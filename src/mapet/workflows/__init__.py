@@ -1,6 +1,22 @@
 """Whole jobs, put together from the parts below: what the command line and Python users call."""
 
+from mapet.workflows.bootstrap import bootstrap
 from mapet.workflows.demo import measure_run, run_demo
+from mapet.workflows.encoding import check_tokens, encode_images
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
+from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
+from mapet.workflows.vqkd import train_vqkd
 
-__all__ = ["RunResult", "initial_backbone", "measure_run", "pretrain", "run_demo"]
+__all__ = [
+    "RunResult",
+    "bootstrap",
+    "check_tokens",
+    "encode_images",
+    "fit_tokenizer",
+    "initial_backbone",
+    "measure_run",
+    "pretrain",
+    "report_on_tokenizer",
+    "run_demo",
+    "train_vqkd",
+]

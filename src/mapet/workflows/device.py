@@ -1,36 +1,44 @@
-"""Choices that depend on the machine."""
+"""Choices that depend on the machine, and what processes that work together do together."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from mapet.config import PretrainConfig
 from mapet.data import ImageSet
+from mapet.engine import agree
 from mapet.errors import MapetError
 from mapet.models import cpu_has_bfloat16
 
 # The main process may fit a tokenizer or evaluate for longer than the ten minutes that the others wait by default.
 PATIENCE = timedelta(hours=12)
 
+Result = TypeVar("Result")
 
-def make_accelerator(config: PretrainConfig) -> Accelerator:
+
+def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
     """Return the accelerator of this process: its device, its precision, its place among the others.
+
+    Args:
+        precision: "no", "bf16", "fp16", or "auto": bf16 where the device has it fast, else no.
+        accumulate: micro-batches per optimiser step.
 
     Raises:
         MapetError: if the device cannot train in the precision.
     """
-    precision = _fast_precision() if config.precision == "auto" else config.precision
+    precision = _fast_precision() if precision == "auto" else precision
     try:
         accelerator = Accelerator(
             # Accelerate joins processes on CPUs only when told that it is CPUs that they are to use.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=precision,
-            gradient_accumulation_steps=config.accumulate,
+            gradient_accumulation_steps=accumulate,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
@@ -46,13 +54,26 @@ def _fast_precision() -> str:
     return "bf16" if cpu_has_bfloat16() and not torch.backends.mps.is_available() else "no"
 
 
-def count_workers(config: PretrainConfig, images: ImageSet, device: torch.device) -> int:
-    """Return how many processes should load images for this one, if the configuration does not say."""
-    if config.workers is not None:
-        return config.workers
+def count_workers(asked: int | None, images: ImageSet, device: torch.device) -> int:
+    """Return how many processes should load images for this one, if it is not said (None)."""
+    if asked is not None:
+        return asked
     if images.in_memory:
         return 0
     cores = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # training processes on this machine, by torchrun's count
     # On the CPU the network needs the cores; beside an accelerator they have nothing else to do.
     return min(16, max(1, (cores if device.type != "cpu" else cores // 2) // here))
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
+    """Do something on the main process while the others wait; a failure is raised on all of them."""
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    if agree(accelerator, failure is not None):
+        raise failure or MapetError("the main process failed and says why")
+    return result

@@ -3,61 +3,53 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
-from torch.optim import Optimizer
+from torch import Tensor
 
-from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
+from mapet.config import PretrainConfig, config_to_yaml
 from mapet.data import (
     DamageTally,
+    Draws,
     ImageSet,
     PlainView,
-    StepSampler,
     Stream,
     TrainView,
     ViewDataset,
     check_channels,
+    collate,
     fold_seed,
     load_batches,
     open_images,
     open_labelled,
 )
-from mapet.engine import (
-    Evaluator,
-    JsonLines,
-    Plan,
-    RunFolder,
-    Sink,
-    StopRequest,
-    TensorBoard,
-    Trainee,
-    build_optimizer,
-    explain_disk_errors,
-    read_checkpoint,
-    read_state,
-    replace_file,
-    replace_folder,
-    train,
-    write_checkpoint,
-)
-from mapet.errors import MapetError
+from mapet.engine import Evaluator, RunFolder, agree, explain_disk_errors, replace_file, replace_folder
 from mapet.evaluate import probe_evaluator
 from mapet.export import export_backbone
 from mapet.models import build_vit
 from mapet.objectives import LayoutObjective, build_objective
-from mapet.report import Baseline, ProgressSink, draw_curve, draw_layout, draw_tokens
-from mapet.tokenizers import KTokenizer, load_tokenizer, save_tokenizer
-from mapet.workflows.device import count_workers, make_accelerator
-from mapet.workflows.tokens import make_tokenizer, measure_baseline, settle_vocab_size
+from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
+from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from mapet.workflows.device import count_workers, make_accelerator, on_main
+from mapet.workflows.fitting import FIT_EPOCH, fit_codebook
+from mapet.workflows.targets import OnlineTokens, TokenSource, open_tokens
+from mapet.workflows.tokens import (
+    BASELINE_IMAGES,
+    is_ready,
+    measure_baseline,
+    ready_tokenizer,
+    settle_vocab_size,
+    unfitted_tokenizer,
+)
+from mapet.workflows.training import Job, check_apart, check_processes, leave, log_to, run_job, settle_config
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +62,7 @@ class RunResult:
         folder: the run folder.
         config: the resolved configuration.
         objective: the trained objective; ``objective.backbone`` is the timm model.
-        baseline: what can be had without looking at the image.
+        baseline: what can be had without looking at the image; None on any process but the main one.
         steps: optimiser steps done.
         total_steps: optimiser steps of the whole run.
         stopped_by: the signal that ended it early, or None.
@@ -80,7 +72,7 @@ class RunResult:
     folder: RunFolder
     config: PretrainConfig
     objective: LayoutObjective
-    baseline: Baseline
+    baseline: Baseline | None
     steps: int
     total_steps: int
     stopped_by: int | None
@@ -102,7 +94,7 @@ def pretrain(
         MapetError: for input that cannot work; nothing is lost or half-written.
     """
     folder = RunFolder(out)
-    config = _settle_config(values, folder, resume)
+    config = settle_config(PretrainConfig, values, folder, resume)
     with explain_disk_errors(folder.root):
         try:
             return _run(config, folder, resume, console or Console(stderr=True))
@@ -110,37 +102,15 @@ def pretrain(
             folder.close()
 
 
-def _settle_config(values: Mapping[str, Any], folder: RunFolder, resume: bool) -> PretrainConfig:
-    """Validate the values; on resume they complete those the run began with, and may not contradict them."""
-    if not (resume and folder.config.exists()):
-        return make_config(dict(values))
-    saved = read_recipe(folder.config)
-    lacking = [key for key in PretrainConfig.model_fields if key not in saved]
-    if lacking:
-        raise MapetError(f"{folder.config} lacks {lacking[0]!r}, so it was cut short or edited; restore it")
-    began_with = make_config(saved, str(folder.config)).model_dump()
-    # "Choose for me" was answered when the run began, but for what may change.
-    kept = free_keys() - {"data"} | {"layer_scale"}
-    given = {key: value for key, value in values.items() if value not in (None, "auto") or key in kept}
-    config = make_config({**began_with, **given})
-    for key, now in config.model_dump().items():
-        if now != began_with[key] and key not in free_keys():
-            raise MapetError(
-                f"{key!r} is {now!r}, but the run in {folder.root} began with {began_with[key]!r}; a resumed run "
-                "must stay the same: drop the change, or start another run with another --out"
-            )
-    return config
-
-
 def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console) -> RunResult:
     check_channels(config.channels)
-    accelerator = make_accelerator(config)
-    _check_processes(config, accelerator)
+    accelerator = make_accelerator(config.precision, config.accumulate)
+    check_processes(config, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     with accelerator.main_process_first():  # what has to be downloaded is downloaded once
         images = open_images(config.data)
-    _check_apart(config, folder)
-    workers = count_workers(config, images, device)
+    check_apart(config.data, folder.root)
+    workers = count_workers(config.workers, images, device)
     evaluators = _evaluators(config, workers)
 
     # Built once without a tokenizer: what cannot work is refused before anything is fitted or written.
@@ -152,84 +122,31 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
             "patch_size": config.image_size // draft.grid[0],
             "context_tokens": draft.context_tokens,
             "order": draft.order,
-            "vocab_size": settle_vocab_size(config, len(images) * draft.patches),
             "precision": accelerator.mixed_precision,
         }
     )
-    view = TrainView(
-        config.image_size, config.crop_min, config.flip, config.color_jitter, config.input_mean, config.input_std
-    )
-
-    with accelerator.main_process_first():
-        if main:
-            folder.open(resume=resume)
-            _log_to(folder)
-        if not folder.tokenizer.exists():
-            tokenizer = make_tokenizer(config, draft.grid, images, view, device, workers)
-            replace_file(folder.config, config_to_yaml(config))
-            replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
-        tokenizer = load_tokenizer(folder.tokenizer).to(device)
-        baseline = measure_baseline(tokenizer, config, images, view, folder.baseline, device, workers)
+    source, config = _token_source(config, draft, images, folder, resume, accelerator, workers, console)
+    view = _train_view(config, source.view_size)
+    draws = Draws(source.view_seed, config.seed, config.views, bool(config.mirror))
+    dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
 
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
-    objective = build(tokenizer.vocab_size, config.context_tokens, config.order).to(device)
-    optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
-    made_from = {
-        "images": len(images),
-        "fingerprint": images.fingerprint,
-        "tokenizer": tokenizer.content_hash,
-        "processes": accelerator.num_processes,
-    }
-    first_step, damaged = _continue(folder, made_from, objective, optimizer, accelerator)
-    plan = _plan(config, len(images), first_step)
-    tally = DamageTally(images, config.max_damaged, damaged)
-    # The optimizer's state is where it belongs: moved, its step counts would be read back from the device each step.
-    prepared, optimizer = accelerator.prepare(objective, optimizer, device_placement=[True, False])
-
-    if main:
-        replace_file(folder.config, config_to_yaml(config))
-        _draw_start(objective, tokenizer, images, view, config, folder)
-        if folder.metrics.exists():
-            folder.forget_metrics_from(first_step)
-        elif first_step:
-            logger.warning("%s is gone: the curve begins anew at step %d", folder.metrics, first_step)
-        logger.info(
-            "%s: %d images, %s, %s, steps %d to %d of %d images on %s in precision %s",
-            folder.root, len(images), config.model, config.objective, first_step, plan.total_steps,
-            config.batch_size, device, config.precision,
-        )  # fmt: skip
-
-    def save(done: int) -> None:
-        tally.indices.update(gather_object(sorted(tally.indices)))  # waits for every process
-        if main:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {"step": done, "made_from": made_from, "damaged": sorted(tally.indices), "scaler": scaler}
-            # The export first: where the last checkpoint is, its export is too.
-            replace_folder(
-                folder.exported,
-                lambda fresh: export_backbone(objective.backbone, fresh, config.input_mean, config.input_std),
-            )
-            replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
-
-    sampler = StepSampler(
-        len(images), config.batch_size, config.seed, first_step, plan.total_steps,
-        accelerator.process_index, accelerator.num_processes, config.accumulate,
+    objective = build(source.vocab_size, config.context_tokens, config.order).to(device)
+    baseline = on_main(
+        accelerator,
+        lambda: measure_baseline(_some_ids(source, dataset, config, workers), source.vocab_size, folder.baseline),
+    )
+    on_main(accelerator, lambda: _draw_start(objective, source, dataset, config, folder))
+    export = partial(export_backbone, objective.backbone, mean=config.input_mean, std=config.input_std)
+    job = Job(
+        config, dataset, objective, source, source.content_hash, (folder.exported, export),
+        baseline.describe if baseline else str, evaluators, config.eval_every,
     )  # fmt: skip
-    dataset = ViewDataset(images, view, config.channels, config.seed)
-    batches = iter(load_batches(dataset, sampler, workers, pin=device.type == "cuda"))
-    sinks = _sinks(folder, console, baseline, plan) if main else []
-    trainee = Trainee(config, plan, accelerator, prepared, optimizer, tokenizer, tally)
-    try:
-        with StopRequest() as stop:
-            steps = train(trainee, batches, sinks=sinks, evaluators=evaluators, save=save, stop=stop)
-    finally:
-        for sink in sinks:
-            sink.close()
-    if main:
+    outcome = run_job(job, folder, accelerator, workers, console)
+    if main and baseline:
         draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # leaves the process group; else the first to exit aborts the others
-    return RunResult(folder, config, objective, baseline, steps, plan.total_steps, stop.signal, main)
+    leave(accelerator)
+    return RunResult(folder, config, objective, baseline, outcome.steps, outcome.total_steps, outcome.stopped_by, main)
 
 
 def initial_backbone(config: PretrainConfig) -> VisionTransformer:
@@ -241,66 +158,85 @@ def initial_backbone(config: PretrainConfig) -> VisionTransformer:
     )  # fmt: skip
 
 
-def _check_apart(config: PretrainConfig, folder: RunFolder) -> None:
-    data, out = Path(config.data).resolve(), folder.root.resolve()
-    if data.is_dir() and out.is_relative_to(data):
-        raise MapetError(
-            f"output folder {folder.root} lies inside the image folder {config.data}, so the pictures drawn in it "
-            "would count as images of yours; choose an --out outside of it"
-        )
-
-
-def _check_processes(config: PretrainConfig, accelerator: Accelerator) -> None:
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
-        raise MapetError(
-            f"batch size {config.batch_size} cannot be divided among {accelerator.num_processes} processes with "
-            f"{config.accumulate} micro-batches each; take a multiple of {parts}"
-        )
-
-
-def _continue(
+def _token_source(
+    config: PretrainConfig,
+    draft: LayoutObjective,
+    images: ImageSet,
     folder: RunFolder,
-    made_from: Mapping[str, Any],
-    objective: LayoutObjective,
-    optimizer: Optimizer,
+    resume: bool,
     accelerator: Accelerator,
-) -> tuple[int, list[int]]:
-    """Load the last checkpoint, if there is one; return the steps done and the images known to be damaged."""
-    if not folder.checkpoint.exists():
-        return 0, []
-    before = read_state(folder.checkpoint)["made_from"]
-    if before["fingerprint"] != made_from["fingerprint"]:
-        raise MapetError(
-            f"'data' changed since the run in {folder.root} began: it had {before['images']} images, now there are "
-            f"{made_from['images']}, or some have other names; restore it, or start another run with another --out"
-        )
-    if before["tokenizer"] != made_from["tokenizer"]:
-        raise MapetError(
-            f"{folder.tokenizer} is not the tokenizer that the run in {folder.root} began with, so its ids mean "
-            "something else; restore it, or start another run with another --out"
-        )
-    if before["processes"] != made_from["processes"]:
-        logger.warning(
-            "the run began with %d processes and goes on with %d: with the same images in the same order, but other "
-            "visiting orders",
-            before["processes"], made_from["processes"],
-        )  # fmt: skip
-    state = read_checkpoint(folder.checkpoint, objective, optimizer)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["step"], state["damaged"]
+    workers: int,
+    console: Console,
+) -> tuple[TokenSource, PretrainConfig]:
+    """Open the run folder and return where ids come from, and the configuration with all that this settles."""
 
+    def begin() -> bool:
+        folder.open(resume=resume)
+        log_to(folder.log)
+        return folder.tokenizer.exists()
 
-def _plan(config: PretrainConfig, images: int, first_step: int) -> Plan:
-    steps_per_epoch = images // config.batch_size
-    return Plan(
-        first_step=first_step,
-        total_steps=config.total_steps(images),
-        steps_per_epoch=steps_per_epoch,
-        checkpoint_every=config.checkpoint_every or steps_per_epoch,
-        evaluate_every=config.eval_every * steps_per_epoch,
+    def keep(tokenizer: Tokenizer | None) -> None:
+        replace_file(folder.config, config_to_yaml(config))
+        if tokenizer is not None:
+            replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
+
+    if config.tokens is not None:
+        stored, config = open_tokens(config, images, draft.grid, accelerator.device)
+        on_main(accelerator, begin)
+        on_main(accelerator, lambda: keep(None))
+        return stored, config
+
+    name = config.tokenizer or "pixels"
+    config = config.model_copy(
+        update={
+            "tokenizer": name,
+            "vocab_size": settle_vocab_size(name, config.vocab_size, len(images) * draft.patches),
+            **config.view_settings,
+        }
     )
+    if agree(accelerator, bool(on_main(accelerator, begin))):
+        return OnlineTokens(load_tokenizer(folder.tokenizer), accelerator.device, config.seed), config
+    tokenizer: Tokenizer
+    if is_ready(name):
+        with accelerator.main_process_first():  # what has to be downloaded is downloaded once
+            tokenizer = ready_tokenizer(name, config, draft.grid)
+    else:
+        assert config.vocab_size is not None, "settle_vocab_size() sets it for a tokenizer to be fitted"
+        with accelerator.main_process_first():
+            tokenizer = unfitted_tokenizer(
+                name, config, grid=draft.grid, image_size=config.image_size, channels=config.channels,
+                vocab_size=config.vocab_size, contrast=config.contrast, spherical=config.spherical,
+            ).to(accelerator.device)  # fmt: skip
+        dataset = ViewDataset(
+            images, _train_view(config, tokenizer.input_size), config.channels, Draws(config.seed, config.seed)
+        )
+        tally = DamageTally(images, config.max_damaged)
+        fit_codebook(
+            tokenizer, config, dataset, tally, accelerator,
+            seed=config.seed, batch_size=64, workers=workers, console=console,
+        )  # fmt: skip
+    on_main(accelerator, lambda: keep(tokenizer))
+    return OnlineTokens(tokenizer, accelerator.device, config.seed), config
+
+
+def _train_view(config: PretrainConfig, view_size: int) -> TrainView:
+    assert config.crop_min is not None
+    assert config.flip is not None
+    return TrainView(
+        config.image_size, view_size, config.crop_min, config.flip, config.color_jitter,
+        config.input_mean, config.input_std,
+    )  # fmt: skip
+
+
+def _some_ids(source: TokenSource, dataset: ViewDataset, config: PretrainConfig, workers: int) -> Iterator[Tensor]:
+    """Yield ids of views of random images, as training sees them."""
+    generator = torch.Generator().manual_seed(fold_seed(config.seed, Stream.SAMPLE))
+    chosen = torch.randperm(len(dataset), generator=generator)[:BASELINE_IMAGES].tolist()
+    keys = [[(FIT_EPOCH, index) for index in chosen[i : i + 64]] for i in range(0, len(chosen), 64)]
+    tally = DamageTally(dataset.images, config.max_damaged)
+    for batch in load_batches(dataset, keys, workers):
+        tally.add(batch["damaged"])
+        yield source(batch)
 
 
 def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
@@ -311,38 +247,13 @@ def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
     return [probe_evaluator(*parts, view, channels=config.channels, workers=workers)]
 
 
-def _sinks(folder: RunFolder, console: Console, baseline: Baseline, plan: Plan) -> list[Sink]:
-    return [
-        JsonLines(folder.metrics),
-        TensorBoard(folder.tensorboard, plan.first_step),
-        ProgressSink(console, baseline, plan.first_step, plan.total_steps),
-    ]
-
-
 def _draw_start(
-    objective: LayoutObjective,
-    tokenizer: KTokenizer,
-    images: ImageSet,
-    view: TrainView,
-    config: PretrainConfig,
-    folder: RunFolder,
+    objective: LayoutObjective, source: TokenSource, dataset: ViewDataset, config: PretrainConfig, folder: RunFolder
 ) -> None:
     folder.figures.mkdir(exist_ok=True)
     draw_layout(objective, folder.figures / "layout.png")
-    dataset = ViewDataset(images, view, config.channels, config.seed)
-    spread = torch.linspace(0, len(images) - 1, min(8, len(images))).long().tolist()
-    views = torch.stack([dataset[0, index]["view"] for index in spread])
-    ids = tokenizer.encode(views.to(tokenizer.centroids.device)).cpu()
-    draw_tokens(views, ids, tokenizer.grid, tokenizer.vocab_size, folder.figures / "tokens.png")
-
-
-def _log_to(folder: RunFolder) -> None:
-    package = logging.getLogger("mapet")
-    for handler in [handler for handler in package.handlers if isinstance(handler, logging.FileHandler)]:
-        package.removeHandler(handler)
-        handler.close()
-    # File names need not be valid Unicode.
-    handler = logging.FileHandler(folder.log, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    shown = replace(dataset, view=_train_view(config, source.view_size or config.image_size))
+    spread = torch.linspace(0, len(dataset) - 1, min(8, len(dataset))).long().tolist()
+    batch = collate([shown[0, index] for index in spread])
+    ids = source(batch).cpu()
+    draw_tokens(batch["view"], ids, objective.grid, source.vocab_size, folder.figures / "tokens.png")

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: taken from a folder or fitted on the run's own images, and its baseline."""
+"""Where a run's targets come from: a tokenizer read or fitted, or a token store; and what chance gives."""
 
 from __future__ import annotations
 
@@ -6,157 +6,112 @@ import json
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mapet.config import PretrainConfig
-from mapet.data import DamageTally, ImageSet, Stream, TrainView, ViewDataset, fold_seed, load_batches
+from mapet.config import PretrainConfig, TeacherKeys
 from mapet.engine import replace_file
 from mapet.errors import MapetError
 from mapet.report import Baseline
-from mapet.tokenizers import CONFIG_FILE, KFeatures, KPixels, KTokenizer, load_tokenizer
-from mapet.tokenizers.kmeans import ITERATIONS
+from mapet.tokenizers import CONFIG_FILE, PUBLISHED, Grid, KFeatures, KPixels, KTokenizer, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 MAX_VOCAB = 8192  # the paper's
 MAX_VOCAB_PIXELS = 1024  # pixels have fewer kinds of patches than features have, and are to be had at once
 POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
-# Patches sampled for each centroid: faiss's own default (upstream takes 512); fewer where fitting would take more than
-# so many operations, about ten minutes on ten cores, but not fewer than faiss's own least.
-MOST_SAMPLED, LEAST_SAMPLED, FIT_OPERATIONS = 256, 39, 1e14
-SAMPLE_BYTES = 4 << 30
 BASELINE_IMAGES = 2048
 
 
-def is_folder(tokenizer: str) -> bool:
-    """Whether ``--tokenizer`` means a folder: it holds a fitted tokenizer, or is not a mere name."""
-    path = Path(tokenizer)
-    return tokenizer != "pixels" and path.is_dir() and ((path / CONFIG_FILE).exists() or tokenizer != path.name)
+def is_ready(name: str) -> bool:
+    """Whether a name means a tokenizer that is not to be fitted: published, a folder that holds one, or a path."""
+    path = Path(name)
+    if name in PUBLISHED:
+        return True
+    if name == "pixels" or not path.is_dir() or (path / "config.json").is_file():  # the last: an exported backbone
+        return False
+    return any((folder / CONFIG_FILE).exists() for folder in (path, path / "tokenizer")) or name != path.name
 
 
-def settle_vocab_size(config: PretrainConfig, points: int) -> int | None:
-    """Return how many ids a tokenizer fitted on so many patches gets; None if it is not to be fitted."""
-    if is_folder(config.tokenizer):
-        return config.vocab_size
-    if config.vocab_size is not None:
-        if config.vocab_size > points:
+def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
+    """Return how many ids a tokenizer fitted on so many patches gets; as asked if it is not to be fitted."""
+    if is_ready(name):
+        return asked
+    if asked is not None:
+        if asked > points:
             raise MapetError(
-                f"a codebook of {config.vocab_size} ids needs at least as many patches, but the images have only "
+                f"a codebook of {asked} ids needs at least as many patches, but the images have only "
                 f"{points}; take a smaller --vocab-size or more images"
             )
-        return config.vocab_size
+        return asked
     power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
-    return min(MAX_VOCAB_PIXELS if config.tokenizer == "pixels" else MAX_VOCAB, 1 << power)
+    return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
 
 
-def make_tokenizer(
-    config: PretrainConfig,
-    grid: tuple[int, int],
-    images: ImageSet,
-    view: TrainView,
-    device: torch.device,
-    workers: int,
+def unfitted_tokenizer(
+    name: str,
+    config: TeacherKeys,
+    *,
+    grid: Grid,
+    image_size: int,
+    channels: int,
+    vocab_size: int,
+    contrast: bool,
+    spherical: bool,
 ) -> KTokenizer:
-    """Return the tokenizer that the configuration names: read from its folder, or fitted on the images.
+    """Return a k-means tokenizer that is still to be fitted.
+
+    Args:
+        name: "pixels", or a teacher's.
+        config: how the teacher is asked.
+        grid: of the student.
+        image_size, channels: of the student's input.
+        vocab_size: ``V``.
+        contrast, spherical: see ``KPixels`` and ``KTokenizer``.
+    """
+    if os.sep in name and ":" not in name and not Path(name).is_dir():
+        raise MapetError(f"tokenizer folder {name!r} does not exist")
+    if name == "pixels":
+        return KPixels(image_size, image_size // grid[0], channels, vocab_size, contrast, spherical)
+    size = config.teacher_size or image_size
+    return KFeatures.from_teacher(
+        name, grid, vocab_size, size, config.teacher_stage, config.teacher_weights, spherical
+    )  # fmt: skip
+
+
+def ready_tokenizer(name: str, config: PretrainConfig, grid: Grid) -> Tokenizer:
+    """Read a tokenizer that is not to be fitted.
 
     Raises:
-        MapetError: if it cannot be had, or its grid is not the student's.
+        MapetError: if it cannot be had, or does not fit the student.
     """
-    if os.sep in config.tokenizer and ":" not in config.tokenizer and not Path(config.tokenizer).is_dir():
-        raise MapetError(f"tokenizer folder {config.tokenizer!r} does not exist")
-    if not is_folder(config.tokenizer):
-        return _fit(config, grid, images, view, device, workers)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(name, config.teacher_weights)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise MapetError(
-            f"vocab_size is {config.vocab_size}, but tokenizer {config.tokenizer!r} is fitted and has "
+            f"vocab_size is {config.vocab_size}, but tokenizer {name!r} is fitted and has "
             f"{tokenizer.vocab_size} ids; leave --vocab-size out"
         )
     try:  # asked now, so that what it cannot read is refused before anything is written
-        tokenizer.encode(torch.zeros(1, config.channels, config.image_size, config.image_size))
+        tokenizer.encode(torch.zeros(1, config.channels, tokenizer.input_size, tokenizer.input_size))
     except MapetError as error:
-        raise MapetError(f"tokenizer {config.tokenizer!r} does not fit this run: {error}") from error
-    if tokenizer.grid != grid:
-        raise MapetError(
-            f"tokenizer {config.tokenizer!r} gives {tokenizer.grid[0]} x {tokenizer.grid[1]} ids an image, but "
-            f"the model has {grid[0]} x {grid[1]} patches; fit one for this image and patch size"
-        )
+        raise MapetError(f"tokenizer {name!r} does not fit this run: {error}") from error
+    check_grid(f"tokenizer {name!r}", tokenizer.grid, grid)
     return tokenizer
 
 
-def _fit(
-    config: PretrainConfig,
-    grid: tuple[int, int],
-    images: ImageSet,
-    view: TrainView,
-    device: torch.device,
-    workers: int,
-) -> KTokenizer:
-    patches = grid[0] * grid[1]
-    vocab_size = config.vocab_size
-    assert vocab_size is not None, "settle_vocab_size() sets it for a tokenizer to be fitted"
-    tokenizer: KTokenizer
-    if config.tokenizer == "pixels":
-        patch = config.image_size // grid[0]
-        tokenizer = KPixels(config.image_size, patch, config.channels, vocab_size, config.contrast)
-    else:
-        tokenizer = KFeatures(
-            config.tokenizer,
-            grid,
-            vocab_size,
-            config.teacher_size or config.image_size,
-            config.teacher_stage,
-            config.teacher_weights,
-        )
-    tokenizer.to(device)
-    width = tokenizer.centroids.shape[1]
-    affordable = FIT_OPERATIONS / (2 * ITERATIONS * vocab_size**2 * width)
-    per_centroid = min(MOST_SAMPLED, max(LEAST_SAMPLED, int(affordable)))
-    wanted = min(per_centroid * vocab_size, SAMPLE_BYTES // (4 * width))
-    # From many images a few patches each: neighbouring patches are alike. From at most all images.
-    per_image = min(patches, max(math.ceil(patches / 4), math.ceil(wanted / len(images))))
-    count = min(len(images), math.ceil(wanted / per_image))
-    if count * per_image < vocab_size:
+def check_grid(what: str, grid: Grid, wanted: Grid) -> None:
+    """Refuse ids on another grid than the student's patches."""
+    if grid != wanted:
         raise MapetError(
-            f"a codebook of {vocab_size} ids needs at least as many patches, but {count} images give only "
-            f"{count * per_image}; take a smaller --vocab-size or more images"
+            f"{what} gives {grid[0]} x {grid[1]} ids an image, but the model has {wanted[0]} x {wanted[1]} patches; "
+            "make one for this image and patch size"
         )
-    logger.info(
-        "fitting tokenizer %r: %d ids from %d patches of %d images",
-        config.tokenizer, vocab_size, count * per_image, count,
-    )  # fmt: skip
-    began = time.perf_counter()
-    batches = _views(config, images, view, count, workers)
-    tokenizer.fit(batches, points_per_image=per_image, seed=config.seed)
-    logger.info("fitted in %.1f s", time.perf_counter() - began)
-    return tokenizer
 
 
-def _views(config: PretrainConfig, images: ImageSet, view: TrainView, count: int, workers: int) -> Iterator[Tensor]:
-    """Yield augmented views of ``count`` random images, as training sees them."""
-    generator = torch.Generator().manual_seed(fold_seed(config.seed, Stream.SAMPLE))
-    chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
-    keys = [[(-1, index) for index in chosen[i : i + 64]] for i in range(0, count, 64)]
-    tally = DamageTally(images, config.max_damaged)
-    for batch in load_batches(ViewDataset(images, view, config.channels, config.seed), keys, workers):
-        tally.add(batch)
-        yield batch["view"]
-
-
-def measure_baseline(
-    tokenizer: KTokenizer,
-    config: PretrainConfig,
-    images: ImageSet,
-    view: TrainView,
-    file: Path,
-    device: torch.device,
-    workers: int,
-) -> Baseline:
+def measure_baseline(ids: Iterable[Tensor], vocab_size: int, file: Path) -> Baseline:
     """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``."""
     try:
         saved = json.loads(file.read_text())
@@ -165,9 +120,9 @@ def measure_baseline(
         pass
     except (ValueError, KeyError, TypeError):
         logger.warning("%s is damaged and measured again", file)
-    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.long)
-    for views in _views(config, images, view, min(len(images), BASELINE_IMAGES), workers):
-        counts += torch.bincount(tokenizer.encode(views.to(device)).flatten().cpu(), minlength=len(counts))
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for part in ids:
+        counts += torch.bincount(part.flatten().cpu(), minlength=vocab_size)
     share = counts / counts.sum()
     entropy = float(torch.special.entr(share.double()).sum())
     baseline = Baseline(entropy, float(share.max()))

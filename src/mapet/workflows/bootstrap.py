@@ -1,0 +1,64 @@
+"""Bootstrapped targets: each round pre-trains on ids of the features that the round before it learned.
+
+The idea is HuBERT's (Hsu et al., 2106.07447), which does it for speech: no foreign teacher at all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mapet.errors import MapetError
+from mapet.workflows.pretrain import RunResult, pretrain
+
+logger = logging.getLogger(__name__)
+
+
+def bootstrap(
+    values: Mapping[str, Any],
+    out: str | Path,
+    *,
+    rounds: int = 1,
+    block: int = -1,
+    resume: bool = False,
+    console: Console | None = None,
+) -> list[RunResult]:
+    """Pre-train on pixels, then again on ids fitted to the features so learned, ``rounds`` times.
+
+    Args:
+        values: configuration of every round, see ``PretrainConfig``; ``tokenizer`` and what belongs to its teacher are
+            the first round's.
+        out: a folder; the rounds' run folders are ``round0``, ``round1``, ... in it.
+        rounds: after the first.
+        block: of the last round's network whose features are clustered; -1 is the last.
+        resume: continue where it was stopped, exactly.
+        console: where progress is shown; None for standard error.
+
+    Returns:
+        the runs, of which the last may have been stopped early.
+
+    Raises:
+        MapetError: for input that cannot work.
+    """
+    if rounds < 1:
+        raise MapetError(f"rounds is {rounds}; bootstrapping needs at least 1 after the first")
+    if values.get("tokens") is not None:
+        raise MapetError("a token store cannot be bootstrapped from; leave --tokens out")
+    root = Path(out)
+    results: list[RunResult] = []
+    for number in range(rounds + 1):
+        asked = dict(values)
+        if number:
+            exported = results[-1].folder.exported
+            asked |= {
+                "tokenizer": str(exported), "teacher_stage": block, "teacher_weights": None, "teacher_size": None,
+            }  # fmt: skip
+        logger.info("round %d of %d: %s", number, rounds, asked.get("tokenizer") or "pixels")
+        results.append(pretrain(asked, root / f"round{number}", resume=resume, console=console))
+        if results[-1].steps < results[-1].total_steps:
+            break
+    return results

@@ -1,0 +1,179 @@
+"""Tokenizers as a product: fitted on one's own images, with a report on whether they are any good."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mapet.config import FitConfig, make_config
+from mapet.data import (
+    DamageTally,
+    Draws,
+    ImageSet,
+    PlainView,
+    Stream,
+    TrainView,
+    View,
+    ViewDataset,
+    check_channels,
+    fold_seed,
+    load_batches,
+    open_images,
+)
+from mapet.engine import explain_disk_errors, replace_folder
+from mapet.errors import MapetError
+from mapet.report import CodebookReport, CodebookStatistics, Meter, warnings, write_codebook_report
+from mapet.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer, save_tokenizer
+from mapet.workflows.device import count_workers, make_accelerator, on_main
+from mapet.workflows.fitting import fit_codebook
+from mapet.workflows.tokens import is_ready, settle_vocab_size, unfitted_tokenizer
+from mapet.workflows.training import check_apart, leave
+
+logger = logging.getLogger(__name__)
+
+REPORT_EPOCH = -2  # its views are neither trained on nor fitted on
+# Enough patches to tell a code that is never used from one that is rare, but no more images than these.
+PATCHES_PER_CODE, MOST_REPORT_IMAGES, LEAST_REPORT_IMAGES = 50, 20_000, 1000
+SHOWN_IMAGES = 8
+
+
+def fit_tokenizer(
+    values: Mapping[str, Any], out: str | Path, *, console: Console | None = None
+) -> tuple[Tokenizer, CodebookReport | None]:
+    """Fit a k-means tokenizer on images and write it, with a report, into a new folder.
+
+    Args:
+        values: configuration by key, see ``FitConfig``; ``data`` is needed.
+        out: the tokenizer's folder.
+        console: where progress is shown; None for standard error.
+
+    Returns:
+        the tokenizer, and the report; None on any process but the main one.
+
+    Raises:
+        MapetError: for input that cannot work; nothing is half-written.
+    """
+    config = make_config(FitConfig, dict(values))
+    console, out = console or Console(stderr=True), Path(out)
+    check_channels(config.channels)
+    if is_ready(config.teacher):
+        raise MapetError(f"teacher {config.teacher!r} is a tokenizer already; use it as it is, with --tokenizer")
+    if config.image_size % config.patch_size:
+        raise MapetError(f"image size {config.image_size} is not divisible by the patch size {config.patch_size}")
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
+        images = open_images(config.data)
+    check_apart(config.data, out)
+    on_main(accelerator, lambda: _check_new(out))
+    workers = count_workers(config.workers, images, accelerator.device)
+
+    side = config.image_size // config.patch_size
+    vocab_size = settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2)
+    assert vocab_size is not None, "a tokenizer to be fitted has a size"
+    with accelerator.main_process_first():
+        tokenizer = unfitted_tokenizer(
+            config.teacher, config, grid=(side, side), image_size=config.image_size, channels=config.channels,
+            vocab_size=vocab_size, contrast=config.contrast, spherical=config.spherical,
+        ).to(accelerator.device)  # fmt: skip
+    view = _fit_view(tokenizer.input_size, config.channels, config.crop_min)
+    dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
+    fit_codebook(
+        tokenizer, config, dataset, DamageTally(images, config.max_damaged), accelerator,
+        seed=config.seed, batch_size=config.batch_size, workers=workers, console=console,
+    )  # fmt: skip
+
+    def finish() -> CodebookReport:
+        gathered = gather_statistics(tokenizer, images, view, config.channels, config.seed, workers, console)
+        with explain_disk_errors(out):
+            replace_folder(out, partial(_write, tokenizer, gathered))
+        return gathered[0].report()
+
+    report = on_main(accelerator, finish)
+    leave(accelerator)
+    return tokenizer.eval(), report
+
+
+def report_on_tokenizer(
+    name: str,
+    data: str,
+    out: str | Path,
+    *,
+    weights: str | None = None,
+    channels: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> CodebookReport:
+    """Report how a tokenizer does on images, into a new folder; see ``CodebookReport``.
+
+    Args:
+        name: of the tokenizer, see ``load_tokenizer``; ``weights`` as well.
+        data: the images.
+        out: the report's folder.
+        channels: that images are converted to; None: as the tokenizer reads them.
+        seed: chooses the images.
+        workers: processes that load images; None: chosen by cores and device.
+        console: where progress is shown; None for standard error.
+    """
+    out = Path(out)
+    _check_new(out)
+    check_apart(data, out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, images = load_tokenizer(name, weights).to(device), open_images(data)
+    channels = channels or tokenizer.channels
+    gathered = gather_statistics(
+        tokenizer, images, _fit_view(tokenizer.input_size, channels, None), channels, seed,
+        count_workers(workers, images, device), console or Console(stderr=True),
+    )  # fmt: skip
+    with explain_disk_errors(out):
+        replace_folder(out, lambda fresh: write_codebook_report(*gathered, fresh))
+    return gathered[0].report()
+
+
+def gather_statistics(
+    tokenizer: Tokenizer, images: ImageSet, view: View, channels: int, seed: int, workers: int, console: Console
+) -> tuple[CodebookStatistics, torch.Tensor, torch.Tensor]:
+    """Tokenize random images; return what was gathered, and a few views with their ids."""
+    patches = tokenizer.grid[0] * tokenizer.grid[1]
+    wanted = PATCHES_PER_CODE * tokenizer.vocab_size // patches
+    count = min(len(images), max(LEAST_REPORT_IMAGES, min(MOST_REPORT_IMAGES, wanted)))
+    generator = torch.Generator().manual_seed(fold_seed(seed, Stream.SAMPLE, 1))
+    chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
+    keys = [[(REPORT_EPOCH, index) for index in chosen[i : i + 64]] for i in range(0, count, 64)]
+    statistics, done = CodebookStatistics(tokenizer), 0
+    shown: list[torch.Tensor] = []
+    tally = DamageTally(images, 1.0)
+    with Meter(console, "report", count) as meter:
+        for batch in load_batches(ViewDataset(images, view, channels, Draws(seed, seed)), keys, workers):
+            tally.add(batch["damaged"])
+            ids, distances = tokenizer.encode_with_distance(batch["view"].to(tokenizer.device))
+            statistics.add(batch["view"], ids.cpu(), distances.cpu())
+            shown = shown or [batch["view"][:SHOWN_IMAGES], ids[:SHOWN_IMAGES].cpu()]
+            done += len(ids)
+            meter.show(done)
+    for sentence in warnings(statistics.report()):
+        logger.warning("%s", sentence)
+    views, ids = shown
+    return statistics, views, ids
+
+
+def _write(tokenizer: Tokenizer, gathered: tuple[CodebookStatistics, torch.Tensor, torch.Tensor], folder: Path) -> None:
+    save_tokenizer(tokenizer, folder)
+    write_codebook_report(*gathered, folder)
+
+
+def _fit_view(size: int, channels: int, crop_min: float | None) -> View:
+    nothing = (0.0,) * channels, (1.0,) * channels
+    return PlainView(size, *nothing) if crop_min is None else TrainView(0, size, crop_min, 0.5, 0.0, *nothing)
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds a tokenizer already" if (folder / CONFIG_FILE).exists() else "is there already and is not empty"
+        raise MapetError(f"output {folder} {what}; choose another --out")

@@ -1,0 +1,247 @@
+"""One training run on the engine, whatever is trained: resumed exactly, watched, saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from mapet.config import TrainKeys, config_to_yaml, free_keys, make_config, read_recipe
+from mapet.data import DamageTally, StepSampler, ViewDataset, load_batches
+from mapet.engine import (
+    Evaluator,
+    JsonLines,
+    Plan,
+    Record,
+    RunFolder,
+    Sink,
+    StopRequest,
+    Targets,
+    TensorBoard,
+    Trainee,
+    build_optimizer,
+    read_checkpoint,
+    read_state,
+    replace_file,
+    replace_folder,
+    train,
+    write_checkpoint,
+)
+from mapet.errors import MapetError
+from mapet.report import ProgressSink
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=TrainKeys)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What differs between one training run and another.
+
+    Attributes:
+        config: resolved.
+        dataset: gives the batches.
+        objective: on its device.
+        targets: what a batch is trained towards.
+        tokenizer_hash: of what makes the targets; a resumed run must have the same.
+        product: the folder that holds what came of it, and how it is written.
+        describe: puts a record into words.
+        evaluators: measure the objective during the run.
+        evaluate_every: epochs between that.
+    """
+
+    config: TrainKeys
+    dataset: ViewDataset
+    objective: nn.Module
+    targets: Targets
+    tokenizer_hash: str
+    product: tuple[Path, Callable[[Path], None]]
+    describe: Callable[[Record], str]
+    evaluators: Sequence[Evaluator] = ()
+    evaluate_every: int = 1
+
+
+def settle_config(config_class: type[Config], values: Mapping[str, Any], folder: RunFolder, resume: bool) -> Config:
+    """Validate the values; on resume they complete those the run began with, and may not contradict them."""
+    if not (resume and folder.config.exists()):
+        return make_config(config_class, dict(values))
+    saved = read_recipe(folder.config)
+    lacking = [key for key in config_class.model_fields if key not in saved]
+    if lacking:
+        raise MapetError(f"{folder.config} lacks {lacking[0]!r}, so it was cut short or edited; restore it")
+    began_with = make_config(config_class, saved, str(folder.config)).model_dump()
+    free = free_keys(config_class)
+    # "Choose for me" was answered when the run began, but for what may change.
+    kept = free - {"data"} | {"layer_scale"}
+    given = {key: value for key, value in values.items() if value not in (None, "auto") or key in kept}
+    config = make_config(config_class, {**began_with, **given})
+    for key, now in config.model_dump().items():
+        if now != began_with[key] and key not in free:
+            raise MapetError(
+                f"{key!r} is {now!r}, but the run in {folder.root} began with {began_with[key]!r}; a resumed run "
+                "must stay the same: drop the change, or start another run with another --out"
+            )
+    return config
+
+
+def check_processes(config: TrainKeys, accelerator: Accelerator) -> None:
+    """Refuse a batch that cannot be shared out evenly."""
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts:
+        raise MapetError(
+            f"batch size {config.batch_size} cannot be divided among {accelerator.num_processes} processes with "
+            f"{config.accumulate} micro-batches each; take a multiple of {parts}"
+        )
+
+
+def check_apart(data: str, out: Path) -> None:
+    """Refuse an output folder inside the image folder."""
+    images = Path(data).resolve()
+    if images.is_dir() and out.resolve().is_relative_to(images):
+        raise MapetError(
+            f"output folder {out} lies inside the image folder {data}, so the pictures drawn in it "
+            "would count as images of yours; choose an --out outside of it"
+        )
+
+
+def log_to(file: Path) -> None:
+    """Also write the package's log to a file, and to no other file any more."""
+    package = logging.getLogger("mapet")
+    for handler in [handler for handler in package.handlers if isinstance(handler, logging.FileHandler)]:
+        package.removeHandler(handler)
+        handler.close()
+    # File names need not be valid Unicode.
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a run came: optimiser steps done, of how many, and the signal that ended it early, or None."""
+
+    steps: int
+    total_steps: int
+    stopped_by: int | None
+
+
+def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int, console: Console) -> Outcome:
+    """Train from the last checkpoint, or the beginning, to the end or a stop request. All processes call it."""
+    config, objective, images = job.config, job.objective, job.dataset.images
+    main = accelerator.is_main_process
+    optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
+    made_from = {
+        "images": len(images),
+        "fingerprint": images.fingerprint,
+        "tokenizer": job.tokenizer_hash,
+        "processes": accelerator.num_processes,
+    }
+    first_step, damaged = _continue(folder, made_from, objective, optimizer, accelerator)
+    plan = _plan(job, len(images), first_step)
+    tally = DamageTally(images, config.max_damaged, damaged)
+    # The optimizer's state is where it belongs: moved, its step counts would be read back from the device each step.
+    prepared, optimizer = accelerator.prepare(objective, optimizer, device_placement=[True, False])
+    if main:
+        replace_file(folder.config, config_to_yaml(config))
+        if folder.metrics.exists():
+            folder.forget_metrics_from(first_step)
+        elif first_step:
+            logger.warning("%s is gone: the curve begins anew at step %d", folder.metrics, first_step)
+        logger.info(
+            "%s: %d images, steps %d to %d of %d images on %s in precision %s",
+            folder.root, len(images), first_step, plan.total_steps, config.batch_size, accelerator.device,
+            config.precision,
+        )  # fmt: skip
+
+    def save(done: int) -> None:
+        tally.indices.update(gather_object(sorted(tally.indices)))  # waits for every process
+        if main:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            state = {"step": done, "made_from": made_from, "damaged": sorted(tally.indices), "scaler": scaler}
+            # The product first: where the last checkpoint is, its product is too.
+            replace_folder(*job.product)
+            replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
+
+    sampler = StepSampler(
+        len(images), config.batch_size, config.seed, first_step, plan.total_steps,
+        accelerator.process_index, accelerator.num_processes, config.accumulate,
+    )  # fmt: skip
+    batches = iter(load_batches(job.dataset, sampler, workers, pin=accelerator.device.type == "cuda"))
+    sinks: list[Sink] = (
+        [
+            JsonLines(folder.metrics),
+            TensorBoard(folder.tensorboard, plan.first_step),
+            ProgressSink(console, job.describe, plan.first_step, plan.total_steps),
+        ]
+        if main
+        else []
+    )
+    trainee = Trainee(config, plan, accelerator, prepared, optimizer, job.targets, tally)
+    try:
+        with StopRequest() as stop:
+            steps = train(trainee, batches, sinks=sinks, evaluators=job.evaluators, save=save, stop=stop)
+    finally:
+        for sink in sinks:
+            sink.close()
+    return Outcome(steps, plan.total_steps, stop.signal)
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Leave the group of processes together; else the first to exit aborts the others."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _continue(
+    folder: RunFolder,
+    made_from: Mapping[str, Any],
+    objective: nn.Module,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> tuple[int, list[int]]:
+    """Load the last checkpoint, if there is one; return the steps done and the images known to be damaged."""
+    if not folder.checkpoint.exists():
+        return 0, []
+    before = read_state(folder.checkpoint)["made_from"]
+    if before["fingerprint"] != made_from["fingerprint"]:
+        raise MapetError(
+            f"'data' changed since the run in {folder.root} began: it had {before['images']} images, now there are "
+            f"{made_from['images']}, or some have other names; restore it, or start another run with another --out"
+        )
+    if before["tokenizer"] != made_from["tokenizer"]:
+        raise MapetError(
+            f"the tokenizer is not the one that the run in {folder.root} began with, so its ids mean "
+            "something else; restore it, or start another run with another --out"
+        )
+    if before["processes"] != made_from["processes"]:
+        logger.warning(
+            "the run began with %d processes and goes on with %d: with the same images in the same order, but other "
+            "visiting orders",
+            before["processes"], made_from["processes"],
+        )  # fmt: skip
+    state = read_checkpoint(folder.checkpoint, objective, optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return state["step"], state["damaged"]
+
+
+def _plan(job: Job, images: int, first_step: int) -> Plan:
+    config = job.config
+    steps_per_epoch = images // config.batch_size
+    return Plan(
+        first_step=first_step,
+        total_steps=config.total_steps(images),
+        steps_per_epoch=steps_per_epoch,
+        checkpoint_every=config.checkpoint_every or steps_per_epoch,
+        evaluate_every=job.evaluate_every * steps_per_epoch,
+    )

@@ -1,0 +1,118 @@
+"""Training a VQ-KD tokenizer on the engine, like any objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mapet.config import VQKDConfig, config_to_yaml
+from mapet.data import Batch, Draws, Stream, TrainView, ViewDataset, check_channels, fold_seed, open_images
+from mapet.engine import Record, RunFolder, explain_disk_errors, replace_file
+from mapet.objectives import VQKDObjective
+from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
+from mapet.workflows.device import count_workers, make_accelerator, on_main
+from mapet.workflows.training import Job, check_apart, check_processes, leave, log_to, run_job, settle_config
+
+
+def train_vqkd(
+    values: Mapping[str, Any], out: str | Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Train a VQ-KD tokenizer into ``out/tokenizer``, which is written at every checkpoint.
+
+    Args:
+        values: configuration by key, see ``VQKDConfig``; ``data`` and ``teacher`` are needed.
+        out: the run folder.
+        resume: continue the run in ``out`` exactly, or begin it if there is none.
+        console: where progress is shown; None for standard error.
+
+    Returns:
+        ``steps``, ``total_steps``, ``stopped_by`` (a signal or None), ``tokenizer`` (its folder), ``is_main``.
+
+    Raises:
+        MapetError: for input that cannot work; nothing is lost or half-written.
+    """
+    folder = RunFolder(out)
+    config = settle_config(VQKDConfig, values, folder, resume)
+    with explain_disk_errors(folder.root):
+        try:
+            return _run(config, folder, resume, console or Console(stderr=True))
+        finally:
+            folder.close()
+
+
+def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) -> dict[str, Any]:
+    check_channels(config.channels)
+    accelerator = make_accelerator(config.precision, config.accumulate)
+    check_processes(config, accelerator)
+    device = accelerator.device
+    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
+        images = open_images(config.data)
+        teacher = build_teacher(config.teacher, config.teacher_stage, config.teacher_weights)
+    check_apart(config.data, folder.root)
+    config = config.resolve(len(images)).model_copy(update={"precision": accelerator.mixed_precision})
+
+    torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
+    half = [0.5] * config.channels
+    tokenizer = VQKD(
+        config.image_size, config.patch_size, config.embed_dim, config.depth, config.num_heads, config.vocab_size,
+        config.code_dim, half, half,
+    )  # fmt: skip
+    targets = TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, tokenizer.grid)
+    objective = VQKDObjective(tokenizer, targets.width, config.decoder_depth, config.ema_decay).to(device)
+
+    def begin() -> None:
+        folder.open(resume=resume)
+        log_to(folder.log)
+        replace_file(folder.config, config_to_yaml(config))
+
+    on_main(accelerator, begin)
+    view = TrainView(
+        config.image_size, targets.size, config.crop_min, config.flip, config.color_jitter,
+        tuple(half), tuple(half),
+    )  # fmt: skip
+    dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
+    product = (folder.tokenizer, partial(save_tokenizer, tokenizer))
+    job = Job(config, dataset, objective, targets, targets.content_hash, product, _describe)
+    outcome = run_job(job, folder, accelerator, count_workers(config.workers, images, device), console)
+    leave(accelerator)
+    return {
+        "steps": outcome.steps,
+        "total_steps": outcome.total_steps,
+        "stopped_by": outcome.stopped_by,
+        "tokenizer": str(folder.tokenizer),
+        "is_main": accelerator.is_main_process,
+    }
+
+
+class TeacherFeatures:
+    """What is distilled: a frozen teacher's features ``(B, P, d)`` of the very view that the encoder sees.
+
+    Args:
+        teacher: on its device.
+        size: side of its input in pixels.
+        grid: rows and columns of patches; the teacher's map is resized to it.
+    """
+
+    def __init__(self, teacher: Teacher, size: int, grid: Grid) -> None:
+        self.width = teacher.measure(size)[0]
+        self.content_hash = hash_content([teacher.config, size], teacher)
+        self.size, self._teacher, self._grid = size, teacher, grid
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the features of a batch's views."""
+        views = batch["view"].to(self._teacher.mean.device, non_blocking=True)
+        return features_on_grid(self._teacher, views, self.size, self._grid)
+
+
+def _describe(record: Record) -> str:
+    return (
+        f"loss {record['loss']:.3f}  cosine to the teacher {record['cosine']:.3f}  "
+        f"codes used in a batch {record['codes_used']:.1%}"
+    )
