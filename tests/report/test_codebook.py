@@ -239,8 +239,14 @@ def test_what_cannot_be_reported_is_refused() -> None:
         statistics.report()
     with pytest.raises(MapetError, match="at least one image"):
         statistics.atlas()
-    with pytest.raises(MapetError, match="28 x 27 pixels cannot be cut into 3 x 3 patches"):
-        statistics.add(torch.zeros(1, 1, 28, 27), torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9))
+
+
+def test_views_that_patches_do_not_tile_are_enlarged() -> None:
+    """A teacher may see views of a size that has nothing to do with the student's grid."""
+    statistics = CodebookStatistics(Given(3, 3, 4))
+    statistics.add(torch.full((1, 1, 28, 27), 0.5), torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, 9))
+    assert statistics.atlas().pixels.shape[-2:] == (10, 9)
+    assert statistics.report().patches == 9
 
 
 GOOD = CodebookReport(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,45 @@ def test_timm_teachers_from_a_local_file(
     assert ids.shape == (4, 25)
     save_tokenizer(tokenizer, tmp_path)
     assert torch.equal(load_tokenizer(tmp_path).encode(views), ids)
+
+
+def test_spherical_ids_tell_direction_only(timm_weights: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = KFeatures.from_teacher(
+        "test_resnet", (5, 5), 8, 160, weights=timm_weights["test_resnet"], spherical=True
+    )
+    views = photos(4)
+    fitted(tokenizer, views)
+    features = tokenizer.features(views)
+    assert torch.allclose(features.norm(dim=-1), torch.ones(4, 25), atol=1e-5)
+    cosines = torch.nn.functional.normalize(tokenizer.patch_features(views), dim=-1) @ tokenizer.centroids.T
+    assert torch.equal(tokenizer.encode(views), cosines.argmax(-1))
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).content_hash == tokenizer.content_hash
+
+
+def test_where_weights_came_from_is_recorded(timm_weights: dict[str, Path], tmp_path: Path) -> None:
+    file = timm_weights["test_vit"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    tokenizer = KFeatures.from_teacher("test_vit", (4, 4), 8, 160, weights=f"{file}#sha256={digest}")
+    fitted(tokenizer, photos())
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).origin == {"weights": str(file), "sha256": digest}
+    with pytest.raises(MapetError, match=f"have the SHA-256 {digest}"):
+        build_teacher("test_vit", weights=f"{file}#sha256={'0' * 64}")
+
+
+def test_an_exported_run_is_a_tokenizer_that_needs_its_folder_no_more(tiny_vit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    export_backbone(tiny_vit(depth=3, reg_tokens=2).eval(), exported, (0.5,) * 3, (0.25,) * 3)
+    tokenizer = KFeatures.from_teacher(str(exported), (4, 4), 8, 28, stage=1)
+    fitted(tokenizer, photos(size=28))
+    (tmp_path / "tok").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "tok")
+    exported.rename(tmp_path / "gone")
+    loaded = load_tokenizer(tmp_path / "tok")
+    assert torch.equal(loaded.features(photos(size=28)), tokenizer.features(photos(size=28)))
+    assert loaded.config["teacher"]["mean"] == [0.5] * 3
 
 
 def test_vit_teachers_prefix_tokens_are_dropped(timm_weights: dict[str, Path]) -> None:

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from tests.conftest import TINY
 
 from mapet import MapetError, load_tokenizer
-from mapet.cli import main
 from mapet.tokenizers import KFeatures, KPixels
 from mapet.workflows import bootstrap
 
@@ -36,14 +38,19 @@ def test_each_round_predicts_what_the_last_one_learned(digits: Path, tmp_path: P
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
-def test_the_command(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", "vit_tiny_patch16_224", "--image-size", "28", "--patch-size", "7", "--channels", "1",
-             "--model-args", "embed_dim=32", "depth=2", "num_heads=2", "--vocab-size", "16", "--batch-size", "8",
-             "--steps", "2", "--workers", "0"]  # fmt: skip
-    assert main(["bootstrap", str(digits), "--out", str(tmp_path / "boot"), "--json", *flags]) == 0
-    rounds = json.loads(capsys.readouterr().out)["rounds"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command(processes: int, digits: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "boot"
+    recipe.write_text(yaml.safe_dump({**TINY, "data": str(digits), "steps": 2}))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"] if processes == 2 else []
+    command = [sys.executable, "-m", *launcher, "mapet", "bootstrap", "--config", str(recipe), "--out", str(out)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rounds = json.loads(done.stdout)["rounds"]
     assert [Path(each["folder"]).name for each in rounds] == ["round0", "round1"]
-    assert [each["tokenizer"] for each in rounds] == ["pixels", str(tmp_path / "boot" / "round0" / "exported")]
+    assert [each["tokenizer"] for each in rounds] == ["pixels", str(out / "round0" / "exported")]
+    state = json.loads((out / "round1" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["made_from"]["processes"] == processes
 
 
 def test_bad_input(digits: Path, tmp_path: Path) -> None:

@@ -117,16 +117,11 @@ class CodebookStatistics:
         Args:
             views: ``(B, C, H, W)`` in [0, 1], all of one size, as the tokenizer was given them.
             ids, distances: ``(B, P)``, what it gave.
-
-        Raises:
-            MapetError: if patches do not tile the views.
         """
         rows, columns = self.grid
-        if views.shape[-2] % rows or views.shape[-1] % columns:
-            raise MapetError(
-                f"views of {views.shape[-2]} x {views.shape[-1]} pixels cannot be cut into {rows} x {columns} patches; "
-                "take an image size that is divisible by the tokenizer's grid"
-            )
+        if views.shape[-2] % rows or views.shape[-1] % columns:  # a teacher may see images of any size
+            tiled = [-(-views.shape[-2] // rows) * rows, -(-views.shape[-1] // columns) * columns]
+            views = F.interpolate(views, tiled, mode="bilinear")
         ids, distances = ids.cpu(), distances.cpu()
         self.counts += torch.bincount(ids.flatten(), minlength=self.vocab_size)
         # Image by image: sums of a batch would round differently from batch size to batch size.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from mapet.data import ImageSet
@@ -33,6 +36,8 @@ def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
         MapetError: if the device cannot train in the precision.
     """
     precision = _fast_precision() if precision == "auto" else precision
+    # An earlier run in this process may have had another precision. The processes stay joined.
+    AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             # Accelerate joins processes on CPUs only when told that it is CPUs that they are to use.
@@ -45,7 +50,15 @@ def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
         raise MapetError(f"precision {precision!r} cannot be had: {' '.join(str(error).split())}") from error
     if precision == "fp16" and accelerator.scaler is None:
         raise MapetError(f"precision 'fp16' needs a GPU, but the device is {accelerator.device}; take bf16 or no")
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
     return accelerator
+
+
+def _leave() -> None:
+    """Leave the group of processes; else the first to exit aborts the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fast_precision() -> str:

@@ -33,7 +33,7 @@ from mapet.report import Meter
 from mapet.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
 from mapet.tokenstore import Header, TokenStore
 from mapet.workflows.device import count_workers, make_accelerator, on_main
-from mapet.workflows.training import check_apart, leave
+from mapet.workflows.training import check_apart
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
         accelerator.wait_for_everyone()
         touched, damaged = len(gather_object(to_do)), len(gather_object(sorted(tally.indices)))
         absent = len(store) - len(np.unique(rows))
-    leave(accelerator)
+    accelerator.wait_for_everyone()
     return {
         "encoded": touched - damaged,
         "kept": len(images) - touched,

@@ -49,7 +49,7 @@ from mapet.workflows.tokens import (
     settle_vocab_size,
     unfitted_tokenizer,
 )
-from mapet.workflows.training import Job, check_apart, check_processes, leave, log_to, run_job, settle_config
+from mapet.workflows.training import Job, check_apart, check_processes, log_to, run_job, settle_config
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     outcome = run_job(job, folder, accelerator, workers, console)
     if main and baseline:
         draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
-    leave(accelerator)
+    accelerator.wait_for_everyone()
     return RunResult(folder, config, objective, baseline, outcome.steps, outcome.total_steps, outcome.stopped_by, main)
 
 

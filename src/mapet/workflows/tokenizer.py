@@ -33,7 +33,7 @@ from mapet.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer, save_tokeni
 from mapet.workflows.device import count_workers, make_accelerator, on_main
 from mapet.workflows.fitting import fit_codebook
 from mapet.workflows.tokens import is_ready, settle_vocab_size, unfitted_tokenizer
-from mapet.workflows.training import check_apart, leave
+from mapet.workflows.training import check_apart
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def fit_tokenizer(
         return gathered[0].report()
 
     report = on_main(accelerator, finish)
-    leave(accelerator)
+    accelerator.wait_for_everyone()
     return tokenizer.eval(), report
 
 

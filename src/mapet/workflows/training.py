@@ -196,12 +196,6 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     return Outcome(steps, plan.total_steps, stop.signal)
 
 
-def leave(accelerator: Accelerator) -> None:
-    """Leave the group of processes together; else the first to exit aborts the others."""
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
 def _continue(
     folder: RunFolder,
     made_from: Mapping[str, Any],

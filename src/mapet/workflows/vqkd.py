@@ -17,7 +17,7 @@ from mapet.engine import Record, RunFolder, explain_disk_errors, replace_file
 from mapet.objectives import VQKDObjective
 from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
 from mapet.workflows.device import count_workers, make_accelerator, on_main
-from mapet.workflows.training import Job, check_apart, check_processes, leave, log_to, run_job, settle_config
+from mapet.workflows.training import Job, check_apart, check_processes, log_to, run_job, settle_config
 
 
 def train_vqkd(
@@ -80,7 +80,7 @@ def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) 
     product = (folder.tokenizer, partial(save_tokenizer, tokenizer))
     job = Job(config, dataset, objective, targets, targets.content_hash, product, _describe)
     outcome = run_job(job, folder, accelerator, count_workers(config.workers, images, device), console)
-    leave(accelerator)
+    accelerator.wait_for_everyone()
     return {
         "steps": outcome.steps,
         "total_steps": outcome.total_steps,

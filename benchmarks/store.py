@@ -1,0 +1,96 @@
+"""What a token store saves: batches with ids made online, against batches with ids read from a store, alternating.
+
+    python benchmarks/store.py --data IMAGES --tokenizer TOKENIZER --image-size 64 --rounds 5
+
+Both load and augment the same images (two crops of each, mirrored); what differs is the tokenizer's view and run
+against the content's digest and a look-up. Also the ids alone, with batches at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mapet.data import Batch, Draws, StepSampler, TrainView, ViewDataset, load_batches, open_images
+from mapet.tokenizers import load_tokenizer
+from mapet.tokenstore import TokenStore
+from mapet.workflows import encode_images
+from mapet.workflows.targets import OnlineTokens, StoredTokens, TokenSource
+
+SIZE = 32
+
+
+def loop(source: TokenSource, dataset: ViewDataset, batches: int) -> float:
+    """Seconds for batches and their ids."""
+    began = time.perf_counter()
+    for batch in load_batches(dataset, StepSampler(len(dataset), SIZE, 0, 0, batches), workers=0):
+        source(batch)
+    return time.perf_counter() - began
+
+
+def ids_alone(source: Callable[[Batch], torch.Tensor], batches: list[Batch]) -> float:
+    """Seconds for the ids of batches at hand."""
+    began = time.perf_counter()
+    for batch in batches:
+        source(batch)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--image-size", type=int, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    images, tokenizer = open_images(arguments.data), load_tokenizer(arguments.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "data": arguments.data, "tokenizer": arguments.tokenizer, "views": 2, "mirror": True, "crop_min": 0.5,
+            "workers": 0,
+        }  # fmt: skip
+        made = encode_images(values, Path(folder) / "tokens", console=Console(stderr=True))
+        print(f"encoded {made['encoded']} images, {made['views']} views each, in {made['seconds']} s")
+        online = OnlineTokens(tokenizer, torch.device("cpu"), seed=0)
+        stored = StoredTokens(TokenStore.open(Path(folder) / "tokens"), images, torch.device("cpu"))
+        seconds: dict[str, list[float]] = {"online": [], "stored": [], "online ids": [], "stored ids": []}
+        channels = tokenizer.channels
+        normalise = (0.5,) * channels, (0.5,) * channels
+        sources = {
+            name: (
+                source,
+                ViewDataset(
+                    images, TrainView(arguments.image_size, source.view_size, 0.5, 0.5, 0.4, *normalise), channels,
+                    Draws(0, 0, crops=2, mirror=True), digests=source.needs_digests,
+                ),
+            )
+            for name, source in (("online", online), ("stored", stored))
+        }  # fmt: skip
+        for _ in range(arguments.rounds):
+            for name, (source, dataset) in sources.items():
+                seconds[name].append(loop(source, dataset, arguments.batches))
+                keys = StepSampler(len(dataset), SIZE, 0, 0, arguments.batches)
+                seconds[f"{name} ids"].append(ids_alone(source, list(load_batches(dataset, keys, workers=0))))
+    count = SIZE * arguments.batches
+    for name, found in seconds.items():
+        rates = [count / second for second in found]
+        print(f"{name}: median {statistics.median(rates):.0f} images/s ({min(rates):.0f} to {max(rates):.0f})")
+    for name in ("", " ids"):
+        ratios = [a / b for a, b in zip(seconds[f"online{name}"], seconds[f"stored{name}"], strict=True)]
+        what = "ids alone" if name else "batches with ids"
+        print(f"{what}, stored against online: {statistics.median(ratios):.1f} times as fast "
+              f"({min(ratios):.1f} to {max(ratios):.1f})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
