@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,27 @@ def test_a_folder_of_rubbish_stops_at_once(tmp_path: Path) -> None:
     batch = next(iter(load_batches(ViewDataset(images, VIEW, 1), in_order(80, 4), 0)))
     with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
         DamageTally(images, most_share=1.0).add(batch["damaged"])
+
+
+def test_a_process_that_fails_ends_with_its_loading_processes(digits: Path) -> None:
+    """These ignore the signal by which Python asks child processes to end, and then waits for them."""
+    script = f"""
+from mapet.data import PlainView, ViewDataset, in_order, load_batches, open_images
+images = open_images({str(digits)!r})
+batches = iter(load_batches(ViewDataset(images, PlainView(28, (0.5,), (0.5,)), 1), in_order(60, 2), workers=1))
+next(batches)
+raise RuntimeError("the device is out of memory")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "out of memory" in done.stderr
+
+
+def test_a_batch_of_unreadable_images_is_refused_also_where_digests_are_asked_for(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.jpg").write_text("rubbish")
+    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1, digests=True)
+    batch = next(iter(load_batches(dataset, in_order(60, 4), 0)))
+    assert batch["digest"].shape == (4, 32)
+    with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
+        DamageTally(dataset.images, most_share=1.0).add(batch["damaged"])

@@ -30,16 +30,16 @@ def advance(objective: MaPeT, optimizer: torch.optim.Optimizer, step: int) -> fl
 
 def test_everything_is_restored(tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
     objective, optimizer = trained(tiny_vit)
-    write_checkpoint(tmp_path, objective, optimizer, {"step": 3, "note": [1, 2]})
+    write_checkpoint(tmp_path, objective, optimizer, {"step": 3, "made_from": {"images": 2}})
     other, its_optimizer = trained(tiny_vit, steps=0)
-    assert read_checkpoint(tmp_path, other, its_optimizer) == {"step": 3, "note": [1, 2]}
+    assert read_checkpoint(tmp_path, other, its_optimizer) == {"step": 3, "made_from": {"images": 2}}
     for step in range(3, 6):
         assert advance(objective, optimizer, step) == advance(other, its_optimizer, step)
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
     objective, optimizer = trained(tiny_vit)
-    write_checkpoint(tmp_path, objective, optimizer, {"step": 3})
+    write_checkpoint(tmp_path, objective, optimizer, {"step": 3, "made_from": {}})
     wider = MaPeT(tiny_vit(embed_dim=64), 9)
     with pytest.raises(MapetError, match="cannot be read.*size mismatch"):
         read_checkpoint(tmp_path, wider, build_optimizer(wider, 1e-2, 0.05, 0.98))
@@ -50,3 +50,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tiny_vit: Callable[..., Any
             read_checkpoint(tmp_path, objective, optimizer)
         (tmp_path / name).write_bytes(whole)
     read_checkpoint(tmp_path, objective, optimizer)
+    for state in ('{"step": 3}', '{"step": 3, "made_from": 7}', "[3]"):
+        (tmp_path / "state.json").write_text(state)
+        with pytest.raises(MapetError, match="cannot be read.*start again from the beginning"):
+            read_checkpoint(tmp_path, objective, optimizer)

@@ -58,12 +58,12 @@ def test_metrics_are_cut_back_and_half_lines_passed_over(tmp_path: Path) -> None
     ("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "permission")]
 )
 def test_disk_errors_become_sentences(tmp_path: Path, number: int, says: str) -> None:
-    with pytest.raises(MapetError, match=f"cannot write to .*a.txt: .*{says}.*--resume continues"):
+    with pytest.raises(MapetError, match=f"cannot write to .*a.txt: .*{says}.*what was saved before is whole"):
         with explain_disk_errors(tmp_path):
             raise OSError(number, "reason", str(tmp_path / "a.txt"))
     with pytest.raises(MapetError, match="cannot open /elsewhere/b.txt"), explain_disk_errors(tmp_path):
         raise OSError(number, "reason", "/elsewhere/b.txt")
-    with pytest.raises(MapetError, match="a.txt in the run folder is not what"), explain_disk_errors(tmp_path):
+    with pytest.raises(MapetError, match="a.txt in the output folder is not what"), explain_disk_errors(tmp_path):
         raise IsADirectoryError(errno.EISDIR, "reason", str(tmp_path / "a.txt"))
     with pytest.raises(OSError, match="reason"), explain_disk_errors(tmp_path):
         raise OSError(errno.EIO, "reason")

@@ -16,7 +16,7 @@ from torch import Tensor
 from mapet import MapetError
 from mapet.data import DEMO_SETS
 from mapet.report import codebook
-from mapet.report.codebook import CodebookReport, CodebookStatistics, chao_shen, report_table, warnings
+from mapet.report.codebook import CodebookReport, CodebookStatistics, chao_shen, report_table, shortcomings
 from mapet.tokenizers import KPixels, Tokenizer
 
 
@@ -178,7 +178,7 @@ def test_a_grid_of_one_row_has_no_neighbours_above() -> None:
     assert report.pairs == 250
     alone = report_of(drawn((50, 1, 1), 4), vocab_size=4)
     assert (alone.entropy_given_left, alone.entropy_given_above, alone.pair_coverage) == (None, None, None)
-    assert warnings(alone) == []
+    assert shortcomings(alone) == []
     report_table(alone)
 
 
@@ -285,7 +285,7 @@ GOOD = CodebookReport(
     ],
 )  # fmt: skip
 def test_warnings(change: dict[str, Any], expected: str | None) -> None:
-    found = warnings(replace(GOOD, **change))
+    found = shortcomings(replace(GOOD, **change))
     assert len(found) == (expected is not None)
     if expected:
         assert re.search(expected, found[0])

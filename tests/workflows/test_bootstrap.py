@@ -58,5 +58,5 @@ def test_bad_input(digits: Path, tmp_path: Path) -> None:
         bootstrap({**TINY, "data": str(digits)}, tmp_path / "boot", rounds=0)
     with pytest.raises(MapetError, match="leave --tokens out"):
         bootstrap({**TINY, "data": str(digits), "tokens": "x"}, tmp_path / "boot")
-    with pytest.raises(MapetError, match="no stage 7"):
+    with pytest.raises(MapetError, match="block is 7, but the network has 2: take 0 to 1"):
         bootstrap({**TINY, "data": str(digits), "steps": 2}, tmp_path / "boot", block=7, console=QUIET)

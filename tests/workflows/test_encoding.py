@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from rich.console import Console
 from tests.conftest import TINY
 
 from mapet import MapetError
+from mapet.cli import main
 from mapet.data import open_images
 from mapet.tokenizers import KFeatures, KPixels, KTokenizer, save_tokenizer
 from mapet.tokenstore import TokenStore
@@ -45,9 +47,12 @@ def encode(data: Path, tokenizer: Path, out: Path, **values: Any) -> dict[str, A
     return encode_images({**ENCODE, "data": str(data), "tokenizer": str(tokenizer), **values}, out, console=QUIET)
 
 
+def check(tokens: Path, data: Path, **values: Any) -> dict[str, Any]:
+    return check_tokens({"tokens": str(tokens), "data": str(data), **values}, console=QUIET)
+
+
 def train(data: Path, out: Path, **values: Any) -> list[float]:
-    config = {**TINY, "data": str(data), "steps": 14, **values}
-    config.pop("vocab_size")
+    config = {**TINY, "vocab_size": None, "data": str(data), "steps": 14, **values}
     pretrain(config, out, console=QUIET)
     return [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open())]
 
@@ -115,9 +120,9 @@ def test_new_changed_and_vanished_images(digits: Path, pixels: Path, tmp_path: P
     Image.new("L", (28, 28), 77).save(data / "class 5" / "2.png")
     with pytest.raises(MapetError, match=r"class 5/2\.png.* changed since its tokens were made.*tokenizer encode"):
         train(data, tmp_path / "run", tokens=str(tokens), steps=40)
-    found = check_tokens(tokens, str(data), console=QUIET)
+    found = check(tokens, data)
     assert (found["ok"], found["changed"], found["missing"]) == (False, ["class 5/2.png"], [])
-    assert (encode(data, pixels, tokens)["encoded"], check_tokens(tokens, str(data), console=QUIET)["ok"]) == (1, True)
+    assert (encode(data, pixels, tokens)["encoded"], check(tokens, data)["ok"]) == (1, True)
 
     shutil.copy(late, data / "new.png")
     with pytest.raises(MapetError, match=r"1 of 61 images have no tokens.*'new\.png'.*tokenizer encode"):
@@ -172,8 +177,11 @@ def test_damaged_images_are_noted_and_replaced_in_training(digits: Path, pixels:
     (data / "class 2" / "3.png").write_text("no image at all")
     result = encode(data, pixels, tokens)
     assert (result["encoded"], result["damaged"]) == (59, 1)
-    assert encode(data, pixels, tokens)["kept"] == 60
-    found = check_tokens(tokens, str(data), console=QUIET)
+    result = encode(data, pixels, tokens)
+    assert (result["encoded"], result["kept"], result["damaged"]) == (0, 59, 1), "it is tried again: a decoder may fail"
+    with pytest.raises(MapetError, match=r"1 of 60 images of .* cannot be read.*--max-damaged \(now 0\.01\)"):
+        encode(data, pixels, tokens, max_damaged=0.01)
+    found = check(tokens, data)
     assert (found["ok"], found["damaged"]) == (True, 1)
     assert len(train(data, tmp_path / "run", tokens=str(tokens), steps=20)) == 20
     shutil.copy(digits / "class 2" / "3.png", data / "class 2" / "3.png")
@@ -193,6 +201,7 @@ def test_a_store_that_does_not_fit_is_refused(digits: Path, pixels: Path, tmp_pa
     refused(r"made with crop_min 0\.5, but the run asks for 0\.9; pass --crop-min 0\.5", crop_min=0.9)
     refused("made with views 2, but the run asks for 3", views=3)
     refused("made with channels 1, but the run asks for 3; pass --channels 1", channels=3)
+    refused("made with vocab_size 16, but the run asks for 99", vocab_size=99)
     refused("another tokenizer than", tokenizer=str(other))
     refused(r"gives 4 x 4 ids an image, but the model has 2 x 2 patches", patch_size=14)
     with pytest.raises(MapetError, match="tokenizer_hash"):
@@ -200,12 +209,12 @@ def test_a_store_that_does_not_fit_is_refused(digits: Path, pixels: Path, tmp_pa
     with pytest.raises(MapetError, match=r"view crop_min 0\.5, but 0\.6"):
         encode(digits, pixels, tokens, crop_min=0.6)
     with pytest.raises(MapetError, match="was not made with tokenizer"):
-        check_tokens(tokens, str(digits), str(other), console=QUIET)
+        check(tokens, digits, tokenizer=str(other))
     whole = (tokens / "ids.bin").read_bytes()
     (tokens / "ids.bin").write_bytes(whole[:-5])
     refused(r"cut short: ids\.bin has 3835 bytes instead of 3840")
     (tokens / "ids.bin").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    found = check_tokens(tokens, str(digits), console=QUIET)
+    found = check(tokens, digits)
     assert (found["ok"], found["corrupt"]) == (False, 1)
     with pytest.raises(MapetError, match=r"class 0/0\.png.* fail their checksum"):
         train(digits, tmp_path / "run", tokens=str(tokens), steps=40)
@@ -215,12 +224,68 @@ def test_ids_of_another_encoder_are_noticed_by_check(digits: Path, pixels: Path,
     """As if other views had been encoded than the header says: everything fits but the ids."""
     tokens = tmp_path / "tokens"
     encode(digits, pixels, tokens)
-    assert check_tokens(tokens, str(digits), console=QUIET)["agreement"] == 1.0
+    assert check(tokens, digits)["agreement"] == 1.0
     images = open_images(str(digits))
     with TokenStore.open(tokens, writable=True) as store:
         rows = store.plan(images.keys)
         digests = torch.stack([images.digest(i) for i in range(60)]).numpy()
         store.write(rows, digests, torch.zeros(60, 4, 16, dtype=torch.int64))
-    found = check_tokens(tokens, str(digits), console=QUIET)
+    found = check(tokens, digits)
     assert not found["ok"]
     assert found["agreement"] < 0.9
+
+
+def test_what_cannot_be_encoded_leaves_nothing_behind(digits: Path, pixels: Path, tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match=r"does not fit: images have shape \(3, 28, 28\).*another --channels"):
+        encode(digits, pixels, tmp_path / "tokens", channels=3)
+    assert not (tmp_path / "tokens").exists()
+    (tmp_path / "file").touch()
+    for out, says in ((tmp_path / "file", "file"), ("", "name of the output folder is empty"), ("x" * 300, "xxx")):
+        with pytest.raises(MapetError, match=says):
+            encode(digits, pixels, out)  # type: ignore[arg-type]
+    encode(digits, pixels, tmp_path / "tokens")
+
+
+def test_pipes_are_damaged_images_and_not_waited_for(digits: Path, pixels: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    os.mkfifo(data / "pipe.png")
+    for _ in range(2):
+        assert encode(data, pixels, tmp_path / "tokens")["damaged"] == 1
+
+
+def test_a_store_of_other_views_does_not_slip_into_a_resumed_run(digits: Path, pixels: Path, tmp_path: Path) -> None:
+    tokens, out = tmp_path / "tokens", tmp_path / "run"
+    encode(digits, pixels, tokens)
+    train(digits, out, tokens=str(tokens))
+    shutil.rmtree(tokens)
+    encode(digits, pixels, tokens, seed=7)
+    with pytest.raises(MapetError, match="tokenizer is not the one that the run"):
+        pretrain({"data": str(digits)}, out, resume=True, console=QUIET)
+
+
+def test_check_finds_the_tokenizer_in_a_runs_folder(digits: Path, tmp_path: Path) -> None:
+    train(digits, tmp_path / "run", vocab_size=16, steps=1)
+    encode(digits, tmp_path / "run", tmp_path / "tokens")
+    assert check(tmp_path / "tokens", digits)["agreement"] == 1.0
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert check(tmp_path / "tokens", digits)["agreement"] is None
+    assert check(tmp_path / "tokens", digits, tokenizer=str(tmp_path / "elsewhere"))["agreement"] == 1.0
+
+
+def test_the_commands_speak_json_and_exit_with_a_status(digits: Path, pixels: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    tokens = str(tmp_path / "tokens")
+    flags = ["--workers", "0", "--json"]
+    assert main(["tokenizer", "encode", str(digits), "--tokenizer", str(pixels), "--out", tokens, *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["views"] == 8
+    assert main(["tokenizer", "check", str(digits), "--tokens", tokens, *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
+    out = str(tmp_path / "report")
+    assert main(["tokenizer", "report", str(digits), "--tokenizer", str(pixels), "--out", out, *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 60
+    whole = (tmp_path / "tokens" / "ids.bin").read_bytes()
+    (tmp_path / "tokens" / "ids.bin").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert main(["tokenizer", "check", str(digits), "--tokens", tokens]) == 1
+    assert "1 that fail their checksum" in " ".join(capsys.readouterr().err.split())
+    assert main(["tokenizer", "check", str(digits), "--tokens", tokens, "--workers", "-1"]) == 2
+    assert "workers = -1" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from tests.conftest import TINY
 from mapet import MapetError, load_tokenizer
 from mapet.cli.flags import find_recipe
 from mapet.config import FitConfig, KMeansKeys, make_config, read_recipe
+from mapet.engine import claimed_folder
 from mapet.workflows import fit_tokenizer, pretrain, report_on_tokenizer
 from mapet.workflows.fitting import plan_sample
 
@@ -62,7 +63,7 @@ def test_fitting_writes_a_tokenizer_and_a_report(digits: Path, tmp_path: Path) -
     )  # fmt: skip
     assert result.config.tokenizer == str(tmp_path / "tok")
     assert load_tokenizer(tmp_path / "run").content_hash == tokenizer.content_hash, "a run's folder names its tokenizer"
-    with pytest.raises(MapetError, match="holds a tokenizer already"):
+    with pytest.raises(MapetError, match="is there already and is not empty"):
         fit(digits, tmp_path / "tok")
     with pytest.raises(MapetError, match="is a tokenizer already"):
         fit(digits, tmp_path / "again", teacher=str(tmp_path / "tok"))
@@ -98,11 +99,11 @@ def test_bad_input(digits: Path, tmp_path: Path) -> None:
     broken = timm.create_model("test_resnet").state_dict()
     broken["conv1.0.weight"][0] = float("nan")
     torch.save(broken, tmp_path / "nan.pth")
-    with pytest.raises(MapetError, match="features to be clustered contain NaN"):
+    with pytest.raises(MapetError, match="features of teacher 'test_resnet' contain NaN"):
         fit(digits, tmp_path / "tok", teacher="test_resnet", teacher_weights=str(tmp_path / "nan.pth"), teacher_size=64)
     with pytest.raises(MapetError, match="needs at least as many patches, but the images have only 960"):
         fit(digits, tmp_path / "tok", vocab_size=961)
-    with pytest.raises(MapetError, match="not divisible by the patch size 5"):
+    with pytest.raises(MapetError, match="not divisible by patch_size 5"):
         fit(digits, tmp_path / "tok", patch_size=5)
     with pytest.raises(MapetError, match="lies inside the image folder"):
         fit(digits, digits / "tok")
@@ -119,9 +120,8 @@ def test_a_codebook_hardly_used_is_warned_of(digits: Path, tmp_path: Path, caplo
     (tmp_path / "blank").mkdir()
     for grey in range(0, 60, 3):
         Image.new("L", (28, 28), grey).save(tmp_path / "blank" / f"{grey}.png")
-    report = report_on_tokenizer(
-        str(tmp_path / "tok"), str(tmp_path / "blank"), tmp_path / "report", workers=0, console=QUIET
-    )
+    values = {"tokenizer": str(tmp_path / "tok"), "data": str(tmp_path / "blank"), "workers": 0}
+    report = report_on_tokenizer(values, tmp_path / "report", console=QUIET)
     assert (tmp_path / "report" / "atlas.png").exists()
     assert f"only {report.used_codes} of 16 codes are used: fit with a smaller --vocab-size" in caplog.text
 
@@ -133,3 +133,34 @@ def test_the_papers_setting_is_a_recipe() -> None:
     assert (config.kmeans_iterations, config.kmeans_restarts, config.points_per_centroid) == (20, 5, 512)
     assert (config.spherical, config.crop_min) == (False, None)
     assert plan_sample(config, 8192, 4096, 196, 1_281_167).points >= 8192 * 512
+
+
+def test_a_teacher_may_see_a_size_that_has_nothing_to_do_with_the_grid(digits: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    weights = str(tmp_path / "weights.pth")
+    fit(digits, tmp_path / "tok", teacher="test_resnet", teacher_weights=weights, teacher_size=66)
+    assert (tmp_path / "tok" / "atlas.png").exists()
+
+
+def test_folders_in_use_or_not_to_be_written_are_refused_before_the_work(digits: Path, tmp_path: Path) -> None:
+    with claimed_folder(tmp_path / "tok"):
+        with pytest.raises(MapetError, match="is being made by another process"):
+            fit(digits, tmp_path / "tok")
+    fit(digits, tmp_path / "tok")
+    (tmp_path / "file").touch()
+    with pytest.raises(MapetError, match=r"file/tok cannot be written to"):
+        fit(digits, tmp_path / "file" / "tok")
+    with pytest.raises(MapetError, match="holds neither a tokenizer nor an exported backbone"):
+        fit(digits, tmp_path / "again", teacher=str(digits))
+    with pytest.raises(MapetError, match="teacher_stage is given, but there is no teacher"):
+        fit(digits, tmp_path / "again", teacher_stage=1)
+    with pytest.raises(MapetError, match=r"holds 'tokenizer\.json', but no run"):
+        pretrain({**TINY, "data": str(digits)}, tmp_path / "tok", console=QUIET)
+
+
+def test_another_precision_after_fitting_in_one_process(digits: Path, tmp_path: Path) -> None:
+    fit(digits, tmp_path / "tok")
+    values = {**TINY, "vocab_size": None, "data": str(digits), "steps": 2, "tokenizer": str(tmp_path / "tok")}
+    for precision in ("bf16", "no"):
+        result = pretrain({**values, "precision": precision}, tmp_path / precision, console=QUIET)
+        assert result.config.precision == precision

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -79,3 +80,24 @@ def test_bad_input(values: dict[str, Any], tmp_path: Path) -> None:
         with pytest.raises(MapetError, match=says):
             train_vqkd({**values, "steps": 2, **wrong}, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resume_changes_nothing(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_vqkd({**values, "steps": 2}, out, console=QUIET)
+    before = (out / "config.yaml").read_text()
+    shutil.copytree(digits, tmp_path / "other")
+    (tmp_path / "other" / "class 1" / "0.png").unlink()
+    with pytest.raises(MapetError, match="'data' changed"):
+        train_vqkd({"data": str(tmp_path / "other")}, out, resume=True, console=QUIET)
+    assert (out / "config.yaml").read_text() == before
+    shutil.rmtree(out / "tokenizer")
+    train_vqkd({}, out, resume=True, console=QUIET)
+    assert load_tokenizer(out).kind == "vqkd", "what came of a finished run is written again"
+
+
+def test_grey_and_colour_are_turned_into_what_it_reads(values: dict[str, Any], tmp_path: Path) -> None:
+    train_vqkd({**values, "steps": 2}, tmp_path / "run", console=QUIET)
+    tokenizer = load_tokenizer(tmp_path / "run")
+    grey = torch.rand(2, 1, 28, 28)
+    assert torch.equal(tokenizer.encode(grey.expand(-1, 3, -1, -1)), tokenizer.encode(grey))

@@ -47,7 +47,7 @@ def _plain(value: object) -> str:
 def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -> dict[str, Any]:
     """Return the recipe's values overridden by the flags that were given."""
     values: dict[str, Any] = {}
-    if getattr(parsed, "config", None):
+    if getattr(parsed, "config", None) is not None:
         values = read_recipe(find_recipe(parsed.config))
     for key, field in config_class.model_fields.items():
         text = getattr(parsed, key, None)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mapet.cli.flags import add_config_flags, given_values
 from mapet.cli.output import set_up_logging
-from mapet.config import EncodeConfig, FitConfig, VQKDConfig
+from mapet.config import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
 
 def add_parser(verbs: Any) -> None:
@@ -36,14 +36,8 @@ def add_parser(verbs: Any) -> None:
     train.set_defaults(run=run_train)
 
     report = own.add_parser("report", help="how a tokenizer does on images: usage, entropies, pictures")
-    report.add_argument("data", help="a folder of images, a text file of paths, or a demo set")
-    report.add_argument("--tokenizer", required=True, help="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)")
-    report.add_argument("--out", required=True, metavar="FOLDER", help="the report's folder")
-    report.add_argument("--teacher-weights", metavar="SOURCE", help="of a published one: a file, a URL, hf-hub:...")
-    report.add_argument("--channels", type=int, help="1 (grey) or 3 (RGB); default: as the tokenizer reads them")
-    report.add_argument("--seed", type=int, default=0, help="chooses the images (default: 0)")
-    report.add_argument("--workers", type=int, help="processes that load images; default: by cores and device")
-    report.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_common(report, "the report's folder")
+    add_config_flags(report, ReportConfig, leave_out=frozenset({"data"}))
     report.set_defaults(run=run_report)
 
     encode = own.add_parser("encode", help="make the ids of all images once, or bring them up to date")
@@ -53,10 +47,8 @@ def add_parser(verbs: Any) -> None:
 
     check = own.add_parser("check", help="verify a token store: files, images, a sample of the ids")
     check.add_argument("data", nargs="?", help="the images; left out, only the store itself is verified")
-    check.add_argument("--tokens", required=True, metavar="FOLDER", help="the token store")
-    check.add_argument("--tokenizer", metavar="FOLDER", help="the tokenizer; default: where it was")
-    check.add_argument("--workers", type=int, help="processes that read images; default: by cores")
     check.add_argument("--json", action="store_true", help="print what was found as JSON")
+    add_config_flags(check, CheckConfig, leave_out=frozenset({"data"}))
     check.set_defaults(run=run_check)
 
 
@@ -96,10 +88,9 @@ def run_train(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.json:
         print(json.dumps(result))
-    stopped = result["stopped_by"]
-    if stopped is not None:
+    if result["steps"] < result["total_steps"]:
         console.print(f"stopped and saved after step {result['steps']}; --resume continues {parsed.out}")
-        return 128 + int(stopped)
+        return 128 + (result["stopped_by"] or 0)
     console.print(f"done: use it with --tokenizer {parsed.out}", soft_wrap=True)
     return 0
 
@@ -110,10 +101,7 @@ def run_report(parsed: argparse.Namespace) -> int:
     from mapet.report import report_table
     from mapet.workflows import report_on_tokenizer
 
-    report = report_on_tokenizer(
-        parsed.tokenizer, parsed.data, parsed.out, weights=parsed.teacher_weights, channels=parsed.channels,
-        seed=parsed.seed, workers=parsed.workers, console=console,
-    )  # fmt: skip
+    report = report_on_tokenizer(given_values(parsed, ReportConfig), parsed.out, console=console)
     if parsed.json:
         print(json.dumps(asdict(report)))
     else:
@@ -147,7 +135,7 @@ def run_check(parsed: argparse.Namespace) -> int:
     console = set_up_logging()
     from mapet.workflows import check_tokens
 
-    found = check_tokens(parsed.tokens, parsed.data, parsed.tokenizer, workers=parsed.workers, console=console)
+    found = check_tokens(given_values(parsed, CheckConfig), console=console)
     if parsed.json:
         print(json.dumps(found))
         return 0 if found["ok"] else 1

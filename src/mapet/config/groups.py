@@ -80,6 +80,13 @@ class KMeansKeys(TeacherKeys):
     )
     sample_gib: float = Field(4.0, gt=0, description="most memory for the sampled patches, in GiB")
 
+    def check_teacher(self, name: str | None) -> None:
+        """Raise ValueError if something is said of a teacher that there is not."""
+        if name in (None, "pixels"):
+            for key in TeacherKeys.model_fields:
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is given, but there is no teacher; name one")
+
 
 class ViewKeys(StrictConfig):
     """How an image is cropped; keys left out are those of the token store, if there is one."""

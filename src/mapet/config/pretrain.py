@@ -47,7 +47,10 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys):
         None, description="how targets are chosen and visited: random, blockwise, raster; default: the objective's"
     )
     views: int | None = Field(
-        None, ge=1, description="distinct crops of each image; default: a new one each epoch, or those of --tokens"
+        None,
+        ge=1,
+        le=10_000,
+        description="distinct crops of each image; default: a new one each epoch, or those of --tokens",
     )
     color_jitter: float = Field(0.4, ge=0, le=1, description="colour jitter of the student's view")
     mean: tuple[float, ...] | None = Field(None, description="input mean per channel; default: ImageNet's")
@@ -70,10 +73,7 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys):
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channel(s)")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std must be positive")
-        if self.tokenizer in (None, "pixels"):
-            for name in ("teacher_stage", "teacher_size", "teacher_weights"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is given, but there is no teacher; name one with tokenizer")
+        self.check_teacher(self.tokenizer)
         if self.mirror and self.views is None and self.tokens is None:
             raise ValueError("mirror needs views: without a fixed number of views each is drawn anew, flip included")
         return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mapet.config.base import Common, Free
+from mapet.config.base import Common, StrictConfig
 from mapet.config.groups import DataKeys, InputKeys, KMeansKeys, TeacherKeys, TrainKeys, ViewKeys
 
 
@@ -28,23 +28,67 @@ class FitConfig(KMeansKeys, InputKeys):
         le=1,
         description="fit on random crops that cover at least this share of an image; default: on the centre square",
     )
-    batch_size: int = Field(64, ge=1, description="images at a time, per process", json_schema_extra=Free)
+    batch_size: int = Field(64, ge=1, description="images at a time, per process")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        self.check_teacher(self.teacher)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        return self
 
 
 class EncodeConfig(ViewKeys, DataKeys):
     """A token store."""
 
     tokenizer: str = Field(
-        min_length=1, description="the folder of a tokenizer, or 'dvae' (published)", json_schema_extra=Common
+        min_length=1, description="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", json_schema_extra=Common
+    )
+    teacher_weights: str | None = Field(
+        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
     )
     views: int = Field(
-        8, ge=1, description="distinct crops of each image, so that augmentation stays possible",
+        8, ge=1, le=10_000, description="distinct crops of each image, so that augmentation stays possible",
         json_schema_extra=Common,
     )  # fmt: skip
     channels: int | None = Field(
         None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
     )
-    batch_size: int = Field(64, ge=1, description="views at a time, per process", json_schema_extra=Free)
+    batch_size: int = Field(64, ge=1, description="views at a time, per process")
+
+
+class ReportConfig(DataKeys):
+    """A report on a tokenizer."""
+
+    tokenizer: str = Field(
+        min_length=1, description="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", json_schema_extra=Common
+    )
+    teacher_weights: str | None = Field(
+        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
+    )
+    channels: int | None = Field(
+        None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
+    )
+
+
+class CheckConfig(StrictConfig):
+    """A verification of a token store."""
+
+    tokens: str = Field(min_length=1, description="the token store", json_schema_extra=Common)
+    data: str | None = Field(
+        None, min_length=1, description="the images; left out, only the store itself is verified",
+        json_schema_extra=Common,
+    )  # fmt: skip
+    tokenizer: str | None = Field(
+        None,
+        min_length=1,
+        description="the tokenizer it was made with; default: where it was",
+        json_schema_extra=Common,
+    )
+    teacher_weights: str | None = Field(
+        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
+    )
+    workers: int | None = Field(None, ge=0, le=1024, description="processes that read images; default: chosen by cores")
 
 
 class VQKDConfig(TrainKeys, TeacherKeys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing.util
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
-from mapet.data.views import NOTHING, View
+from mapet.data.views import View
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -118,11 +120,12 @@ class ViewDataset(Dataset[Sample]):
         replacements = random.Random(fold_seed(self.draws.seed, Stream.VIEW, epoch, index))
         damaged: list[Met] = []
         # A blank image stands in when all attempts fail; DamageTally then stops the run before it is used.
-        image, digest = torch.zeros(self.channels, 1, 1, dtype=torch.uint8), NOTHING
+        image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
+        digest = torch.zeros(32 if self.digests else 0, dtype=torch.uint8)
         while len(damaged) < MOST_ATTEMPTS:
             try:
                 image = self.images.load(index, self.channels)
-                digest = self.images.digest(index) if self.digests else NOTHING
+                digest = self.images.digest(index) if self.digests else digest
                 break
             except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
@@ -215,6 +218,16 @@ def load_batches(
         pin_memory=pin,
         worker_init_fn=ignore_stops,
     )
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+# After an error, Python waits for its child processes, having asked them to stop by the very signal that loading
+# processes ignore. Registered after multiprocessing's own exit function, it runs before it.
+atexit.register(_end_workers)
 
 
 def ignore_stops(worker: int) -> None:

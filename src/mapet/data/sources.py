@@ -57,6 +57,8 @@ class ImageSet:
         """Return the SHA-256 of image ``index``'s content, ``(32,)`` uint8: of its file's bytes, or its pixels."""
         item = self.items[index]
         if isinstance(item, Path):
+            if not item.is_file():  # a pipe would be waited for
+                raise OSError("missing, or not a regular file")
             with item.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256")
         else:

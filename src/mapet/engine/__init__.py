@@ -1,7 +1,7 @@
 """The engine: loop, checkpoints, optimiser, run folder."""
 
 from mapet.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
-from mapet.engine.files import recover_folder, replace_file, replace_folder
+from mapet.engine.files import claimed_folder, recover_folder, replace_file, replace_folder
 from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, train
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
@@ -22,6 +22,7 @@ __all__ = [
     "Trainee",
     "agree",
     "build_optimizer",
+    "claimed_folder",
     "explain_disk_errors",
     "read_checkpoint",
     "read_state",

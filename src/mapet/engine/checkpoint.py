@@ -25,7 +25,7 @@ def write_checkpoint(folder: Path, objective: nn.Module, optimizer: Optimizer, s
         folder: where.
         objective: the module that is trained.
         optimizer: its optimizer; the state must be tensors and numbers, as torch's and timm's are.
-        state: JSON-able rest: step, configuration, data fingerprint, ...
+        state: JSON-able rest: ``step``, what it was ``made_from``, ...
     """
     save_file(_contiguous(objective.state_dict()), folder / "objective.safetensors")
     content = optimizer.state_dict()
@@ -45,8 +45,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's ``state.json``."""
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        if not isinstance(state["step"], int):
-            raise TypeError(f"its step is {state['step']!r}")
+        for key, kind in (("step", int), ("made_from", dict)):
+            if not isinstance(state[key], kind):
+                raise TypeError(f"its {key} is {state[key]!r}")
         return state
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(folder, error) from error

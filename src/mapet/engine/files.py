@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from mapet.errors import MapetError
 
 
 def replace_file(target: Path, text: str) -> None:
@@ -41,6 +46,32 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     fresh.rename(target)
     _flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def claimed_folder(target: Path) -> Iterator[None]:
+    """Hold a folder that is yet to be made by ``replace_folder``, for this process.
+
+    Raises:
+        MapetError: if there is something there already, another process is at it, or it cannot be written to.
+    """
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise MapetError(f"output {target} is there already and is not empty; choose another --out")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MapetError(
+            f"output {target} is being made by another process; wait for it or choose another --out"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise MapetError(f"output {target} cannot be written to ({error}); choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def recover_folder(target: Path) -> None:

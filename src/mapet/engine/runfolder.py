@@ -64,7 +64,8 @@ class RunFolder:
                 )
         else:
             # config.yaml is the first that a run writes of these, so without it they are somebody else's.
-            for path in (self.tokenizer, self.baseline, self.checkpoint.parent, self.exported, self.metrics):
+            others = (self.root / "tokenizer.json", self.root / "header.json")  # of a tokenizer, of a token store
+            for path in (self.tokenizer, self.baseline, self.checkpoint.parent, self.exported, self.metrics, *others):
                 if path.exists():
                     raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")
         try:
@@ -140,11 +141,9 @@ def explain_disk_errors(root: Path) -> Iterator[None]:
             raise MapetError(f"cannot open {where} ({error})") from error
         if number not in reasons:
             raise MapetError(
-                f"{where} in the run folder is not what a run writes there ({error}); remove it or choose another --out"
+                f"{where} in the output folder is not what belongs there ({error}); remove it or choose another --out"
             ) from error
-        raise MapetError(
-            f"cannot write to {where}: {reasons[number]}; what was saved before is whole, --resume continues it"
-        ) from error
+        raise MapetError(f"cannot write to {where}: {reasons[number]}; what was saved before is whole") from error
 
 
 def _errno(error: Exception) -> int | None:

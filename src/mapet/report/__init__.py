@@ -1,7 +1,7 @@
 """What a person looks at: progress on the terminal, pictures, the report on a codebook."""
 
 from mapet.report.atlas import write_codebook_report
-from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, warnings
+from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, shortcomings
 from mapet.report.figures import draw_curve, draw_layout, draw_tokens
 from mapet.report.progress import Baseline, Meter, ProgressSink
 
@@ -15,6 +15,6 @@ __all__ = [
     "draw_layout",
     "draw_tokens",
     "report_table",
-    "warnings",
+    "shortcomings",
     "write_codebook_report",
 ]

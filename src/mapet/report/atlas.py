@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mapet.engine import replace_file
 from mapet.report.codebook import Atlas, CodebookStatistics
-from mapet.report.figures import ACCENT, INK, SECOND, _save, draw_tokens
+from mapet.report.figures import ACCENT, INK, SECOND, draw_tokens, save_figure
 
 SHOWN_PIXELS = 40  # least side of a patch in the atlas
 GAP, GROUND = 4, 208  # pixels between patches and their grey, on which black and white patches both stand out
@@ -92,4 +92,4 @@ def draw_usage(counts: Tensor, path: Path) -> None:
     panel.set_ylabel("share of patches")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -287,7 +287,7 @@ def _as_bytes(patches: Tensor) -> Tensor:
     return (patches * 255).round().to("cpu", torch.uint8)
 
 
-def warnings(report: CodebookReport) -> list[str]:
+def shortcomings(report: CodebookReport) -> list[str]:
     """Return what is wrong with a codebook, a sentence each that says what to do."""
     found = []
     if report.patches < LEAST_PATCHES_PER_CODE * report.vocab_size:

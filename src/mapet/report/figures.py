@@ -21,7 +21,8 @@ from mapet.report.progress import Baseline
 INK, FAINT, ACCENT, SECOND = "#222222", "#bbbbbb", "#1f6f8b", "#d1662b"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
     # The Agg canvas draws without a display and without matplotlib's global state.
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -50,7 +51,7 @@ def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline, path: Path
         panel.set_ylabel({"loss": "loss (nats per token)", "accuracy": "token accuracy"}[key])
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: int, path: Path) -> None:
@@ -84,7 +85,7 @@ def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
         panel.set_yticks([])
     panels[0][0].set_ylabel("view")
     panels[1][0].set_ylabel("token ids")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_layout(objective: LayoutObjective, path: Path) -> None:
@@ -125,4 +126,4 @@ def draw_layout(objective: LayoutObjective, path: Path) -> None:
     right.set_xticks([m for m, _ in keys], [n for _, n in keys])
     right.set_xlabel("keys")
     right.set_ylabel("rows")
-    _save(figure, path)
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 from mapet.tokenizers.base import Grid, KTokenizer, Tokenizer, hash_content
 from mapet.tokenizers.dvae import DVAE
-from mapet.tokenizers.files import CONFIG_FILE, PUBLISHED, TOKENIZERS, load_tokenizer, save_tokenizer
+from mapet.tokenizers.files import CONFIG_FILE, PUBLISHED, TOKENIZERS, holds_tokenizer, load_tokenizer, save_tokenizer
 from mapet.tokenizers.kfeatures import KFeatures, features_on_grid
 from mapet.tokenizers.kmeans import all_cores
 from mapet.tokenizers.kpixels import KPixels
@@ -25,6 +25,7 @@ __all__ = [
     "build_teacher",
     "features_on_grid",
     "hash_content",
+    "holds_tokenizer",
     "load_tokenizer",
     "save_tokenizer",
 ]

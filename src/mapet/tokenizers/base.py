@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from mapet.tokenizers.kmeans import fit_centroids, nearest_centroid
 
@@ -70,8 +71,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode_with_distance(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids of ``encode`` and, as ``(B, P)``, how far each patch is from its code."""
-        # Ids must not depend on the precision that the student happens to train in.
-        with torch.autocast(images.device.type, enabled=False):
+        # Ids must depend neither on the precision that the student happens to train in, nor on a GPU's TF32.
+        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
             return self.assign(images.float())
 
     @property
@@ -87,6 +88,13 @@ def hash_content(config: Any, module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Turn ``(B, 1, H, W)`` or ``(B, 3, H, W)`` images into such of ``channels`` channels, where they differ."""
+    if images.shape[1] == channels:
+        return images
+    return rgb_to_grayscale(images, num_output_channels=channels)  # type: ignore[no-any-return]
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -124,7 +132,7 @@ class KTokenizer(Tokenizer):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return what is clustered and compared, ``(B, P, d)`` float32 in raster order."""
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
             features = self.patch_features(images.float())
         return F.normalize(features, dim=-1) if self.spherical else features
 

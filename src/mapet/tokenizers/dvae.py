@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.errors import MapetError
-from mapet.tokenizers.base import Tokenizer, resized
+from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
 
 # Meta's conversion of OpenAI's encoder, in float32; the decoder is not part of it, and not needed.
@@ -96,7 +96,7 @@ class DVAE(Tokenizer):
 
     def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the likeliest codes and, as distance, minus the logarithm of their probability."""
-        images = resized(images, self.input_size).expand(-1, self.channels, -1, -1)
+        images = with_channels(resized(images, self.input_size), self.channels)
         logits = self.encoder(map_pixels(images))
         ids = logits.argmax(dim=1)
         return ids.flatten(1), F.cross_entropy(logits, ids, reduction="none").flatten(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def holds_tokenizer(name: str | Path) -> bool:
+    """Whether it is the folder of a tokenizer, or of a run that made one."""
+    return _home(name) is not None
+
+
+def _home(name: str | Path) -> Path | None:
+    # os.path, not pathlib: false, not an error, for a name that no file can have.
+    found = (folder for folder in (Path(name), Path(name) / "tokenizer") if os.path.isfile(folder / CONFIG_FILE))  # noqa: PTH113
+    return next(found, None)
+
+
 def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
     """Read a fitted tokenizer, or get a published one; its ids are those of the one that was saved.
 
@@ -48,9 +60,9 @@ def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
     """
     if name in PUBLISHED:
         return PUBLISHED[str(name)](weights).eval()
-    folder = Path(name)
-    if not (folder / CONFIG_FILE).exists() and (folder / "tokenizer").is_dir():
-        folder = folder / "tokenizer"
+    if weights is not None:
+        raise MapetError(f"tokenizer {name} has its own weights; leave --teacher-weights out")
+    folder = _home(name) or Path(name)
     try:
         content = json.loads((folder / CONFIG_FILE).read_text())
         kind = content["kind"]
@@ -62,9 +74,16 @@ def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
         expected_hash = content["hash"]
     except FileNotFoundError as error:
         missing = error.filename or TENSOR_FILE  # safetensors does not name the file
-        raise MapetError(f"{folder} holds no fitted tokenizer: {missing} is missing") from error
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise MapetError(f"tokenizer {folder} cannot be read ({error}); fit it again") from error
+        raise MapetError(
+            f"{folder} holds no fitted tokenizer: {missing} is missing; fit one with: mapet tokenizer fit"
+        ) from error
+    except KeyError as error:
+        raise MapetError(
+            f"tokenizer {folder} lacks the entry {error}, so it has another format; fit it again"
+        ) from error
+    except (OSError, ArithmeticError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MapetError(f"tokenizer {folder} cannot be read ({reason}); fit it again") from error
     if tokenizer.content_hash != expected_hash:
         raise MapetError(f"tokenizer {folder} was changed after fitting (its hash does not match); fit it again")
     return tokenizer.eval()

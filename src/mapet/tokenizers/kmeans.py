@@ -100,7 +100,8 @@ def _iterate(data: Array, centroids: Array, spherical: bool) -> tuple[Array, flo
 def _repair_dead(data: Array, centroids: Array) -> Array:
     """Move centroids that no point is nearest to, onto the points that are farthest from theirs."""
     for _ in range(_REPAIRS):
-        index = faiss.IndexFlatL2(data.shape[1])
+        flat = faiss.IndexFlatL2(data.shape[1])
+        index = faiss.index_cpu_to_all_gpus(flat) if _gpus() else flat
         index.add(centroids)
         distances, ids = index.search(data, 1)
         distances, ids = np.ravel(distances), np.ravel(ids)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,10 +14,10 @@ import torch
 import torchvision
 from timm.models import get_model_args
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from mapet.errors import MapetError, nearest
+from mapet.tokenizers.base import with_channels
 from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,9 +76,7 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the stage."""
-        if images.shape[1] != self.channels:
-            images = rgb_to_grayscale(images, num_output_channels=self.channels)
-        feature_map = self.network_map((images - self.mean) / self.std)
+        feature_map = self.network_map((with_channels(images, self.channels) - self.mean) / self.std)
         if feature_map.ndim != 4:
             raise MapetError(
                 f"stage {self.stage!r} of teacher {self.name!r} gives a tensor of shape "
@@ -88,16 +89,19 @@ class Teacher(nn.Module):
         """Return channels, rows and columns of the map of images of ``size`` pixels square.
 
         Raises:
-            MapetError: if there is no map, or such images cannot be read.
+            MapetError: if there is no map, it is not finite, or such images cannot be read.
         """
         try:
-            shape = self(torch.zeros(1, self.channels, size, size, device=self.mean.device)).shape
+            feature_map = self(torch.zeros(1, self.channels, size, size, device=self.mean.device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise MapetError(
                 f"teacher {self.name!r} cannot read images of {size} x {size} pixels "
                 f"({' '.join(str(error).split())}); choose another --teacher-size"
             ) from error
-        return int(shape[1]), int(shape[2]), int(shape[3])
+        if not bool(feature_map.isfinite().all()):
+            raise MapetError(f"the features of teacher {self.name!r} contain NaN or infinity; check its weights")
+        _, channels, rows, columns = feature_map.shape
+        return channels, rows, columns
 
 
 class TimmTeacher(Teacher):
@@ -141,7 +145,10 @@ class TorchvisionTeacher(Teacher):
     ) -> None:
         super().__init__(name, stage, mean, std)
         network = network if network is not None else torchvision.models.get_model(name, weights=None)
+        inputs = get_graph_node_names(network)[1][0]
         try:
+            if stage in ("", inputs):
+                raise ValueError(f"{stage!r} is the input")
             self.network = create_feature_extractor(network, {stage: "map"})
         except ValueError as error:
             nodes = [node for node, _ in network.named_modules() if node]
@@ -170,17 +177,23 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
     Raises:
         MapetError: for an unknown name or stage, or weights that cannot be had or do not fit.
     """
-    if (Path(name) / "config.json").is_file():
+    if os.path.isfile(Path(name) / "config.json"):  # noqa: PTH113 (false, not an error, for what is no file name)
         name = f"local-dir:{name}"
     if ":" in name or timm.is_model(name):
         teacher = _timm_teacher(name, _stage_index(name, stage), weights)
     elif name in torchvision.models.list_models(module=torchvision.models):
         teacher = _torchvision_teacher(name, str(stage) if stage is not None else _default_node(name), weights)
+    elif Path(name).is_dir():
+        raise MapetError(
+            f"folder {name!r} holds neither a tokenizer nor an exported backbone (config.json); name the exported/ "
+            "folder of a run, or that of a fitted tokenizer"
+        )
     else:
         known = [*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
+        hint = nearest(name, {"pixels", *known} - {name})
         raise MapetError(
-            f"unknown tokenizer or teacher {name!r}{nearest(name, ['pixels', *known])}; it takes 'pixels', a timm "
-            "or torchvision model name, the exported folder of an earlier run, or the folder of a fitted tokenizer"
+            f"unknown tokenizer or teacher {name!r}{hint}; a tokenizer is 'pixels' or the folder of a fitted one, a "
+            "teacher is a timm or torchvision model name or the exported/ folder of an earlier run"
         )
     return teacher.frozen()
 
@@ -201,7 +214,8 @@ def _timm_teacher(name: str, stage: int, weights: str | Path | None) -> Teacher:
 
 def _torchvision_teacher(name: str, node: str, weights: str | Path | None) -> Teacher:
     try:
-        network = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
+        with redirect_stdout(sys.stderr):  # where torch announces a download
+            network = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
     except OSError as error:
         raise _no_download(name, error) from error
     origin = _load_weights(network, name, weights) if weights is not None else {"weights": f"torchvision {name}"}
@@ -217,7 +231,12 @@ def _timm_network(name: str, pretrained: bool, **model_args: Any) -> Any:
             return timm.create_model(name, pretrained=pretrained, **arguments, dynamic_img_size=True)
         except TypeError:  # it lets a ViT read any size; networks that are not ViTs do not know the argument
             return timm.create_model(name, pretrained=pretrained, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if name.startswith("local-dir:"):
+            raise MapetError(
+                f"{name.removeprefix('local-dir:')} cannot be read as a backbone exported for timm "
+                f"({' '.join(str(error).split())[:200]}); name the exported/ folder of a run"
+            ) from error
         if pretrained:
             raise _no_download(name, error) from error
         raise MapetError(f"teacher {name!r} cannot be built: {error}") from error
@@ -227,7 +246,7 @@ def _no_download(name: str, error: Exception) -> MapetError:
     reason = str(error).splitlines()[0][:200]
     return MapetError(
         f"the weights of teacher {name!r} could not be fetched ({reason}); "
-        "pass a local file with --teacher-weights, or use --tokenizer pixels"
+        "pass a local file with --teacher-weights, or take pixels"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError
 from mapet.models import build_vit
-from mapet.tokenizers.base import Tokenizer, resized
+from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.kmeans import nearest_centroid
 from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
 
@@ -137,7 +137,8 @@ class VQKD(Tokenizer):
 
     def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids, and 1 - cosine of feature and code."""
-        features = self((resized(images, self.input_size) - self.mean) / self.std)
+        images = with_channels(resized(images, self.input_size), self.channels)
+        features = self((images - self.mean) / self.std)
         ids, squared = nearest_centroid(features, self.codebook)
         # |z - c|^2 = 2 - 2 z c for vectors of length 1.
         return ids, squared / 2

@@ -11,7 +11,6 @@ from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import timm
@@ -36,7 +35,7 @@ def fetch_weights(source: str | Path) -> tuple[Path, dict[str, str]]:
     Raises:
         MapetError: if it cannot be had, or is another file than ``#sha256=`` says.
     """
-    where, _, expected = str(source).partition("#sha256=")
+    where, asked, expected = str(source).partition("#sha256=")
     path = Path(where)
     if remote := where.startswith(("https://", "http://")):
         path = _download(where)
@@ -49,7 +48,7 @@ def fetch_weights(source: str | Path) -> tuple[Path, dict[str, str]]:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MapetError(f"weights {where} cannot be read ({error})") from error
-    if expected and found != expected.lower():
+    if asked and found != expected.lower():
         # Not deleted here: the digest may be what is wrong.
         remedy = f"; if the digest is right, delete {path} to fetch it again" if remote else ""
         raise MapetError(
@@ -60,7 +59,7 @@ def fetch_weights(source: str | Path) -> tuple[Path, dict[str, str]]:
 
 def _download(url: str) -> Path:
     # Two URLs may end in the same name.
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlsplit(url).path).name}"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.partition('?')[0].rpartition('/')[2]}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.exists():
         return path

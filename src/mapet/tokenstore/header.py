@@ -47,10 +47,10 @@ class Header:
         # As JSON gives them back: equal headers stay equal when one of them comes from a file.
         object.__setattr__(self, "grid", tuple(self.grid))
         object.__setattr__(self, "view", json.loads(json.dumps(self.view)))
-        if min(*self.grid, self.vocab_size, self.views) < 1 or self.vocab_size > 1 << 32:
+        if min(*self.grid, self.vocab_size, self.views) < 1 or self.vocab_size > 1 << 32 or self.views > 1 << 16:
             raise MapetError(
                 f"a token store cannot hold {self.views} views an image of {self.grid} patches with {self.vocab_size} "
-                "ids; each must be at least 1, and the ids at most 2**32"
+                "ids; each must be at least 1, views at most 2**16 and ids at most 2**32"
             )
 
     @property
@@ -107,7 +107,8 @@ class Header:
 
     def _entries(self) -> dict[str, Any]:
         entries = {name: value for name, value in asdict(self).items() if name not in FOR_THE_RECORD}
-        return entries | {f"view {name}": value for name, value in entries.pop("view").items()}
+        # The views' settings first: they say more than the number that follows from them.
+        return {f"view {name}": value for name, value in entries.pop("view").items()} | entries
 
 
 def changed(file: Path) -> MapetError:

@@ -138,8 +138,8 @@ class TokenStore:
         if difference:
             name, stored, asked = difference
             raise MapetError(
-                f"token store {self.folder} was made with {name} {stored!r}, but {asked!r} is asked for; set it to the "
-                "store's value, or encode into another folder with: mapet tokenizer encode"
+                f"token store {self.folder} was made with {name} {stored!r}, but {asked!r} is asked for; ask for "
+                "the same, or encode into another folder"
             )
 
     def plan(self, keys: Sequence[str]) -> Rows:
@@ -202,6 +202,10 @@ class TokenStore:
                 pending[part] |= records["content"] != as_digests(digests[part])
         return pending
 
+    def damaged(self, rows: Rows) -> NDArray[np.bool_]:
+        """Return, as ``(b,)``, which rows are of images that could not be decoded."""
+        return np.asarray(self._records["state"][rows] == State.DAMAGED)
+
     def write(self, rows: Rows, digests: Digests, ids: Tensor) -> None:
         """Write the ids of images.
 
@@ -255,7 +259,7 @@ class TokenStore:
             elif not same[bad]:
                 reason = "changed since its tokens were made"
             else:
-                reason = "could not be decoded when tokens were made: repair or remove it, or"
+                reason = "could not be decoded when its tokens were to be made"
             raise MapetError(
                 f"image {keys[bad]!r} {reason} (token store {self.folder}); bring it up to date with: "
                 "mapet tokenizer encode"

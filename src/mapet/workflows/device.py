@@ -19,8 +19,8 @@ from mapet.engine import agree
 from mapet.errors import MapetError
 from mapet.models import cpu_has_bfloat16
 
-# The main process may fit a tokenizer or evaluate for longer than the ten minutes that the others wait by default.
-PATIENCE = timedelta(hours=12)
+# The main process may fit a tokenizer for days on CPUs; by default the others wait ten minutes.
+PATIENCE = timedelta(days=7)
 
 Result = TypeVar("Result")
 
@@ -90,3 +90,9 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | No
     if agree(accelerator, failure is not None):
         raise failure or MapetError("the main process failed and says why")
     return result
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Do something on every process, on the main one before the others: what it downloads is downloaded once."""
+    found = on_main(accelerator, work)
+    return work() if found is None else found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from mapet.config import EncodeConfig, make_config
+from mapet.config import CheckConfig, EncodeConfig, make_config
 from mapet.data import (
     ContentOnly,
     DamageTally,
@@ -24,16 +24,16 @@ from mapet.data import (
     EveryView,
     ImageSet,
     TrainView,
-    check_channels,
     load_passes,
     open_images,
 )
 from mapet.errors import MapetError
 from mapet.report import Meter
-from mapet.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
+from mapet.tokenizers import Tokenizer, load_tokenizer
 from mapet.tokenstore import Header, TokenStore
-from mapet.workflows.device import count_workers, make_accelerator, on_main
-from mapet.workflows.training import check_apart
+from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
+from mapet.workflows.tokens import check_readable, is_ready
+from mapet.workflows.training import check_out
 
 logger = logging.getLogger(__name__)
 
@@ -64,22 +64,29 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
     console = console or Console(stderr=True)
     began = time.perf_counter()
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
-        images = open_images(config.data)
-        tokenizer = load_tokenizer(config.tokenizer).to(accelerator.device)
-    check_apart(config.data, Path(out))
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
+    check_out(config.data, out)
+    images = main_first(accelerator, lambda: open_images(config.data))
+    tokenizer = main_first(accelerator, lambda: load_tokenizer(config.tokenizer, config.teacher_weights))
+    tokenizer.to(accelerator.device)
     header = _header(config, tokenizer)
-    check_channels(header.view["channels"])
+    check_readable(config.tokenizer, tokenizer, header.view["channels"])
     workers = count_workers(config.workers, images, accelerator.device)
 
     store, rows = _open_together(Path(out), header, images, accelerator)
     with store:
         mine = np.arange(accelerator.process_index, len(images), accelerator.num_processes)
         to_do = _pending(store, rows, mine, images, workers, console)
-        tally = DamageTally(images, config.max_damaged)
+        tally = DamageTally(images, most_share=1.0)  # counted below, over all processes
         _encode(store, rows, to_do, images, tokenizer, tally, config.batch_size, workers, console)
         accelerator.wait_for_everyone()
         touched, damaged = len(gather_object(to_do)), len(gather_object(sorted(tally.indices)))
+        if damaged > config.max_damaged * len(images):
+            raise MapetError(
+                f"{damaged} of {len(images)} images of {config.data} cannot be read, and are named above; repair or "
+                f"remove them, or raise --max-damaged (now {config.max_damaged:g}); the tokens of the others are kept"
+            )
         absent = len(store) - len(np.unique(rows))
     accelerator.wait_for_everyone()
     return {
@@ -93,21 +100,11 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
     }
 
 
-def check_tokens(
-    tokens: str | Path,
-    data: str | None = None,
-    tokenizer: str | None = None,
-    *,
-    workers: int | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
+def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -> dict[str, Any]:
     """Verify a token store: its files, the images it was made from, and a sample of its ids.
 
     Args:
-        tokens: the store's folder.
-        data: the images; None leaves them out, and with them the sample.
-        tokenizer: a tokenizer; None takes the one the store was made with, if it is still where it was.
-        workers: processes that read images.
+        values: configuration by key, see ``CheckConfig``; ``tokens`` is needed.
         console: where progress is shown; None for standard error.
 
     Returns:
@@ -117,20 +114,21 @@ def check_tokens(
     Raises:
         MapetError: if the store cannot be opened, or the tokenizer is another one.
     """
+    config = make_config(CheckConfig, dict(values))
     console = console or Console(stderr=True)
-    with TokenStore.open(tokens) as store:
+    with TokenStore.open(config.tokens) as store:
         report = store.verify()
         result: dict[str, Any] = {
             "rows": report.rows, "written": report.written, "damaged": report.damaged, "empty": report.empty,
             "corrupt": len(report.corrupt), "missing": [], "changed": [], "agreement": None,
         }  # fmt: skip
-        if data is not None:
-            images = open_images(data)
-            workers = count_workers(workers, images, torch.device("cpu"))
+        if config.data is not None:
+            images = open_images(config.data)
+            workers = count_workers(config.workers, images, torch.device("cpu"))
+            tokenizer = _tokenizer_of(store, config)
             whole, rows = _compare(store, images, result, workers, console)
-            model = _tokenizer_of(store, tokenizer)
-            if model is not None:
-                result["agreement"] = _agreement(store, images, rows, model, whole, workers, console)
+            if tokenizer is not None:
+                result["agreement"] = _agreement(store, images, rows, tokenizer, whole, workers, console)
     agrees = result["agreement"] is None or result["agreement"] >= LEAST_AGREEMENT
     result["ok"] = agrees and not any(result[key] for key in ("empty", "corrupt", "missing", "changed"))
     return result
@@ -148,7 +146,11 @@ def every_view(images: ImageSet, tokenizer: Tokenizer, header: Header) -> EveryV
 
 
 def _header(config: EncodeConfig, tokenizer: Tokenizer) -> Header:
-    view = {**config.view_settings, "views": config.views, "channels": config.channels or tokenizer.channels}
+    view = {
+        **config.view_settings,
+        "views": config.views,
+        "channels": tokenizer.channels if config.channels is None else config.channels,
+    }
     return Header(
         tokenizer=config.tokenizer,
         kind=tokenizer.kind,
@@ -165,7 +167,11 @@ def _open_together(folder: Path, header: Header, images: ImageSet, accelerator: 
     """Open a store on every process; the main one adds rows for new images. Return it, and the row of each image."""
 
     def begin() -> tuple[TokenStore, Rows]:
-        if folder.exists() and any(folder.iterdir()):
+        try:
+            there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        except OSError as error:
+            raise MapetError(f"output {folder} cannot be had ({error}); choose another --out") from error
+        if there:
             store = TokenStore.open(folder, writable=True)
             store.check_header(header)
         else:
@@ -180,7 +186,7 @@ def _open_together(folder: Path, header: Header, images: ImageSet, accelerator: 
 
 def _pending(store: TokenStore, rows: Rows, mine: Rows, images: ImageSet, workers: int, console: Console) -> list[int]:
     """Return which of ``mine`` are to be encoded: those without ids, and those whose content is another than then."""
-    empty = store.pending(rows[mine])
+    empty = store.pending(rows[mine]) | store.damaged(rows[mine])  # those are tried again: a decoder may have failed
     to_do, there = mine[empty].tolist(), mine[~empty].tolist()
     for index, digests in _contents(images, there, workers, console):
         to_do += index[store.pending(rows[index], digests)].tolist()
@@ -255,14 +261,15 @@ def _compare(
     return same, rows
 
 
-def _tokenizer_of(store: TokenStore, name: str | None) -> Tokenizer | None:
+def _tokenizer_of(store: TokenStore, config: CheckConfig) -> Tokenizer | None:
     """Return the tokenizer that a store was made with, if it can be had."""
-    if name is None and not (Path(store.header.tokenizer) / CONFIG_FILE).exists():
+    name = config.tokenizer
+    if name is None and not is_ready(store.header.tokenizer):
         logger.warning(
             "tokenizer %s is not there, so no ids were made again; pass it with --tokenizer", store.header.tokenizer
         )
         return None
-    tokenizer = load_tokenizer(name or store.header.tokenizer)
+    tokenizer = load_tokenizer(name or store.header.tokenizer, config.teacher_weights)
     if tokenizer.content_hash != store.header.tokenizer_hash:
         raise MapetError(
             f"token store {store.folder} was not made with tokenizer {name or store.header.tokenizer!r}; pass the one "

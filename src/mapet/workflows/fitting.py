@@ -70,7 +70,7 @@ def plan_sample(config: KMeansKeys, vocab_size: int, width: int, patches: int, i
     wanted = min(per_centroid * vocab_size, held)
     # From many images a few patches each: neighbouring patches are alike. From at most all images.
     per_image = min(patches, max(math.ceil(patches / 4), math.ceil(wanted / images)))
-    plan = SamplePlan(min(images, math.ceil(wanted / per_image)), per_image)
+    plan = SamplePlan(min(images, math.ceil(wanted / per_image), max(1, held // per_image)), per_image)
     if plan.points < vocab_size:
         raise MapetError(
             f"a codebook of {vocab_size} ids needs at least as many patches, but {plan.images} images give only "
@@ -106,6 +106,8 @@ def fit_codebook(
         "fitting %d ids to %d patches of %d images: %d numbers each, %.2f GiB",
         tokenizer.vocab_size, plan.points, plan.images, width, 4 * plan.points * width / 2**30,
     )  # fmt: skip
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
     began = time.perf_counter()
     sample = torch.empty(plan.points, width) if accelerator.is_main_process else None
     with Meter(console, "sampling patches", plan.images) as meter:
@@ -151,6 +153,7 @@ def _sampled(
     rank, world = accelerator.process_index, accelerator.num_processes
     generator = torch.Generator().manual_seed(fold_seed(seed, Stream.SAMPLE))
     chosen = torch.randperm(len(dataset.images), generator=generator)[: plan.images].tolist()
+    batch_size = min(batch_size, len(chosen))
     rounds = math.ceil(len(chosen) / (batch_size * world))
     filled_up = list(islice(chain(chosen, cycle(chosen)), rounds * world * batch_size))
     numbers = range(rank, rounds * world, world)

@@ -38,7 +38,7 @@ from mapet.models import build_vit
 from mapet.objectives import LayoutObjective, build_objective
 from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
 from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
-from mapet.workflows.device import count_workers, make_accelerator, on_main
+from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
 from mapet.workflows.fitting import FIT_EPOCH, fit_codebook
 from mapet.workflows.targets import OnlineTokens, TokenSource, open_tokens
 from mapet.workflows.tokens import (
@@ -49,7 +49,7 @@ from mapet.workflows.tokens import (
     settle_vocab_size,
     unfitted_tokenizer,
 )
-from mapet.workflows.training import Job, check_apart, check_processes, log_to, run_job, settle_config
+from mapet.workflows.training import Job, check_out, check_processes, log_to, run_job, settle_config
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,8 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     accelerator = make_accelerator(config.precision, config.accumulate)
     check_processes(config, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
-    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
-        images = open_images(config.data)
-    check_apart(config.data, folder.root)
+    images = main_first(accelerator, lambda: open_images(config.data))
+    check_out(config.data, folder.root)
     workers = count_workers(config.workers, images, device)
     evaluators = _evaluators(config, workers)
 
@@ -183,7 +182,8 @@ def _token_source(
     if config.tokens is not None:
         stored, config = open_tokens(config, images, draft.grid, accelerator.device)
         on_main(accelerator, begin)
-        on_main(accelerator, lambda: keep(None))
+        if not folder.config.exists():
+            on_main(accelerator, lambda: keep(None))
         return stored, config
 
     name = config.tokenizer or "pixels"
@@ -198,17 +198,16 @@ def _token_source(
         return OnlineTokens(load_tokenizer(folder.tokenizer), accelerator.device, config.seed), config
     tokenizer: Tokenizer
     if is_ready(name):
-        with accelerator.main_process_first():  # what has to be downloaded is downloaded once
-            tokenizer = ready_tokenizer(name, config, draft.grid)
+        tokenizer = main_first(accelerator, lambda: ready_tokenizer(name, config, draft.grid))
     else:
-        assert config.vocab_size is not None, "settle_vocab_size() sets it for a tokenizer to be fitted"
-        with accelerator.main_process_first():
-            tokenizer = unfitted_tokenizer(
-                name, config, grid=draft.grid, image_size=config.image_size, channels=config.channels,
-                vocab_size=config.vocab_size, contrast=config.contrast, spherical=config.spherical,
-            ).to(accelerator.device)  # fmt: skip
+        tokenizer = main_first(
+            accelerator, lambda: unfitted_tokenizer(name, config, draft.grid, config.image_size, config.channels)
+        ).to(accelerator.device)
         dataset = ViewDataset(
-            images, _train_view(config, tokenizer.input_size), config.channels, Draws(config.seed, config.seed)
+            images,
+            replace(_train_view(config, tokenizer.input_size), size=0),
+            config.channels,
+            Draws(config.seed, config.seed),
         )
         tally = DamageTally(images, config.max_damaged)
         fit_codebook(

@@ -20,7 +20,7 @@ class TokenSource(Protocol):
 
     Attributes:
         vocab_size: ``V``.
-        content_hash: of the tokenizer.
+        content_hash: of all that decides the ids.
         view_size: side of the views that it needs in a batch; 0 for none.
         view_seed: of the crops and flips it gives ids for.
         needs_digests: whether it needs the images' content hashes in a batch.
@@ -60,7 +60,7 @@ class StoredTokens:
         self._store, self._keys, self._device = store, images.keys, device
         self._rows = store.rows(images.keys)
         header = store.header
-        self.vocab_size, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.tokenizer_hash
+        self.vocab_size, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.digest.hex()
 
     def __call__(self, batch: Batch) -> Tensor:
         """Look the ids up.
@@ -86,13 +86,16 @@ def open_tokens(
     store = TokenStore.open(config.tokens)
     header = store.header
     check_grid(f"token store {config.tokens!r}", header.grid, grid)
-    if config.tokenizer is not None and load_tokenizer(config.tokenizer).content_hash != header.tokenizer_hash:
+    if (
+        config.tokenizer is not None
+        and load_tokenizer(config.tokenizer, config.teacher_weights).content_hash != header.tokenizer_hash
+    ):
         raise MapetError(
             f"token store {config.tokens!r} was made with another tokenizer than {config.tokenizer!r} "
             f"(it was {header.tokenizer!r}); leave --tokenizer out, or encode again"
         )
     update: dict[str, Any] = {}
-    for key, stored in header.view.items():
+    for key, stored in {"vocab_size": header.vocab_size, **header.view}.items():
         asked = getattr(config, key)
         if asked not in (None, stored):
             raise MapetError(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 
-from mapet.config import FitConfig, make_config
+from mapet.config import FitConfig, ReportConfig, make_config
 from mapet.data import (
     DamageTally,
     Draws,
@@ -26,14 +28,14 @@ from mapet.data import (
     load_batches,
     open_images,
 )
-from mapet.engine import explain_disk_errors, replace_folder
+from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
 from mapet.errors import MapetError
-from mapet.report import CodebookReport, CodebookStatistics, Meter, warnings, write_codebook_report
-from mapet.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer, save_tokenizer
-from mapet.workflows.device import count_workers, make_accelerator, on_main
+from mapet.report import CodebookReport, CodebookStatistics, Meter, shortcomings, write_codebook_report
+from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
 from mapet.workflows.fitting import fit_codebook
-from mapet.workflows.tokens import is_ready, settle_vocab_size, unfitted_tokenizer
-from mapet.workflows.training import check_apart
+from mapet.workflows.tokens import check_readable, is_ready, settle_vocab_size, unfitted_tokenizer
+from mapet.workflows.training import check_out
 
 logger = logging.getLogger(__name__)
 
@@ -60,27 +62,29 @@ def fit_tokenizer(
         MapetError: for input that cannot work; nothing is half-written.
     """
     config = make_config(FitConfig, dict(values))
-    console, out = console or Console(stderr=True), Path(out)
+    console = console or Console(stderr=True)
     check_channels(config.channels)
+    check_out(config.data, out)
     if is_ready(config.teacher):
         raise MapetError(f"teacher {config.teacher!r} is a tokenizer already; use it as it is, with --tokenizer")
-    if config.image_size % config.patch_size:
-        raise MapetError(f"image size {config.image_size} is not divisible by the patch size {config.patch_size}")
     accelerator = make_accelerator()
-    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
-        images = open_images(config.data)
-    check_apart(config.data, out)
-    on_main(accelerator, lambda: _check_new(out))
-    workers = count_workers(config.workers, images, accelerator.device)
+    with ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(claimed_folder(Path(out))))
+        return _fit(config, Path(out), accelerator, console)
 
+
+def _fit(
+    config: FitConfig, out: Path, accelerator: Accelerator, console: Console
+) -> tuple[Tokenizer, CodebookReport | None]:
+    images = main_first(accelerator, lambda: open_images(config.data))
+    workers = count_workers(config.workers, images, accelerator.device)
     side = config.image_size // config.patch_size
     vocab_size = settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2)
-    assert vocab_size is not None, "a tokenizer to be fitted has a size"
-    with accelerator.main_process_first():
-        tokenizer = unfitted_tokenizer(
-            config.teacher, config, grid=(side, side), image_size=config.image_size, channels=config.channels,
-            vocab_size=vocab_size, contrast=config.contrast, spherical=config.spherical,
-        ).to(accelerator.device)  # fmt: skip
+    config = config.model_copy(update={"vocab_size": vocab_size})
+    tokenizer = main_first(
+        accelerator,
+        lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels),
+    ).to(accelerator.device)
     view = _fit_view(tokenizer.input_size, config.channels, config.crop_min)
     dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
     fit_codebook(
@@ -94,45 +98,35 @@ def fit_tokenizer(
             replace_folder(out, partial(_write, tokenizer, gathered))
         return gathered[0].report()
 
-    report = on_main(accelerator, finish)
-    accelerator.wait_for_everyone()
-    return tokenizer.eval(), report
+    return tokenizer.eval(), on_main(accelerator, finish)
 
 
 def report_on_tokenizer(
-    name: str,
-    data: str,
-    out: str | Path,
-    *,
-    weights: str | None = None,
-    channels: int | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-    console: Console | None = None,
+    values: Mapping[str, Any], out: str | Path, *, console: Console | None = None
 ) -> CodebookReport:
     """Report how a tokenizer does on images, into a new folder; see ``CodebookReport``.
 
     Args:
-        name: of the tokenizer, see ``load_tokenizer``; ``weights`` as well.
-        data: the images.
+        values: configuration by key, see ``ReportConfig``; ``data`` and ``tokenizer`` are needed.
         out: the report's folder.
-        channels: that images are converted to; None: as the tokenizer reads them.
-        seed: chooses the images.
-        workers: processes that load images; None: chosen by cores and device.
         console: where progress is shown; None for standard error.
+
+    Raises:
+        MapetError: for input that cannot work; nothing is half-written.
     """
-    out = Path(out)
-    _check_new(out)
-    check_apart(data, out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, images = load_tokenizer(name, weights).to(device), open_images(data)
-    channels = channels or tokenizer.channels
-    gathered = gather_statistics(
-        tokenizer, images, _fit_view(tokenizer.input_size, channels, None), channels, seed,
-        count_workers(workers, images, device), console or Console(stderr=True),
-    )  # fmt: skip
-    with explain_disk_errors(out):
-        replace_folder(out, lambda fresh: write_codebook_report(*gathered, fresh))
+    config = make_config(ReportConfig, dict(values))
+    check_out(config.data, out)
+    out, device = Path(out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with claimed_folder(out):
+        images, tokenizer = open_images(config.data), load_tokenizer(config.tokenizer, config.teacher_weights)
+        channels = tokenizer.channels if config.channels is None else config.channels
+        check_readable(config.tokenizer, tokenizer.to(device), channels)
+        gathered = gather_statistics(
+            tokenizer, images, _fit_view(tokenizer.input_size, channels, None), channels, config.seed,
+            count_workers(config.workers, images, device), console or Console(stderr=True),
+        )  # fmt: skip
+        with explain_disk_errors(out):
+            replace_folder(out, partial(write_codebook_report, *gathered))
     return gathered[0].report()
 
 
@@ -157,7 +151,7 @@ def gather_statistics(
             shown = shown or [batch["view"][:SHOWN_IMAGES], ids[:SHOWN_IMAGES].cpu()]
             done += len(ids)
             meter.show(done)
-    for sentence in warnings(statistics.report()):
+    for sentence in shortcomings(statistics.report()):
         logger.warning("%s", sentence)
     views, ids = shown
     return statistics, views, ids
@@ -171,9 +165,3 @@ def _write(tokenizer: Tokenizer, gathered: tuple[CodebookStatistics, torch.Tenso
 def _fit_view(size: int, channels: int, crop_min: float | None) -> View:
     nothing = (0.0,) * channels, (1.0,) * channels
     return PlainView(size, *nothing) if crop_min is None else TrainView(0, size, crop_min, 0.5, 0.0, *nothing)
-
-
-def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "holds a tokenizer already" if (folder / CONFIG_FILE).exists() else "is there already and is not empty"
-        raise MapetError(f"output {folder} {what}; choose another --out")

@@ -1,4 +1,4 @@
-"""Where a run's targets come from: a tokenizer read or fitted, or a token store; and what chance gives."""
+"""Which tokenizer a name means, how large it is to be, whether it fits; and what guessing its ids gives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mapet.config import PretrainConfig, TeacherKeys
+from mapet.config import KMeansKeys, PretrainConfig
+from mapet.data import check_channels
 from mapet.engine import replace_file
 from mapet.errors import MapetError
 from mapet.report import Baseline
-from mapet.tokenizers import CONFIG_FILE, PUBLISHED, Grid, KFeatures, KPixels, KTokenizer, Tokenizer, load_tokenizer
+from mapet.tokenizers import (
+    PUBLISHED,
+    Grid,
+    KFeatures,
+    KPixels,
+    KTokenizer,
+    Tokenizer,
+    build_teacher,
+    holds_tokenizer,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +38,8 @@ BASELINE_IMAGES = 2048
 
 
 def is_ready(name: str) -> bool:
-    """Whether a name means a tokenizer that is not to be fitted: published, a folder that holds one, or a path."""
-    path = Path(name)
-    if name in PUBLISHED:
-        return True
-    if name == "pixels" or not path.is_dir() or (path / "config.json").is_file():  # the last: an exported backbone
-        return False
-    return any((folder / CONFIG_FILE).exists() for folder in (path, path / "tokenizer")) or name != path.name
+    """Whether a name means a tokenizer that is not to be fitted: a published one, or a folder that holds one."""
+    return name in PUBLISHED or holds_tokenizer(name)
 
 
 def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
@@ -51,35 +57,26 @@ def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
     return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
 
 
-def unfitted_tokenizer(
-    name: str,
-    config: TeacherKeys,
-    *,
-    grid: Grid,
-    image_size: int,
-    channels: int,
-    vocab_size: int,
-    contrast: bool,
-    spherical: bool,
-) -> KTokenizer:
+def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: int, channels: int) -> KTokenizer:
     """Return a k-means tokenizer that is still to be fitted.
 
     Args:
         name: "pixels", or a teacher's.
-        config: how the teacher is asked.
-        grid: of the student.
+        config: how it is to be; ``vocab_size`` is settled.
+        grid: rows and columns of the student's patches.
         image_size, channels: of the student's input.
-        vocab_size: ``V``.
-        contrast, spherical: see ``KPixels`` and ``KTokenizer``.
+
+    Raises:
+        MapetError: if there is no such teacher, or it cannot be had.
     """
+    assert config.vocab_size is not None, "settle_vocab_size() gives one that is to be fitted a size"
     if os.sep in name and ":" not in name and not Path(name).is_dir():
         raise MapetError(f"tokenizer folder {name!r} does not exist")
     if name == "pixels":
-        return KPixels(image_size, image_size // grid[0], channels, vocab_size, contrast, spherical)
-    size = config.teacher_size or image_size
-    return KFeatures.from_teacher(
-        name, grid, vocab_size, size, config.teacher_stage, config.teacher_weights, spherical
-    )  # fmt: skip
+        patch = image_size // grid[0]
+        return KPixels(image_size, patch, channels, config.vocab_size, config.contrast, config.spherical)
+    teacher = build_teacher(name, config.teacher_stage, config.teacher_weights)
+    return KFeatures(teacher, grid, config.vocab_size, config.teacher_size or image_size, config.spherical)
 
 
 def ready_tokenizer(name: str, config: PretrainConfig, grid: Grid) -> Tokenizer:
@@ -88,18 +85,28 @@ def ready_tokenizer(name: str, config: PretrainConfig, grid: Grid) -> Tokenizer:
     Raises:
         MapetError: if it cannot be had, or does not fit the student.
     """
+    for key in ("teacher_stage", "teacher_size"):
+        if getattr(config, key) is not None:
+            raise MapetError(f"{key} is given, but tokenizer {name!r} is fitted already; leave it out")
     tokenizer = load_tokenizer(name, config.teacher_weights)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise MapetError(
             f"vocab_size is {config.vocab_size}, but tokenizer {name!r} is fitted and has "
             f"{tokenizer.vocab_size} ids; leave --vocab-size out"
         )
-    try:  # asked now, so that what it cannot read is refused before anything is written
-        tokenizer.encode(torch.zeros(1, config.channels, tokenizer.input_size, tokenizer.input_size))
-    except MapetError as error:
-        raise MapetError(f"tokenizer {name!r} does not fit this run: {error}") from error
+    check_readable(name, tokenizer, config.channels)
     check_grid(f"tokenizer {name!r}", tokenizer.grid, grid)
     return tokenizer
+
+
+def check_readable(name: str, tokenizer: Tokenizer, channels: int) -> None:
+    """Refuse channels that a tokenizer cannot read, before anything is written."""
+    check_channels(channels)
+    size = tokenizer.input_size
+    try:
+        tokenizer.encode(torch.zeros(1, channels, size, size, device=tokenizer.device))
+    except MapetError as error:
+        raise MapetError(f"tokenizer {name!r} does not fit: {error}; choose another --channels") from error
 
 
 def check_grid(what: str, grid: Grid, wanted: Grid) -> None:

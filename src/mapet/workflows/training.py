@@ -103,13 +103,15 @@ def check_processes(config: TrainKeys, accelerator: Accelerator) -> None:
         )
 
 
-def check_apart(data: str, out: Path) -> None:
-    """Refuse an output folder inside the image folder."""
+def check_out(data: str, out: str | Path) -> None:
+    """Refuse an output folder without a name, or inside the image folder."""
+    if not str(out):
+        raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
     images = Path(data).resolve()
-    if images.is_dir() and out.resolve().is_relative_to(images):
+    if images.is_dir() and Path(out).resolve().is_relative_to(images):
         raise MapetError(
-            f"output folder {out} lies inside the image folder {data}, so the pictures drawn in it "
-            "would count as images of yours; choose an --out outside of it"
+            f"output folder {out} lies inside the image folder {data}, so pictures written to it would count as "
+            "images of yours; choose an --out outside of it"
         )
 
 
@@ -193,6 +195,8 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     finally:
         for sink in sinks:
             sink.close()
+    if main and not job.product[0].exists():  # of a finished run, somebody may have moved it away
+        replace_folder(*job.product)
     return Outcome(steps, plan.total_steps, stop.signal)
 
 

@@ -16,8 +16,8 @@ from mapet.data import Batch, Draws, Stream, TrainView, ViewDataset, check_chann
 from mapet.engine import Record, RunFolder, explain_disk_errors, replace_file
 from mapet.objectives import VQKDObjective
 from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
-from mapet.workflows.device import count_workers, make_accelerator, on_main
-from mapet.workflows.training import Job, check_apart, check_processes, log_to, run_job, settle_config
+from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
+from mapet.workflows.training import Job, check_out, check_processes, log_to, run_job, settle_config
 
 
 def train_vqkd(
@@ -51,10 +51,11 @@ def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) 
     accelerator = make_accelerator(config.precision, config.accumulate)
     check_processes(config, accelerator)
     device = accelerator.device
-    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
-        images = open_images(config.data)
-        teacher = build_teacher(config.teacher, config.teacher_stage, config.teacher_weights)
-    check_apart(config.data, folder.root)
+    check_out(config.data, folder.root)
+    images = main_first(accelerator, lambda: open_images(config.data))
+    teacher = main_first(
+        accelerator, lambda: build_teacher(config.teacher, config.teacher_stage, config.teacher_weights)
+    )
     config = config.resolve(len(images)).model_copy(update={"precision": accelerator.mixed_precision})
 
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
@@ -69,7 +70,8 @@ def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) 
     def begin() -> None:
         folder.open(resume=resume)
         log_to(folder.log)
-        replace_file(folder.config, config_to_yaml(config))
+        if not folder.config.exists():
+            replace_file(folder.config, config_to_yaml(config))
 
     on_main(accelerator, begin)
     view = TrainView(
