@@ -127,7 +127,7 @@ def test_rows_that_are_not_whole_are_refused(folder: Path) -> None:
 
     refused(1, "edited", r"'second\.png' changed since its tokens were made.*mapet tokenizer encode")
     refused(3, "new.png", r"'second\.png' has no tokens yet")
-    refused(4, "odd.png", r"'second\.png' could not be decoded when tokens were made")
+    refused(4, "odd.png", r"'second\.png' could not be decoded when its tokens were to be made")
     overwrite(folder / "ids.bin", store.header.dtype.itemsize * (12 + 6), b"\xff\xff")
     refused(1, KEYS[1], r"'second\.png' has tokens that fail their checksum", view=1)
     assert torch.equal(read(store, KEYS), ids_of(KEYS)[:, 0]), "the other view is whole"

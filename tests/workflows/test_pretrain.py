@@ -161,7 +161,7 @@ def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("file", "damage", "says"),
     [
-        ("config.yaml", "data: x\n", "config.yaml lacks 'model', so it was cut short or edited"),
+        ("config.yaml", "data: x\n", "config.yaml lacks '.+', so it was cut short or edited"),
         ("checkpoints/last/state.json", "{}", "cannot be read"),
         ("baseline.json", '{"unigram', None),
         ("metrics.jsonl", "rubbish\n5\n", None),
@@ -204,7 +204,7 @@ def test_another_tokenizer_is_refused_on_resume(digits: Path, tmp_path: Path) ->
     run(digits, tmp_path / "other", steps=2, seed=1)
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "run" / "tokenizer")
-    with pytest.raises(MapetError, match="is not the tokenizer that the run in"):
+    with pytest.raises(MapetError, match="the tokenizer or token store is not the one that the run in"):
         pretrain({}, tmp_path / "run", resume=True, console=QUIET)
 
 
@@ -242,7 +242,7 @@ def test_a_folder_called_as_a_tokenizer_is_does_not_take_its_place(
     (tmp_path / "pixels").mkdir()
     monkeypatch.chdir(tmp_path)
     run(digits, tmp_path / "run", steps=1)
-    with pytest.raises(MapetError, match="holds no fitted tokenizer"):
+    with pytest.raises(MapetError, match="holds neither a tokenizer nor an exported backbone"):
         run(digits, tmp_path / "other", steps=1, tokenizer="./pixels")
 
 

@@ -174,16 +174,16 @@ def _token_source(
         log_to(folder.log)
         return folder.tokenizer.exists()
 
-    def keep(tokenizer: Tokenizer | None) -> None:
-        replace_file(folder.config, config_to_yaml(config))
+    def keep(tokenizer: Tokenizer | None = None) -> None:
+        if not folder.config.exists():  # a resumed run may yet be refused
+            replace_file(folder.config, config_to_yaml(config))
         if tokenizer is not None:
             replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
 
     if config.tokens is not None:
         stored, config = open_tokens(config, images, draft.grid, accelerator.device)
         on_main(accelerator, begin)
-        if not folder.config.exists():
-            on_main(accelerator, lambda: keep(None))
+        on_main(accelerator, keep)
         return stored, config
 
     name = config.tokenizer or "pixels"

@@ -218,7 +218,7 @@ def _continue(
         )
     if before["tokenizer"] != made_from["tokenizer"]:
         raise MapetError(
-            f"the tokenizer is not the one that the run in {folder.root} began with, so its ids mean "
+            f"the tokenizer or token store is not the one that the run in {folder.root} began with, so its ids mean "
             "something else; restore it, or start another run with another --out"
         )
     if before["processes"] != made_from["processes"]:
