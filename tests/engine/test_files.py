@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mapet.engine import recover_folder, replace_file, replace_folder
 
@@ -90,3 +92,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
         if ended.returncode == 0:
             break
     assert outcomes == {("one", -9), ("two", -9), ("two", 0)}
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    replace_folder(tmp_path / "it", lambda fresh: save_file({"x": torch.zeros(1)}, fresh / "x.safetensors"))
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "it" / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -37,6 +37,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         write(fresh)
         for file in fresh.iterdir():
+            file.chmod(fresh.stat().st_mode & 0o666)  # safetensors' are its writer's alone, whatever the umask says
             _flush(file)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
