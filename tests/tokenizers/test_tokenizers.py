@@ -59,6 +59,24 @@ def test_saved_and_loaded_gives_the_same_ids_and_hash(tmp_path: Path) -> None:
     assert other.content_hash != tokenizer.content_hash
 
 
+def test_ids_are_made_in_full_precision_and_with_cudnn_as_it_was() -> None:
+    seen = []
+
+    class Watched(KPixels):
+        def patch_features(self, images: torch.Tensor) -> torch.Tensor:
+            cudnn = torch.backends.cudnn
+            autocast = torch.is_autocast_enabled(images.device.type)
+            seen.append((cudnn.enabled, cudnn.benchmark, cudnn.allow_tf32, autocast, images.dtype))
+            return super().patch_features(images)
+
+    tokenizer = fitted(Watched(32, 8, 3, vocab_size=8), photos())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokenizer.encode(photos().bfloat16())
+    enabled, benchmark = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
+    assert enabled
+    assert seen == [(enabled, benchmark, False, False, torch.float32)] * 2
+
+
 def test_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MapetError, match="holds no fitted tokenizer"):
         load_tokenizer(tmp_path)

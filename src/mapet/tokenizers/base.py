@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar, Self
 
@@ -71,8 +72,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode_with_distance(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ids of ``encode`` and, as ``(B, P)``, how far each patch is from its code."""
-        # Ids must depend neither on the precision that the student happens to train in, nor on a GPU's TF32.
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with full_precision(images.device):
             return self.assign(images.float())
 
     @property
@@ -88,6 +88,16 @@ def hash_content(config: Any, module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute in float32: ids depend neither on the precision that the student trains in, nor on a GPU's TF32."""
+    cudnn = torch.backends.cudnn
+    # flags() sets all of them, by default to off: what is not meant is handed on.
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
+        yield
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
@@ -132,7 +142,7 @@ class KTokenizer(Tokenizer):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return what is clustered and compared, ``(B, P, d)`` float32 in raster order."""
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with full_precision(images.device):
             features = self.patch_features(images.float())
         return F.normalize(features, dim=-1) if self.spherical else features
 
