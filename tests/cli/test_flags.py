@@ -13,7 +13,7 @@ from mapet.config import PretrainConfig, make_config
 def values(*arguments: str, config: str | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", default=config)
-    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
+    add_config_flags(parser, PretrainConfig)
     return given_values(parser.parse_args(arguments), PretrainConfig)
 
 

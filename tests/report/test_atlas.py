@@ -47,8 +47,8 @@ def test_files_of_a_report_on_real_digits(tmp_path: Path) -> None:
     statistics = CodebookStatistics(tokenizer, atlas_codes=8, atlas_patches=6)
     statistics.add(views, ids, distances)
 
-    write_codebook_report(statistics, views[:4], ids[:4], tmp_path)
     report = statistics.report()
+    write_codebook_report(report, statistics, views[:4], ids[:4], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "atlas.png", "report.json", "token_maps.png", "usage.png",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_job_flags, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import PretrainConfig
 
@@ -19,16 +19,13 @@ def add_parser(verbs: Any) -> None:
         description="Pre-train on k-pixels, fit a tokenizer to the features so learned, pre-train anew on its ids, "
         "and so on: targets that get better without a foreign teacher.",
     )
-    parser.add_argument("data", nargs="?", help="images; may also stand in the recipe")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the rounds' run folders are made in it")
     parser.add_argument("--rounds", type=int, default=1, help="rounds after the first (default: 1)")
     parser.add_argument(
         "--block", type=int, default=-1, help="of the network whose features are clustered (default: -1, the last)"
     )
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
     parser.add_argument("--resume", action="store_true", help="continue where it was stopped, or begin")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON")
-    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
+    add_job_flags(parser, PretrainConfig, "the rounds' run folders are made in it")
     parser.set_defaults(run=run)
 
 

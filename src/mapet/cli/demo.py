@@ -31,7 +31,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/demo, or the next free)")
     parser.add_argument("--config", default="demo", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
-    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
+    add_config_flags(parser, PretrainConfig)
     parser.set_defaults(run=run)
 
 

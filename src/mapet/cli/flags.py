@@ -15,16 +15,33 @@ from mapet.errors import MapetError, nearest
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def add_config_flags(
-    parser: argparse.ArgumentParser, config_class: type[StrictConfig], leave_out: frozenset[str] = frozenset()
+def add_job_flags(
+    parser: argparse.ArgumentParser,
+    config_class: type[StrictConfig],
+    out: str,
+    data: str = "images; may also stand in the recipe",
 ) -> None:
-    """Add a flag for every key of a configuration but those in ``leave_out``."""
+    """Add what every job takes: images, ``--out``, a recipe, and the flags of its configuration.
+
+    Args:
+        parser: of the verb.
+        config_class: of the job.
+        out, data: help for these two.
+    """
+    parser.add_argument("data", nargs="?", help=data)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help=out)
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
+    add_config_flags(parser, config_class)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, config_class: type[StrictConfig]) -> None:
+    """Add a flag for every key of a configuration but ``data``, which is no flag."""
     common = parser.add_argument_group("common")
     more = parser.add_argument_group("more")
     fields = config_class.model_fields
     # What is particular to the command comes first.
     for key in sorted(fields, key=lambda key: key not in config_class.__annotations__):
-        if key in leave_out:
+        if key == "data":
             continue
         field = fields[key]
         group = common if has_mark(config_class, key, "common") else more

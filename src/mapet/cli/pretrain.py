@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_job_flags, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import PretrainConfig
 
@@ -17,11 +17,9 @@ def add_parser(verbs: Any) -> None:
         help="pre-train a ViT on unlabelled images",
         description="Pre-train a ViT on a folder of unlabelled images, a text file of paths, or a demo set.",
     )
-    parser.add_argument("data", nargs="?", help="images; may also stand in the recipe, or in the run to be resumed")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the run folder")
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly, or begin it")
-    add_config_flags(parser, PretrainConfig, leave_out=frozenset({"data"}))
+    data = "images; may also stand in the recipe, or in the run to be resumed"
+    add_job_flags(parser, PretrainConfig, "the run folder", data)
     parser.set_defaults(run=run)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_config_flags, add_job_flags, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
@@ -25,38 +25,29 @@ def add_parser(verbs: Any) -> None:
     own = parser.add_subparsers(dest="tokenizer_verb", required=True, metavar="VERB")
 
     fit = own.add_parser("fit", help="fit a codebook by k-means over pixels or a teacher's features")
-    _add_common(fit, "the tokenizer's folder")
-    add_config_flags(fit, FitConfig, leave_out=frozenset({"data"}))
+    add_job_flags(fit, FitConfig, "the tokenizer's folder")
     fit.set_defaults(run=run_fit)
 
     train = own.add_parser("train", help="train a VQ-KD tokenizer (BEiT v2) on a teacher's features")
-    _add_common(train, "the run folder; the tokenizer is in it")
     train.add_argument("--resume", action="store_true", help="continue the run in --out exactly, or begin it")
-    add_config_flags(train, VQKDConfig, leave_out=frozenset({"data"}))
+    add_job_flags(train, VQKDConfig, "the run folder; the tokenizer is in it")
     train.set_defaults(run=run_train)
 
     report = own.add_parser("report", help="how a tokenizer does on images: usage, entropies, pictures")
-    _add_common(report, "the report's folder")
-    add_config_flags(report, ReportConfig, leave_out=frozenset({"data"}))
+    add_job_flags(report, ReportConfig, "the report's folder")
     report.set_defaults(run=run_report)
 
     encode = own.add_parser("encode", help="make the ids of all images once, or bring them up to date")
-    _add_common(encode, "the token store's folder; one that is there is completed")
-    add_config_flags(encode, EncodeConfig, leave_out=frozenset({"data"}))
+    add_job_flags(encode, EncodeConfig, "the token store's folder; one that is there is completed")
     encode.set_defaults(run=run_encode)
 
     check = own.add_parser("check", help="verify a token store: files, images, a sample of the ids")
     check.add_argument("data", nargs="?", help="the images; left out, only the store itself is verified")
-    check.add_argument("--json", action="store_true", help="print what was found as JSON")
-    add_config_flags(check, CheckConfig, leave_out=frozenset({"data"}))
+    add_config_flags(check, CheckConfig)
     check.set_defaults(run=run_check)
 
-
-def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("data", nargs="?", help="images; may also stand in the recipe")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help=out)
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    parser.add_argument("--json", action="store_true", help="print what came of it as JSON")
+    for verb in (fit, train, report, encode, check):
+        verb.add_argument("--json", action="store_true", help="print what came of it as JSON")
 
 
 def run_fit(parsed: argparse.Namespace) -> int:

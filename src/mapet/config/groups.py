@@ -43,6 +43,27 @@ class InputKeys(DataKeys):
     channels: int = Field(3, description="1 (grey) or 3 (RGB): what images are converted to")
 
 
+class PatchKeys(StrictConfig):
+    """The student's grid."""
+
+    image_size: int = Field(224, ge=1, description="side of the student's input in pixels", json_schema_extra=Common)
+    patch_size: int = Field(16, ge=1, description="side of the student's patches in pixels", json_schema_extra=Common)
+
+
+class TokenizerKeys(DataKeys):
+    """A tokenizer that there is, and the images it is given."""
+
+    tokenizer: str = Field(
+        min_length=1, description="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", json_schema_extra=Common
+    )
+    teacher_weights: str | None = Field(
+        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
+    )
+    channels: int | None = Field(
+        None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
+    )
+
+
 class TeacherKeys(StrictConfig):
     """Which part of a teacher is asked, and how."""
 

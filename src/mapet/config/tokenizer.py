@@ -7,10 +7,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mapet.config.base import Common, StrictConfig
-from mapet.config.groups import DataKeys, InputKeys, KMeansKeys, TeacherKeys, TrainKeys, ViewKeys
+from mapet.config.groups import InputKeys, KMeansKeys, PatchKeys, TeacherKeys, TokenizerKeys, TrainKeys, ViewKeys
 
 
-class FitConfig(KMeansKeys, InputKeys):
+class FitConfig(PatchKeys, KMeansKeys, InputKeys):
     """A tokenizer fitted by k-means."""
 
     teacher: str = Field(
@@ -20,8 +20,6 @@ class FitConfig(KMeansKeys, InputKeys):
         "exported folder of an earlier run",
         json_schema_extra=Common,
     )
-    image_size: int = Field(224, ge=1, description="side of the student's input in pixels", json_schema_extra=Common)
-    patch_size: int = Field(16, ge=1, description="side of the student's patches in pixels", json_schema_extra=Common)
     crop_min: float | None = Field(
         None,
         gt=0,
@@ -38,37 +36,18 @@ class FitConfig(KMeansKeys, InputKeys):
         return self
 
 
-class EncodeConfig(ViewKeys, DataKeys):
+class EncodeConfig(ViewKeys, TokenizerKeys):
     """A token store."""
 
-    tokenizer: str = Field(
-        min_length=1, description="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", json_schema_extra=Common
-    )
-    teacher_weights: str | None = Field(
-        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
-    )
     views: int = Field(
         8, ge=1, le=10_000, description="distinct crops of each image, so that augmentation stays possible",
         json_schema_extra=Common,
     )  # fmt: skip
-    channels: int | None = Field(
-        None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
-    )
     batch_size: int = Field(64, ge=1, description="views at a time, per process")
 
 
-class ReportConfig(DataKeys):
+class ReportConfig(TokenizerKeys):
     """A report on a tokenizer."""
-
-    tokenizer: str = Field(
-        min_length=1, description="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", json_schema_extra=Common
-    )
-    teacher_weights: str | None = Field(
-        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
-    )
-    channels: int | None = Field(
-        None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
-    )
 
 
 class CheckConfig(StrictConfig):
@@ -91,7 +70,7 @@ class CheckConfig(StrictConfig):
     workers: int | None = Field(None, ge=0, le=1024, description="processes that read images; default: chosen by cores")
 
 
-class VQKDConfig(TrainKeys, TeacherKeys):
+class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys):
     """A VQ-KD tokenizer trained on one's own images (BEiT v2, 2208.06366)."""
 
     teacher: str = Field(
@@ -100,8 +79,6 @@ class VQKDConfig(TrainKeys, TeacherKeys):
         "earlier run",
         json_schema_extra=Common,
     )
-    image_size: int = Field(224, ge=1, description="side of the student's input in pixels", json_schema_extra=Common)
-    patch_size: int = Field(16, ge=1, description="side of the student's patches in pixels", json_schema_extra=Common)
     vocab_size: int = Field(8192, ge=2, description="how many ids", json_schema_extra=Common)
     code_dim: int = Field(32, ge=1, description="width of a code")
     embed_dim: int = Field(768, ge=1, description="width of encoder and decoder; a multiple of 64, or of the heads")

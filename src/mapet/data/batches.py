@@ -241,3 +241,9 @@ def ignore_stops(worker: int) -> None:
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:
     """Batch keys for one plain pass over the first ``count`` images."""
     return [[(0, i) for i in range(start, min(start + batch_size, count))] for start in range(0, count, batch_size)]
+
+
+def at_random(images: int, count: int, batch_size: int, epoch: int, seed: int) -> list[list[SampleKey]]:
+    """Batch keys for at most ``count`` random images out of so many, each once, in the views of an epoch."""
+    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return [[(epoch, index) for index in chosen[i : i + batch_size]] for i in range(0, len(chosen), batch_size)]

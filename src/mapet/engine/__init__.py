@@ -2,7 +2,7 @@
 
 from mapet.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
 from mapet.engine.files import claimed_folder, recover_folder, replace_file, replace_folder
-from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, train
+from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, on_main, train
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
 from mapet.engine.schedule import warmup_cosine
@@ -24,6 +24,7 @@ __all__ = [
     "build_optimizer",
     "claimed_folder",
     "explain_disk_errors",
+    "on_main",
     "read_checkpoint",
     "read_state",
     "recover_folder",

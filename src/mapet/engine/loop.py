@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from mapet.engine.sinks import Record, Sink
 from mapet.engine.stop import StopRequest
 from mapet.errors import MapetError
 
+Result = TypeVar("Result")
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
 # What a batch is to be trained towards, on the device: visual token ids, or whatever the objective takes.
 Targets = Callable[[Batch], Tensor]
@@ -158,22 +160,31 @@ def agree(accelerator: Accelerator, wish: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum") > 0)
 
 
-def evaluate(evaluators: Sequence[Evaluator], accelerator: Accelerator, objective: nn.Module) -> dict[str, float]:
-    """Collect what the evaluators yield, on the main process, with the objective in evaluation mode.
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
+    """Do something on the main process while the others wait; a failure is raised on all, so all do the same next."""
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    if agree(accelerator, failure is not None):
+        raise failure or MapetError("the main process failed and says why")
+    return result
 
-    A failure is raised on every process, so that all do the same next.
-    """
-    measured: dict[str, float] = {}
-    failure: Exception | None = None
-    if accelerator.is_main_process and evaluators:
+
+def evaluate(evaluators: Sequence[Evaluator], accelerator: Accelerator, objective: nn.Module) -> dict[str, float]:
+    """Collect what the evaluators yield, on the main process, with the objective in evaluation mode."""
+
+    def measure() -> dict[str, float]:
+        measured: dict[str, float] = {}
         objective.eval()
         try:
             with torch.no_grad():
                 for evaluator in evaluators:
                     measured.update(evaluator(accelerator.unwrap_model(objective)))
-        except Exception as error:
-            failure = error
-        objective.train()
-    if agree(accelerator, failure is not None):
-        raise failure or MapetError("a measurement failed on the main process, which says why")
-    return measured
+        finally:
+            objective.train()
+        return measured
+
+    return on_main(accelerator, measure) or {}

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mapet.engine import replace_file
-from mapet.report.codebook import Atlas, CodebookStatistics
+from mapet.report.codebook import Atlas, CodebookReport, CodebookStatistics
 from mapet.report.figures import ACCENT, INK, SECOND, draw_tokens, save_figure
 
 SHOWN_PIXELS = 40  # least side of a patch in the atlas
@@ -23,17 +23,17 @@ MARGIN, HEADER = 136, 40  # pixels left of the patches and above them
 
 
 def write_codebook_report(
-    statistics: CodebookStatistics, example_views: Tensor, example_ids: Tensor, folder: Path
+    report: CodebookReport, statistics: CodebookStatistics, example_views: Tensor, example_ids: Tensor, folder: Path
 ) -> None:
     """Write ``report.json``, ``atlas.png``, ``token_maps.png`` and ``usage.png`` into an existing folder.
 
     Args:
+        report: what the statistics come to.
         statistics: of at least one image.
         example_views: ``(B, C, H, W)`` in [0, 1], for the token maps; some eight fit side by side.
         example_ids: ``(B, P)``.
         folder: to write into; files of these names are replaced.
     """
-    report = statistics.report()
     replace_file(folder / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     draw_atlas(statistics.atlas(), folder / "atlas.png")
     draw_tokens(example_views.cpu(), example_ids.cpu(), report.grid, report.vocab_size, folder / "token_maps.png")

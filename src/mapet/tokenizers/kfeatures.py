@@ -35,7 +35,7 @@ class KFeatures(KTokenizer):
     def __init__(
         self, teacher: Teacher, grid: Grid, vocab_size: int, teacher_size: int, spherical: bool = False
     ) -> None:
-        width = teacher.measure(teacher_size)[0]
+        width = teacher.width(teacher_size)
         super().__init__(grid, vocab_size, teacher_size, teacher.channels, width, spherical)
         self.teacher = teacher
         self.origin = teacher.origin

@@ -85,8 +85,8 @@ class Teacher(nn.Module):
         return feature_map
 
     @torch.no_grad()
-    def measure(self, size: int) -> tuple[int, int, int]:
-        """Return channels, rows and columns of the map of images of ``size`` pixels square.
+    def width(self, size: int) -> int:
+        """Return ``d``, found by a blank image of ``size`` pixels square.
 
         Raises:
             MapetError: if there is no map, it is not finite, or such images cannot be read.
@@ -100,8 +100,7 @@ class Teacher(nn.Module):
             ) from error
         if not bool(feature_map.isfinite().all()):
             raise MapetError(f"the features of teacher {self.name!r} contain NaN or infinity; check its weights")
-        _, channels, rows, columns = feature_map.shape
-        return channels, rows, columns
+        return int(feature_map.shape[1])
 
 
 class TimmTeacher(Teacher):

@@ -15,6 +15,7 @@ from rich.console import Console
 from mapet.config import PretrainConfig, make_config
 from mapet.errors import MapetError
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
+from mapet.workflows.training import check_out
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,9 @@ def bootstrap(
         raise MapetError(f"rounds is {rounds}; bootstrapping needs at least 1 after the first")
     if values.get("tokens") is not None:
         raise MapetError("a token store cannot be bootstrapped from; leave --tokens out")
-    if not str(out):
-        raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
-    blocks = len(initial_backbone(make_config(PretrainConfig, dict(values))).blocks)
+    config = make_config(PretrainConfig, dict(values))
+    check_out(config.data, out)
+    blocks = len(initial_backbone(config).blocks)
     if not -blocks <= block < blocks:
         raise MapetError(f"block is {block}, but the network has {blocks}: take 0 to {blocks - 1}, or -1 for the last")
     root = Path(out)

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from mapet.data import ImageSet
-from mapet.engine import agree
+from mapet.engine import on_main
 from mapet.errors import MapetError
 from mapet.models import cpu_has_bfloat16
 
@@ -77,19 +77,6 @@ def count_workers(asked: int | None, images: ImageSet, device: torch.device) -> 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # training processes on this machine, by torchrun's count
     # On the CPU the network needs the cores; beside an accelerator they have nothing else to do.
     return min(16, max(1, (cores if device.type != "cpu" else cores // 2) // here))
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
-    """Do something on the main process while the others wait; a failure is raised on all of them."""
-    result, failure = None, None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    if agree(accelerator, failure is not None):
-        raise failure or MapetError("the main process failed and says why")
-    return result
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

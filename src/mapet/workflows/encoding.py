@@ -27,11 +27,12 @@ from mapet.data import (
     load_passes,
     open_images,
 )
+from mapet.engine import on_main
 from mapet.errors import MapetError
 from mapet.report import Meter
 from mapet.tokenizers import Tokenizer, load_tokenizer
 from mapet.tokenstore import Header, TokenStore
-from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
+from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.tokens import check_readable, is_ready
 from mapet.workflows.training import check_out
 

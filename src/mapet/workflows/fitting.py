@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mapet.config import KMeansKeys
 from mapet.data import DamageTally, Stream, ViewDataset, fold_seed, load_batches
+from mapet.engine import on_main
 from mapet.errors import MapetError
 from mapet.report import Meter
 from mapet.tokenizers import KTokenizer, all_cores
-from mapet.workflows.device import on_main
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from mapet.data import (
     Stream,
     TrainView,
     ViewDataset,
+    at_random,
     check_channels,
     collate,
     fold_seed,
@@ -31,14 +32,14 @@ from mapet.data import (
     open_images,
     open_labelled,
 )
-from mapet.engine import Evaluator, RunFolder, agree, explain_disk_errors, replace_file, replace_folder
+from mapet.engine import Evaluator, RunFolder, agree, on_main, replace_file, replace_folder
 from mapet.evaluate import probe_evaluator
 from mapet.export import export_backbone
 from mapet.models import build_vit
 from mapet.objectives import LayoutObjective, build_objective
 from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
 from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
-from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
+from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.fitting import FIT_EPOCH, fit_codebook
 from mapet.workflows.targets import OnlineTokens, TokenSource, open_tokens
 from mapet.workflows.tokens import (
@@ -49,7 +50,7 @@ from mapet.workflows.tokens import (
     settle_vocab_size,
     unfitted_tokenizer,
 )
-from mapet.workflows.training import Job, check_out, check_processes, log_to, run_job, settle_config
+from mapet.workflows.training import Job, check_out, check_processes, log_to, run_folder, run_job, settle_config
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +94,9 @@ def pretrain(
     Raises:
         MapetError: for input that cannot work; nothing is lost or half-written.
     """
-    folder = RunFolder(out)
-    config = settle_config(PretrainConfig, values, folder, resume)
-    with explain_disk_errors(folder.root):
-        try:
-            return _run(config, folder, resume, console or Console(stderr=True))
-        finally:
-            folder.close()
+    with run_folder(out) as folder:
+        config = settle_config(PretrainConfig, values, folder, resume)
+        return _run(config, folder, resume, console or Console(stderr=True))
 
 
 def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console) -> RunResult:
@@ -229,9 +226,7 @@ def _train_view(config: PretrainConfig, view_size: int) -> TrainView:
 
 def _some_ids(source: TokenSource, dataset: ViewDataset, config: PretrainConfig, workers: int) -> Iterator[Tensor]:
     """Yield ids of views of random images, as training sees them."""
-    generator = torch.Generator().manual_seed(fold_seed(config.seed, Stream.SAMPLE))
-    chosen = torch.randperm(len(dataset), generator=generator)[:BASELINE_IMAGES].tolist()
-    keys = [[(FIT_EPOCH, index) for index in chosen[i : i + 64]] for i in range(0, len(chosen), 64)]
+    keys = at_random(len(dataset), BASELINE_IMAGES, 64, FIT_EPOCH, fold_seed(config.seed, Stream.SAMPLE))
     tally = DamageTally(dataset.images, config.max_damaged)
     for batch in load_batches(dataset, keys, workers):
         tally.add(batch["damaged"])

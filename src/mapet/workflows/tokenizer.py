@@ -23,16 +23,17 @@ from mapet.data import (
     TrainView,
     View,
     ViewDataset,
+    at_random,
     check_channels,
     fold_seed,
     load_batches,
     open_images,
 )
-from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
+from mapet.engine import claimed_folder, explain_disk_errors, on_main, replace_folder
 from mapet.errors import MapetError
 from mapet.report import CodebookReport, CodebookStatistics, Meter, shortcomings, write_codebook_report
 from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
-from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
+from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.fitting import fit_codebook
 from mapet.workflows.tokens import check_readable, is_ready, settle_vocab_size, unfitted_tokenizer
 from mapet.workflows.training import check_out
@@ -43,6 +44,8 @@ REPORT_EPOCH = -2  # its views are neither trained on nor fitted on
 # Enough patches to tell a code that is never used from one that is rare, but no more images than these.
 PATCHES_PER_CODE, MOST_REPORT_IMAGES, LEAST_REPORT_IMAGES = 50, 20_000, 1000
 SHOWN_IMAGES = 8
+
+Gathered = tuple[CodebookReport, CodebookStatistics, torch.Tensor, torch.Tensor]
 
 
 def fit_tokenizer(
@@ -96,7 +99,7 @@ def _fit(
         gathered = gather_statistics(tokenizer, images, view, config.channels, config.seed, workers, console)
         with explain_disk_errors(out):
             replace_folder(out, partial(_write, tokenizer, gathered))
-        return gathered[0].report()
+        return gathered[0]
 
     return tokenizer.eval(), on_main(accelerator, finish)
 
@@ -127,19 +130,17 @@ def report_on_tokenizer(
         )  # fmt: skip
         with explain_disk_errors(out):
             replace_folder(out, partial(write_codebook_report, *gathered))
-    return gathered[0].report()
+    return gathered[0]
 
 
 def gather_statistics(
     tokenizer: Tokenizer, images: ImageSet, view: View, channels: int, seed: int, workers: int, console: Console
-) -> tuple[CodebookStatistics, torch.Tensor, torch.Tensor]:
-    """Tokenize random images; return what was gathered, and a few views with their ids."""
+) -> Gathered:
+    """Tokenize random images; return the report, what it is made from, and a few views with their ids."""
     patches = tokenizer.grid[0] * tokenizer.grid[1]
     wanted = PATCHES_PER_CODE * tokenizer.vocab_size // patches
     count = min(len(images), max(LEAST_REPORT_IMAGES, min(MOST_REPORT_IMAGES, wanted)))
-    generator = torch.Generator().manual_seed(fold_seed(seed, Stream.SAMPLE, 1))
-    chosen = torch.randperm(len(images), generator=generator)[:count].tolist()
-    keys = [[(REPORT_EPOCH, index) for index in chosen[i : i + 64]] for i in range(0, count, 64)]
+    keys = at_random(len(images), count, 64, REPORT_EPOCH, fold_seed(seed, Stream.SAMPLE, 1))
     statistics, done = CodebookStatistics(tokenizer), 0
     shown: list[torch.Tensor] = []
     tally = DamageTally(images, 1.0)
@@ -151,13 +152,14 @@ def gather_statistics(
             shown = shown or [batch["view"][:SHOWN_IMAGES], ids[:SHOWN_IMAGES].cpu()]
             done += len(ids)
             meter.show(done)
-    for sentence in shortcomings(statistics.report()):
+    report = statistics.report()
+    for sentence in shortcomings(report):
         logger.warning("%s", sentence)
     views, ids = shown
-    return statistics, views, ids
+    return report, statistics, views, ids
 
 
-def _write(tokenizer: Tokenizer, gathered: tuple[CodebookStatistics, torch.Tensor, torch.Tensor], folder: Path) -> None:
+def _write(tokenizer: Tokenizer, gathered: Gathered, folder: Path) -> None:
     save_tokenizer(tokenizer, folder)
     write_codebook_report(*gathered, folder)
 

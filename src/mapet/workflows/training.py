@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from mapet.engine import (
     TensorBoard,
     Trainee,
     build_optimizer,
+    explain_disk_errors,
     read_checkpoint,
     read_state,
     replace_file,
@@ -68,6 +70,17 @@ class Job:
     describe: Callable[[Record], str]
     evaluators: Sequence[Evaluator] = ()
     evaluate_every: int = 1
+
+
+@contextmanager
+def run_folder(out: str | Path) -> Iterator[RunFolder]:
+    """Give the folder of a run, let go of it at the end, and put the system's refusals into one sentence."""
+    folder = RunFolder(out)
+    with explain_disk_errors(folder.root):
+        try:
+            yield folder
+        finally:
+            folder.close()
 
 
 def settle_config(config_class: type[Config], values: Mapping[str, Any], folder: RunFolder, resume: bool) -> Config:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mapet.config import VQKDConfig, config_to_yaml
 from mapet.data import Batch, Draws, Stream, TrainView, ViewDataset, check_channels, fold_seed, open_images
-from mapet.engine import Record, RunFolder, explain_disk_errors, replace_file
+from mapet.engine import Record, RunFolder, on_main, replace_file
 from mapet.objectives import VQKDObjective
 from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
-from mapet.workflows.device import count_workers, main_first, make_accelerator, on_main
-from mapet.workflows.training import Job, check_out, check_processes, log_to, run_job, settle_config
+from mapet.workflows.device import count_workers, main_first, make_accelerator
+from mapet.workflows.training import Job, check_out, check_processes, log_to, run_folder, run_job, settle_config
 
 
 def train_vqkd(
@@ -37,13 +37,9 @@ def train_vqkd(
     Raises:
         MapetError: for input that cannot work; nothing is lost or half-written.
     """
-    folder = RunFolder(out)
-    config = settle_config(VQKDConfig, values, folder, resume)
-    with explain_disk_errors(folder.root):
-        try:
-            return _run(config, folder, resume, console or Console(stderr=True))
-        finally:
-            folder.close()
+    with run_folder(out) as folder:
+        config = settle_config(VQKDConfig, values, folder, resume)
+        return _run(config, folder, resume, console or Console(stderr=True))
 
 
 def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) -> dict[str, Any]:
@@ -102,7 +98,7 @@ class TeacherFeatures:
     """
 
     def __init__(self, teacher: Teacher, size: int, grid: Grid) -> None:
-        self.width = teacher.measure(size)[0]
+        self.width = teacher.width(size)
         self.content_hash = hash_content([teacher.config, size], teacher)
         self.size, self._teacher, self._grid = size, teacher, grid
 
