@@ -76,7 +76,7 @@ def kept(file: Path, make: Any) -> Any:
 
 def measure(model: nn.Module, parts: tuple[ImageSet, ImageSet], config: dict[str, Any]) -> Row:
     mean = config.get("mean", (0.485, 0.456, 0.406))
-    view = PlainView(config["image_size"], tuple(mean), tuple(config.get("std", (0.229, 0.224, 0.225))))
+    view = PlainView((config["image_size"],) * 2, tuple(mean), tuple(config.get("std", (0.229, 0.224, 0.225))))
     return probe_row(model, *parts, view, channels=config["channels"])
 
 

@@ -14,6 +14,7 @@ LAYERS = [
     {"cli"},
     {"workflows"},
     {"evaluate", "export", "report"},
+    {"inference"},
     {"engine"},
     {"config"},
     {"objectives"},

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mapet.errors import MapetError
 
 if TYPE_CHECKING:
+    from mapet.inference import load
     from mapet.objectives import MIM, PIM, MaPeT, Raster, load_upstream
     from mapet.tokenizers import load_tokenizer
     from mapet.workflows import pretrain
@@ -18,6 +19,7 @@ __all__ = [
     "MapetError",
     "Raster",
     "__version__",
+    "load",
     "load_tokenizer",
     "load_upstream",
     "pretrain",
@@ -29,6 +31,7 @@ _HOMES = {
     "PIM": "mapet.objectives",
     "MaPeT": "mapet.objectives",
     "Raster": "mapet.objectives",
+    "load": "mapet.inference",
     "load_tokenizer": "mapet.tokenizers",
     "load_upstream": "mapet.objectives",
     "pretrain": "mapet.workflows",

@@ -25,7 +25,7 @@ from mapet.data import (
 )
 from mapet.data.batches import printable
 
-VIEW = PlainView(28, (0.5,), (0.5,))
+VIEW = PlainView((28, 28), (0.5,), (0.5,))
 
 
 def test_every_epoch_visits_every_image_once_but_for_the_remainder() -> None:
@@ -137,7 +137,7 @@ def test_a_process_that_fails_ends_with_its_loading_processes(digits: Path) -> N
     script = f"""
 from mapet.data import PlainView, ViewDataset, in_order, load_batches, open_images
 images = open_images({str(digits)!r})
-batches = iter(load_batches(ViewDataset(images, PlainView(28, (0.5,), (0.5,)), 1), in_order(60, 2), workers=1))
+batches = iter(load_batches(ViewDataset(images, PlainView((28, 28), (0.5,), (0.5,)), 1), in_order(60, 2), workers=1))
 next(batches)
 raise RuntimeError("the device is out of memory")
 """

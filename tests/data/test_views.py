@@ -54,11 +54,11 @@ def test_flip_mirrors() -> None:
 def test_plain_views_of_long_strips_are_their_centre() -> None:
     strip = torch.zeros(1, 2, 60_000, dtype=torch.uint8)
     strip[:, :, 29_999:30_001] = 255
-    assert PlainView(28, (0.0,), (1.0,))(strip)[0].min() > 0.99
+    assert PlainView((28, 28), (0.0,), (1.0,))(strip)[0].min() > 0.99
 
 
 def test_plain_view_is_the_centre_of_the_resized_image() -> None:
-    view, student = PlainView(40, (0.5,) * 3, (0.25,) * 3)(IMAGE)
+    view, student = PlainView((40, 40), (0.5,) * 3, (0.25,) * 3)(IMAGE)
     assert torch.allclose(view, IMAGE[:, :, 8:48].float() / 255)
     assert torch.allclose(student, (view - 0.5) / 0.25)
 

@@ -12,7 +12,7 @@ from mapet import MapetError
 from mapet.data import PlainView, from_labelled_folder, open_images
 from mapet.evaluate import extract_features
 
-VIEW = PlainView(28, (0.5,), (0.5,))
+VIEW = PlainView((28, 28), (0.5,), (0.5,))
 
 
 def test_features_are_in_order_and_the_model_keeps_its_mode(digits: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from mapet.data import PlainView, few_per_class, open_labelled
 from mapet.evaluate import Features, FinetuneRecipe, extract_features, finetune_row, knn_accuracy, linear_accuracy
 
-VIEW = PlainView(28, (0.13,), (0.31,))
+VIEW = PlainView((28, 28), (0.13,), (0.31,))
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photogr
     from mapet.data import PlainView, open_images
 
     images = open_images(str(photographs))
-    view = PlainView(224, (0.0,) * 3, (1.0,) * 3)
+    view = PlainView((224, 224), (0.0,) * 3, (1.0,) * 3)
     views = torch.stack([view(images.load(i, 3))[0] for i in range(4)])
     tokenizer = KFeatures.from_teacher(
         "mobilenet_v2", (14, 14), 16, teacher_size=224, stage="features.13", weights=mobilenet_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ def add_job_flags(
     config_class: type[StrictConfig],
     out: str,
     data: str = "images; may also stand in the recipe",
+    *,
+    model: str | None = None,
+    out_metavar: str = "FOLDER",
+    needs_out: bool = True,
 ) -> None:
     """Add what every job takes: images, ``--out``, a recipe, and the flags of its configuration.
 
@@ -27,21 +32,28 @@ def add_job_flags(
         parser: of the verb.
         config_class: of the job.
         out, data: help for these two.
+        model: help for a model that stands before the images; None where it is a flag, or there is none.
+        out_metavar: what ``--out`` takes.
+        needs_out: whether it must be given.
     """
+    if model is not None:
+        parser.add_argument("model", nargs="?", help=model)
     parser.add_argument("data", nargs="?", help=data)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help=out)
+    parser.add_argument("--out", required=needs_out, metavar=out_metavar, help=out)
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    add_config_flags(parser, config_class)
+    add_config_flags(parser, config_class, positional=("data",) if model is None else ("model", "data"))
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config_class: type[StrictConfig]) -> None:
-    """Add a flag for every key of a configuration but ``data``, which is no flag."""
+def add_config_flags(
+    parser: argparse.ArgumentParser, config_class: type[StrictConfig], positional: Sequence[str] = ("data",)
+) -> None:
+    """Add a flag for every key of a configuration that is not ``positional``."""
     common = parser.add_argument_group("common")
     more = parser.add_argument_group("more")
     fields = config_class.model_fields
     # What is particular to the command comes first.
     for key in sorted(fields, key=lambda key: key not in config_class.__annotations__):
-        if key == "data":
+        if key in positional:
             continue
         field = fields[key]
         group = common if has_mark(config_class, key, "common") else more

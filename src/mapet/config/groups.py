@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, Free, StrictConfig
 from mapet.errors import MapetError
+
+Pixels = Annotated[int, Field(ge=1)]
 
 
 class DataKeys(StrictConfig):
@@ -41,6 +43,50 @@ class InputKeys(DataKeys):
     """What the networks get."""
 
     channels: int = Field(3, description="1 (grey) or 3 (RGB): what images are converted to")
+
+
+class ModelKeys(StrictConfig):
+    """A trained model, and how images are put into it."""
+
+    model: str = Field(
+        min_length=1,
+        description="a run folder, an exported folder, or a timm model name (also local-dir:FOLDER, hf-hub:ID)",
+        json_schema_extra=Common,
+    )
+    image_size: tuple[Pixels, Pixels] | None = Field(
+        None,
+        description="side of the input in pixels, or rows x columns as 192x256; position embeddings are resized; "
+        "default: the model's",
+        json_schema_extra=Common,
+    )
+    crop_pct: float | None = Field(
+        None, gt=0, le=1, description="share of the resized image's side that the model sees; default: the model's"
+    )
+    reinit: bool = Field(False, description="random weights instead of the model's own: what is to be beaten")
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _one_side_or_two(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = (value, value)
+        elif isinstance(value, str):
+            parts = value.lower().split("x")
+            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+                raise ValueError("write a number of pixels, or ROWSxCOLUMNS such as 192x256")
+            value = tuple(int(part) for part in parts)
+        return value
+
+
+class InferenceKeys(ModelKeys, DataKeys):
+    """A trained model applied to images, in order."""
+
+    batch_size: int = Field(256, ge=1, description="images at a time", json_schema_extra=Common)
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="precision of the network; no: float32")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare no as false
 
 
 class PatchKeys(StrictConfig):
@@ -130,7 +176,7 @@ class ViewKeys(StrictConfig):
         }
 
 
-class TrainKeys(InputKeys):
+class TrainKeys(DataKeys):
     """How the loop trains, whatever it trains."""
 
     batch_size: int = Field(

@@ -7,10 +7,10 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from mapet.config.base import Common, Free
-from mapet.config.groups import KMeansKeys, TrainKeys, ViewKeys
+from mapet.config.groups import InputKeys, KMeansKeys, TrainKeys, ViewKeys
 
 
-class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys):
+class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     """What decides a run. ``resolve`` fills in what depends on the data."""
 
     model: str = Field(

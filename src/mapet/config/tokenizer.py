@@ -70,7 +70,7 @@ class CheckConfig(StrictConfig):
     workers: int | None = Field(None, ge=0, le=1024, description="processes that read images; default: chosen by cores")
 
 
-class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys):
+class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys, InputKeys):
     """A VQ-KD tokenizer trained on one's own images (BEiT v2, 2208.06366)."""
 
     teacher: str = Field(

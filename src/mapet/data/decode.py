@@ -35,8 +35,13 @@ def decode(path: str | Path, channels: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that do not touch the pixels
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
+            return from_pil(opened, channels)
+
+
+def from_pil(opened: Image.Image, channels: int) -> Tensor:
+    """Turn a Pillow image into ``(channels, H, W)`` as ``decode`` does with a file."""
+    image = ImageOps.exif_transpose(opened)
+    image.load()
     if image.mode in DEEP_MODES:
         return _stretched(torch.from_numpy(np.asarray(image).astype(np.float32)))[None].expand(channels, -1, -1)
     if image.has_transparency_data:

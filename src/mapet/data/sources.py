@@ -96,7 +96,7 @@ def from_folder(folder: Path) -> ImageSet:
     return ImageSet(str(folder), tuple(path.relative_to(folder).as_posix() for path in paths), paths)
 
 
-def from_labelled_folder(folder: Path) -> ImageSet:
+def from_labelled_folder(folder: Path, least_classes: int = 2) -> ImageSet:
     """The ``ImageFolder`` layout: the first folder below ``folder`` is the class."""
     images = from_folder(folder)
     names = [Path(key).parts[0] if len(Path(key).parts) > 1 else None for key in images.keys]
@@ -106,10 +106,28 @@ def from_labelled_folder(folder: Path) -> ImageSet:
             f"labelled folder {folder} needs one subfolder per class, but {stray!r} lies outside of any; move it"
         )
     classes = sorted({name for name in names if name is not None})
-    if len(classes) < 2:
+    if len(classes) < least_classes:
         raise MapetError(f"labelled folder {folder} has the single class {classes[0]!r}; at least 2 are needed")
     index = {name: number for number, name in enumerate(classes)}
     return replace(images, labels=tuple(index[name] for name in names if name is not None), classes=tuple(classes))
+
+
+def with_classes(images: ImageSet, classes: Sequence[str], whose: str) -> ImageSet:
+    """Number the labels of ``images`` as ``classes`` are numbered, by name.
+
+    Raises:
+        MapetError: if an image is of a class that is not among them.
+    """
+    unknown = sorted(set(images.classes) - set(classes))
+    if unknown:
+        names = ", ".join(map(repr, unknown[:5]))
+        raise MapetError(
+            f"{images.name} has images of the class{'es' if len(unknown) > 1 else ''} {names}, which {whose} does not "
+            "have; remove or rename the folder"
+        )
+    index = {name: number for number, name in enumerate(classes)}
+    labels = tuple(index[images.classes[label]] for label in _labels(images))
+    return replace(images, labels=labels, classes=tuple(classes))
 
 
 def from_list(file: Path) -> ImageSet:

@@ -78,18 +78,34 @@ def _crop(image: Tensor, box: dict[str, int], size: int, mirrored: bool) -> Tens
 
 @dataclass(frozen=True)
 class PlainView:
-    """The centre square, resized: what evaluation sees.
+    """The centre of an image in the input's proportions, resized: what evaluation sees.
 
     Returns ``(view, student)`` as ``TrainView`` does; nothing about it is random.
+
+    Args:
+        size: rows and columns of the input in pixels.
+        mean, std: per-channel normalisation of the input.
+        crop_pct: share of the resized image's side that the input shows, as in timm's evaluation.
+        interpolation: "bicubic", "bilinear" or "nearest".
     """
 
-    size: int
+    size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """Return the view in [0, 1] and normalised."""
-        square = v2.functional.center_crop(image, [min(image.shape[-2:])] * 2)
-        resized = v2.functional.resize(square, [self.size, self.size], interpolation=BICUBIC, antialias=True)
-        view = v2.functional.to_dtype(resized, torch.float32, scale=True).clamp(0, 1)
+        rows, columns = self.size
+        scale = min(image.shape[-2] / rows, image.shape[-1] / columns)
+        centre = v2.functional.center_crop(image, [max(1, round(scale * rows)), max(1, round(scale * columns))])
+        resized = v2.functional.resize(
+            centre,
+            [int(rows / self.crop_pct), int(columns / self.crop_pct)],
+            interpolation=InterpolationMode(self.interpolation),
+            antialias=True,
+        )
+        view = v2.functional.center_crop(resized, list(self.size))
+        view = v2.functional.to_dtype(view, torch.float32, scale=True).clamp(0, 1)
         return view, v2.functional.normalize(view, list(self.mean), list(self.std))

@@ -69,7 +69,7 @@ class Trainee:
         torch.manual_seed(fold_seed(config.seed, Stream.STEP, step, accelerator.process_index))
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's name, for layer-wise decay
 
         began, waited = time.perf_counter(), 0.0
         sums: dict[str, Tensor] = {}

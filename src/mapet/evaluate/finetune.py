@@ -54,7 +54,7 @@ def finetune_accuracy(
     model.to(device).train()
     optimizer = AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
 
-    augment = TrainView(view.size, 0, recipe.crop_min, recipe.flip, 0.0, view.mean, view.std)
+    augment = TrainView(view.size[0], 0, recipe.crop_min, recipe.flip, 0.0, view.mean, view.std)
     batch_size = min(recipe.batch_size, len(train))
     sampler = StepSampler(len(train), batch_size, seed, first_step=0, last_step=recipe.steps)
     assert train.labels is not None

@@ -62,7 +62,7 @@ def measure_run(
     The untrained network is the very one that pre-training began with, so the rows differ in nothing else.
     """
     train, test = open_labelled(config.data, config.seed)
-    view = PlainView(config.image_size, config.input_mean, config.input_std)
+    view = PlainView((config.image_size, config.image_size), config.input_mean, config.input_std)
     device = next(pretrained.parameters()).device
     logger.info("measuring raw pixels")
     rows = {"raw_pixels": probe_row(nn.Flatten(), train, test, view, channels=config.channels)}

@@ -32,7 +32,7 @@ from mapet.data import (
     open_images,
     open_labelled,
 )
-from mapet.engine import Evaluator, RunFolder, agree, on_main, replace_file, replace_folder
+from mapet.engine import Evaluator, RunFolder, agree, build_optimizer, on_main, replace_file, replace_folder
 from mapet.evaluate import probe_evaluator
 from mapet.export import export_backbone
 from mapet.models import build_vit
@@ -134,8 +134,9 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     )
     on_main(accelerator, lambda: _draw_start(objective, source, dataset, config, folder))
     export = partial(export_backbone, objective.backbone, mean=config.input_mean, std=config.input_std)
+    optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     job = Job(
-        config, dataset, objective, source, source.content_hash, (folder.exported, export),
+        config, dataset, objective, optimizer, source, source.content_hash, (folder.exported, export),
         baseline.describe if baseline else str, evaluators, config.eval_every,
     )  # fmt: skip
     outcome = run_job(job, folder, accelerator, workers, console)
@@ -236,7 +237,7 @@ def _some_ids(source: TokenSource, dataset: ViewDataset, config: PretrainConfig,
 def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
     if config.eval_data is None:
         return []
-    view = PlainView(config.image_size, config.input_mean, config.input_std)
+    view = PlainView((config.image_size, config.image_size), config.input_mean, config.input_std)
     parts = open_labelled(config.eval_data, config.seed)
     return [probe_evaluator(*parts, view, channels=config.channels, workers=workers)]
 

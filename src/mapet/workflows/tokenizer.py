@@ -166,4 +166,4 @@ def _write(tokenizer: Tokenizer, gathered: Gathered, folder: Path) -> None:
 
 def _fit_view(size: int, channels: int, crop_min: float | None) -> View:
     nothing = (0.0,) * channels, (1.0,) * channels
-    return PlainView(size, *nothing) if crop_min is None else TrainView(0, size, crop_min, 0.5, 0.0, *nothing)
+    return PlainView((size, size), *nothing) if crop_min is None else TrainView(0, size, crop_min, 0.5, 0.0, *nothing)

@@ -28,7 +28,6 @@ from mapet.engine import (
     Targets,
     TensorBoard,
     Trainee,
-    build_optimizer,
     explain_disk_errors,
     read_checkpoint,
     read_state,
@@ -53,6 +52,7 @@ class Job:
         config: resolved.
         dataset: gives the batches.
         objective: on its device.
+        optimizer: of its parameters; a group's ``lr_scale`` multiplies the learning rate.
         targets: what a batch is trained towards.
         tokenizer_hash: of what makes the targets; a resumed run must have the same.
         product: the folder that holds what came of it, and how it is written.
@@ -64,6 +64,7 @@ class Job:
     config: TrainKeys
     dataset: ViewDataset
     objective: nn.Module
+    optimizer: Optimizer
     targets: Targets
     tokenizer_hash: str
     product: tuple[Path, Callable[[Path], None]]
@@ -154,7 +155,7 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     """Train from the last checkpoint, or the beginning, to the end or a stop request. All processes call it."""
     config, objective, images = job.config, job.objective, job.dataset.images
     main = accelerator.is_main_process
-    optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
+    optimizer = job.optimizer
     made_from = {
         "images": len(images),
         "fingerprint": images.fingerprint,

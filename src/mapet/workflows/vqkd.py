@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mapet.config import VQKDConfig, config_to_yaml
 from mapet.data import Batch, Draws, Stream, TrainView, ViewDataset, check_channels, fold_seed, open_images
-from mapet.engine import Record, RunFolder, on_main, replace_file
+from mapet.engine import Record, RunFolder, build_optimizer, on_main, replace_file
 from mapet.objectives import VQKDObjective
 from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
 from mapet.workflows.device import count_workers, main_first, make_accelerator
@@ -76,7 +76,8 @@ def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) 
     )  # fmt: skip
     dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
     product = (folder.tokenizer, partial(save_tokenizer, tokenizer))
-    job = Job(config, dataset, objective, targets, targets.content_hash, product, _describe)
+    optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
+    job = Job(config, dataset, objective, optimizer, targets, targets.content_hash, product, _describe)
     outcome = run_job(job, folder, accelerator, count_workers(config.workers, images, device), console)
     accelerator.wait_for_everyone()
     return {

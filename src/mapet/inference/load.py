@@ -1,0 +1,72 @@
+"""``mapet.load``: a model and its transform, for use in Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, nn
+
+from mapet.data import Draw, View, decode, from_pil, to_channels
+from mapet.inference.models import class_names, open_model
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From an image to the normalised ``(C, H, W)`` input of a model, exactly as every command here makes it.
+
+    Args:
+        view: makes the input.
+        channels: of the input.
+    """
+
+    view: View
+    channels: int
+
+    def __call__(self, image: str | Path | Image.Image | np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+        """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, 3)`` uint8 array.
+
+        Raises:
+            OSError, ValueError, SyntaxError: for a file that cannot be read, as Pillow does.
+        """
+        if isinstance(image, str | Path):
+            pixels = decode(image, self.channels)
+        elif isinstance(image, Image.Image):
+            pixels = from_pil(image, self.channels)
+        else:
+            pixels = to_channels(image, self.channels)
+        return self.view(pixels, Draw(0, 0))[1]
+
+
+class Loaded(NamedTuple):
+    """``model, transform = mapet.load(...)``."""
+
+    model: nn.Module
+    transform: ImageTransform
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the outputs of a model with a classifier; () of one without."""
+        return class_names(self.model)
+
+
+def load(source: str | Path, *, image_size: int | tuple[int, int] | None = None) -> Loaded:
+    """Load a model and the transform that makes its input.
+
+    Args:
+        source: a run folder, an exported folder, or a timm model name.
+        image_size: side of the input in pixels, or rows and columns; None: as it was trained.
+
+    Returns:
+        ``(model, transform)``: ``model(transform(image)[None])`` gives ``(1, classes)`` logits of a
+        fine-tuned model, the ``(1, D)`` pooled feature of a pre-trained one.
+
+    Raises:
+        MapetError: if there is no such model, or it cannot be read.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    opened = open_model(source, classifier=True, image_size=size)
+    return Loaded(opened.network, ImageTransform(opened.view, opened.channels))

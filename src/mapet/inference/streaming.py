@@ -1,0 +1,57 @@
+"""A network run over images, in order, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mapet.data import DamageTally, ImageSet, View, ViewDataset, in_order, load_batches
+
+Output = TypeVar("Output")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def stream(
+    network: Callable[[Tensor], Output],
+    images: ImageSet,
+    view: View,
+    channels: int,
+    *,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "no",
+    tally: DamageTally | None = None,
+) -> Iterator[tuple[Tensor, Output]]:
+    """Yield ``(indices, output)`` a batch, in order; memory does not grow with the number of images.
+
+    Args:
+        network: takes normalised ``(B, C, H, W)`` images on ``device``.
+        images: whatever the set; labels are not looked at.
+        view: makes the input; its second output is taken.
+        channels: that images are read as.
+        device: where the network is.
+        batch_size: images at a time.
+        workers: processes that load images.
+        precision: "no" (float32), "bf16" or "fp16".
+        tally: counts and names the images that cannot be read, which are left out; None: any number may be damaged.
+
+    Raises:
+        MapetError: if more images are damaged than ``tally`` allows, or none can be read.
+    """
+    tally = tally or DamageTally(images, most_share=1.0)
+    loader = load_batches(
+        ViewDataset(images, view, channels), in_order(len(images), batch_size), workers, pin=device.type == "cuda"
+    )
+    for batch in loader:
+        tally.add(batch["damaged"])
+        # A damaged file's stand-in must not be taken for it: only images that are themselves stay.
+        whole = torch.tensor([not met for met in batch["damaged"]])
+        if not whole.any():
+            continue
+        with torch.no_grad(), torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS):
+            output = network(batch["student"][whole].to(device, non_blocking=True))
+        yield batch["index"][whole], output
