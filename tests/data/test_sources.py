@@ -69,7 +69,11 @@ def test_labelled_folders(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "val")
     assert [len(part) for part in open_labelled(str(tmp_path))] == [60, 60]
     shutil.rmtree(tmp_path / "val" / "class 3")
-    with pytest.raises(MapetError, match=r"do not have the same classes.*class 3"):
+    train, test = open_labelled(str(tmp_path))
+    assert test.classes == train.classes, "classes are numbered as in training, those that are absent too"
+    assert sorted(set(test.labels or ())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    shutil.rmtree(tmp_path / "Train" / "class 7")
+    with pytest.raises(MapetError, match=r"val has images of the class 'class 7', which .*Train does not have"):
         open_labelled(str(tmp_path))
 
 
