@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from mapet import MapetError
-from mapet.export import export_backbone
+from mapet.export import export_network
 from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer, save_tokenizer
 from mapet.tokenizers.teachers import build_teacher
 
@@ -149,7 +149,7 @@ def test_where_weights_came_from_is_recorded(timm_weights: dict[str, Path], tmp_
 def test_an_exported_run_is_a_tokenizer_that_needs_its_folder_no_more(tiny_vit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     exported = tmp_path / "exported"
     exported.mkdir()
-    export_backbone(tiny_vit(depth=3, reg_tokens=2).eval(), exported, (0.5,) * 3, (0.25,) * 3)
+    export_network(tiny_vit(depth=3, reg_tokens=2).eval(), exported, (0.5,) * 3, (0.25,) * 3)
     tokenizer = KFeatures.from_teacher(str(exported), (4, 4), 8, 28, stage=1)
     fitted(tokenizer, photos(size=28))
     (tmp_path / "tok").mkdir()
@@ -184,7 +184,7 @@ def test_stages_are_counted_as_timm_counts_them(timm_weights: dict[str, Path]) -
 
 def test_a_grey_backbone_of_ones_own_as_teacher(tiny_vit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     backbone = tiny_vit(channels=1).eval()
-    export_backbone(backbone, tmp_path, (0.5,), (0.25,))
+    export_network(backbone, tmp_path, (0.5,), (0.25,))
     teacher = build_teacher(f"local-dir:{tmp_path}")
     grey = photos(2, size=28, channels=1)
     expected = backbone.forward_features((grey - 0.5) / 0.25)[:, 1:]

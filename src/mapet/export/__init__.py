@@ -1,5 +1,5 @@
 """Getting a trained backbone out."""
 
-from mapet.export.timm_folder import export_backbone
+from mapet.export.timm_folder import export_network
 
-__all__ = ["export_backbone"]
+__all__ = ["export_network"]

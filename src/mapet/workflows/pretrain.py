@@ -34,7 +34,7 @@ from mapet.data import (
 )
 from mapet.engine import Evaluator, RunFolder, agree, build_optimizer, on_main, replace_file, replace_folder
 from mapet.evaluate import probe_evaluator
-from mapet.export import export_backbone
+from mapet.export import export_network
 from mapet.models import build_vit
 from mapet.objectives import LayoutObjective, build_objective
 from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
@@ -133,7 +133,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         lambda: measure_baseline(_some_ids(source, dataset, config, workers), source.vocab_size, folder.baseline),
     )
     on_main(accelerator, lambda: _draw_start(objective, source, dataset, config, folder))
-    export = partial(export_backbone, objective.backbone, mean=config.input_mean, std=config.input_std)
+    export = partial(export_network, objective.backbone, mean=config.input_mean, std=config.input_std)
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     job = Job(
         config, dataset, objective, optimizer, source, source.content_hash, (folder.exported, export),
