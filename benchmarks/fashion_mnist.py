@@ -16,11 +16,12 @@ from pathlib import Path
 
 from mapet.cli.flags import find_recipe
 from mapet.config import read_recipe
-from mapet.evaluate import FinetuneRecipe, Row
+from mapet.evaluate import Row
 from mapet.workflows import run_demo
+from mapet.workflows.demo import FINETUNING
 
-LABELS = 600  # 1 % of the training images
-FINETUNE = FinetuneRecipe(steps=150, batch_size=64, flip=0.5, crop_min=0.8)
+LABELS_PER_CLASS = 60  # 1 % of the training images
+FEW = {**FINETUNING, "steps": 150, "batch_size": 64, "flip": 0.5, "crop_min": 0.8}
 
 
 def measure(seed: int, out: Path) -> dict[str, Row]:
@@ -28,7 +29,7 @@ def measure(seed: int, out: Path) -> dict[str, Row]:
     if not results.exists():
         values = read_recipe(find_recipe("fashion_mnist_tiny")) | {"seed": seed}
         began = time.perf_counter()
-        run_demo(values, out, label_counts=(LABELS,), recipe=FINETUNE, resume=True)
+        run_demo(values, out, labels_per_class=(LABELS_PER_CLASS,), finetuning=FEW, resume=True)
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s, pre-training and measuring")
     rows: dict[str, Row] = json.loads(results.read_text())
     return rows

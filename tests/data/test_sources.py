@@ -94,10 +94,12 @@ def test_demo_digits_are_balanced_and_apart() -> None:
 
 def test_few_labels_are_spread_over_the_classes() -> None:
     train = open_labelled("mnist")[0]
-    few = few_per_class(train, 100, seed=0)
+    few = few_per_class(train, 10, seed=0)
     assert all((few.labels or ()).count(digit) == 10 for digit in range(10))
-    assert few.keys != few_per_class(train, 100, seed=1).keys
-    assert len(few_per_class(train, 13, seed=0)) == 13
+    assert few.keys != few_per_class(train, 10, seed=1).keys
+    assert set(few.keys) < set(few_per_class(train, 40, seed=0).keys)
+    with pytest.raises(MapetError, match=r"class '0' of mnist has 400 image\(s\), fewer than the 401 asked for"):
+        few_per_class(train, 401, seed=0)
 
 
 def test_split_is_seeded_and_by_class() -> None:

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from mapet.data import PlainView, few_per_class, open_labelled
-from mapet.evaluate import Features, FinetuneRecipe, extract_features, finetune_row, knn_accuracy, linear_accuracy
+from mapet.evaluate import Features, extract_features, knn_accuracy, linear_accuracy
 
 VIEW = PlainView((28, 28), (0.13,), (0.31,))
 
@@ -14,7 +13,7 @@ VIEW = PlainView((28, 28), (0.13,), (0.31,))
 @pytest.fixture(scope="module")
 def pixels() -> tuple[Features, Features]:
     train, test = open_labelled("mnist")
-    parts = few_per_class(train, 500, seed=0), few_per_class(test, 200, seed=0)
+    parts = few_per_class(train, 50, seed=0), few_per_class(test, 20, seed=0)
     return tuple(extract_features(nn.Flatten(), part, VIEW, channels=1) for part in parts)  # type: ignore[return-value]
 
 
@@ -36,16 +35,3 @@ def test_linear_separates_what_is_separable(pixels: tuple[Features, Features]) -
     shuffled = Features(x[:200], rng.permutation(y[:200]))
     assert linear_accuracy(shuffled, Features(x[200:], y[200:])) < 0.6
     assert 0.75 < linear_accuracy(*pixels) < 0.95
-
-
-def test_finetuning_learns_and_leaves_the_backbone_alone(tiny_vit) -> None:  # type: ignore[no-untyped-def]
-    train, test = open_labelled("mnist")
-    backbone = tiny_vit(channels=1)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    recipe = FinetuneRecipe(steps=150, batch_size=32, lr=3e-3)
-    part = few_per_class(test, 200, seed=1)
-    row, again = (finetune_row(backbone, train, part, VIEW, recipe, (20, 400), channels=1, seed=0) for _ in range(2))
-    assert row == again
-    assert row["finetune_400"] > row["finetune_20"] > 0.1
-    assert row["finetune_400"] > 0.3
-    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())

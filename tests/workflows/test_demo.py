@@ -8,14 +8,15 @@ from rich.console import Console
 from tests.conftest import TINY
 
 from mapet.cli import main
-from mapet.evaluate import FinetuneRecipe
 from mapet.workflows import run_demo
+from mapet.workflows.demo import FINETUNING
 
 
 def test_the_demos_rows_and_results(tmp_path: Path) -> None:
     values = {**TINY, "data": "mnist", "steps": 3}
-    recipe = FinetuneRecipe(steps=2)
-    result, rows = run_demo(values, tmp_path / "run", label_counts=(20,), recipe=recipe, console=Console(quiet=True))
+    few = {**FINETUNING, "steps": 2, "batch_size": 20}
+    quiet = Console(quiet=True)
+    result, rows = run_demo(values, tmp_path / "run", labels_per_class=(2,), finetuning=few, console=quiet)
     assert result.steps == 3
     assert rows is not None
     assert {name: set(row) for name, row in rows.items()} == {
@@ -24,6 +25,7 @@ def test_the_demos_rows_and_results(tmp_path: Path) -> None:
         "pretrained_vit": {"knn", "linear", "finetune_20"},
     }
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
+    assert (tmp_path / "run" / "finetuned" / "pretrained_vit-20" / "exported" / "model.safetensors").exists()
     assert rows["raw_pixels"]["knn"] > 0.9
     assert all(0 <= accuracy <= 1 for row in rows.values() for accuracy in row.values())
 

@@ -22,7 +22,7 @@ from tests.conftest import TINY
 
 from mapet import MapetError
 from mapet.cli.flags import find_recipe
-from mapet.config import FitConfig, PretrainConfig, make_config, read_recipe
+from mapet.config import FinetuneConfig, FitConfig, PretrainConfig, StrictConfig, make_config, read_recipe
 from mapet.data import open_images
 from mapet.workflows import pretrain
 
@@ -204,7 +204,7 @@ def test_another_tokenizer_is_refused_on_resume(digits: Path, tmp_path: Path) ->
     run(digits, tmp_path / "other", steps=2, seed=1)
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "run" / "tokenizer")
-    with pytest.raises(MapetError, match="the tokenizer or token store is not the one that the run in"):
+    with pytest.raises(MapetError, match="the tokenizer or token store is not what the run in"):
         pretrain({}, tmp_path / "run", resume=True, console=QUIET)
 
 
@@ -331,12 +331,14 @@ def test_real_photographs_through_real_features(photographs: Path, mobilenet_wei
 @pytest.mark.parametrize("path", sorted(find_recipe("demo").parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid_and_begin_with_their_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
-    kind = FitConfig if first.startswith("# mapet tokenizer fit") else PretrainConfig
+    kinds: dict[str, type[StrictConfig]] = {
+        "demo": PretrainConfig, "finetune": FinetuneConfig, "pretrain": PretrainConfig, "tokenizer": FitConfig,
+    }  # fmt: skip
     values = read_recipe(path)
     if "data" in values:
         assert open_images(values["data"])
-    make_config(kind, {"data": "x", **values})
-    assert first.startswith("# mapet ")
+    kind = kinds[first.removeprefix("# mapet ").split()[0]]
+    make_config(kind, {key: "x" for key, field in kind.model_fields.items() if field.is_required()} | values)
 
 
 def test_the_log_says_what_is_run(digits: Path, tmp_path: Path) -> None:

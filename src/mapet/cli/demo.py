@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def run(parsed: argparse.Namespace) -> int:
         return 0
     if rows is None:
         console.print(f"stopped and saved after step {result.steps}; --resume continues {out}", soft_wrap=True)
-        return 128 + (result.stopped_by or 0)
+        return 128 + (result.stopped_by or signal.SIGINT)  # else a fine-tuning was stopped
     print_rows(Console(), rows, f"accuracy on {parsed.dataset}, test images")
     console.print(
         f"pictures: {result.folder.figures}\nresults:  {out / 'results.json'}\n"

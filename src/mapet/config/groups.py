@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -179,6 +179,8 @@ class ViewKeys(StrictConfig):
 class TrainKeys(DataKeys):
     """How the loop trains, whatever it trains."""
 
+    default_epochs: ClassVar[int] = 300
+
     batch_size: int = Field(
         256, ge=1, description="images per optimiser step, over all devices", json_schema_extra=Common
     )
@@ -246,7 +248,7 @@ class TrainKeys(DataKeys):
                 f"batch size {self.batch_size} is larger than the data set of {images} images; "
                 f"pass --batch-size {images} or less"
             )
-        epochs = self.epochs if self.epochs is not None or self.steps is not None else 300
+        epochs = self.epochs if self.epochs is not None or self.steps is not None else self.default_epochs
         update = {
             "epochs": epochs,
             "lr": self.peak_lr,

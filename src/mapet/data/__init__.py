@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mapet.data.augment import AugmentedView, seeded
 from mapet.data.batches import (
     Batch,
     DamageTally,
@@ -35,6 +36,7 @@ from mapet.errors import MapetError, nearest
 
 __all__ = [
     "DEMO_SETS",
+    "AugmentedView",
     "Batch",
     "ContentOnly",
     "DamageTally",
@@ -63,6 +65,7 @@ __all__ = [
     "load_passes",
     "open_images",
     "open_labelled",
+    "seeded",
     "split",
     "to_channels",
     "with_classes",

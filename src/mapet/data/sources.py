@@ -178,18 +178,24 @@ def split(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet
     return images.subset(sorted(first)), images.subset(sorted(second))
 
 
-def few_per_class(images: ImageSet, total: int, seed: int) -> ImageSet:
-    """Take ``total`` labelled images, equally many of each class as far as ``total`` divides."""
+def few_per_class(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """Take ``count`` labelled images of each class; with the same seed, more are a superset of fewer.
+
+    Raises:
+        MapetError: if a class has fewer.
+    """
     labels = torch.tensor(_labels(images))
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    rank = torch.zeros(len(labels), dtype=torch.long)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen: list[int] = []
     for label in labels.unique():
         members = shuffled[labels[shuffled] == label]
-        rank[members] = torch.arange(len(members))
-    # The first of every class, then the second of every class, and so on.
-    order = sorted(shuffled.tolist(), key=lambda i: int(rank[i]))
-    return images.subset(sorted(order[:total]))
+        if len(members) < count:
+            raise MapetError(
+                f"class {images.classes[int(label)]!r} of {images.name} has {len(members)} image(s), fewer than the "
+                f"{count} asked for; take {len(members)} or fewer of each class"
+            )
+        chosen += members[:count].tolist()
+    return images.subset(sorted(chosen))
 
 
 def _labels(images: ImageSet) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ baseline.json        what can be had without looking at the images
 checkpoints/last/    everything needed to continue
 exported/            the backbone, for timm
 figures/             pictures
+results.json         what the outcome was measured to be worth
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class RunFolder:
         self.checkpoint = self.root / "checkpoints" / "last"
         self.exported = self.root / "exported"
         self.figures = self.root / "figures"
+        self.results = self.root / "results.json"
         self.lock: FileLock | None = None
 
     def open(self, *, resume: bool) -> None:

@@ -58,6 +58,7 @@ def open_model(
     crop_pct: float | None = None,
     reinit: bool = False,
     seed: int = 0,
+    drop_path: float = 0.0,
 ) -> OpenModel:
     """Open a model with its weights, on the CPU.
 
@@ -68,6 +69,7 @@ def open_model(
         image_size: rows and columns of its input in pixels; position embeddings are resized. None: as it was trained.
         crop_pct: see ``PlainView``; None: as timm has it.
         reinit: with random weights instead of its own, drawn from ``seed``.
+        drop_path: stochastic depth rate of its last block, for training.
 
     Raises:
         MapetError: if there is no such model, its weights cannot be had or are not finite, or the size does not fit.
@@ -75,7 +77,10 @@ def open_model(
     name = _timm_name(str(source))
     if reinit:
         torch.manual_seed(seed)
-    network = _create(name, str(source), pretrained=not reinit, **({} if classifier else {"num_classes": 0}))
+    network = _create(name, str(source), pretrained=not reinit, **({"drop_path_rate": drop_path} if drop_path else {}))
+    if not classifier:
+        # Not num_classes=0 above: timm would then pass over every weight that is missing.
+        network.reset_classifier(0)  # type: ignore[operator]
     if image_size is not None:
         _resize(network, image_size, str(source))
     broken = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
@@ -127,6 +132,8 @@ def _timm_name(source: str) -> str:
 def _create(name: str, source: str, **arguments: Any) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise MapetError(f"model {source!r} cannot be built: {error}; drop the flag that it does not know") from error
     except Exception as error:  # of the file system, safetensors, the hub's HTTP library, JSON, torch
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if name.startswith("local-dir:"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.errors import MapetError, nearest
+from mapet.objectives.classification import Classification
 from mapet.objectives.layout_objective import LayoutObjective, Output
 from mapet.objectives.mapet import MaPeT
 from mapet.objectives.mim import MIM
@@ -17,6 +18,7 @@ __all__ = [
     "MIM",
     "OBJECTIVES",
     "PIM",
+    "Classification",
     "LayoutObjective",
     "MaPeT",
     "Output",

@@ -3,15 +3,18 @@
 from mapet.workflows.bootstrap import bootstrap
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
+from mapet.workflows.finetune import FinetuneResult, finetune
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
 from mapet.workflows.vqkd import train_vqkd
 
 __all__ = [
+    "FinetuneResult",
     "RunResult",
     "bootstrap",
     "check_tokens",
     "encode_images",
+    "finetune",
     "fit_tokenizer",
     "initial_backbone",
     "measure_run",

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mapet.config import PretrainConfig
 from mapet.data import PlainView, open_labelled
 from mapet.engine import replace_file
-from mapet.evaluate import FinetuneRecipe, Row, finetune_row, probe_row
+from mapet.evaluate import Row, probe_row
+from mapet.workflows.finetune import finetune
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 
 logger = logging.getLogger(__name__)
 
-LABEL_COUNTS = (100, 400)
+LABELS_PER_CLASS = (10, 40)
+FINETUNING: dict[str, Any] = {
+    "steps": 100, "batch_size": 32, "lr": 1e-3, "min_lr": 0.0, "warmup": 0.1, "layer_decay": None, "drop_path": 0.0,
+    "crop_pct": 1.0, "crop_min": 0.6, "flip": 0.0, "augment": None, "color_jitter": 0.0, "erasing": 0.0, "mixup": 0.0,
+    "cutmix": 0.0, "smoothing": 0.0, "eval_every": 1000,
+}  # fmt: skip
 
 
 def run_demo(
     values: Mapping[str, Any],
     out: Path,
     *,
-    label_counts: tuple[int, ...] = LABEL_COUNTS,
-    recipe: FinetuneRecipe | None = None,
+    labels_per_class: Sequence[int] = LABELS_PER_CLASS,
+    finetuning: Mapping[str, Any] = FINETUNING,
     resume: bool = False,
     console: Console | None = None,
 ) -> tuple[RunResult, dict[str, Row] | None]:
@@ -37,8 +41,8 @@ def run_demo(
     Args:
         values: configuration whose ``data`` is a labelled demo set.
         out: the run folder.
-        label_counts: how many labels the fine-tunings get.
-        recipe: of the fine-tunings.
+        labels_per_class: how many the fine-tunings get, each a run in ``out/finetuned``.
+        finetuning: their configuration by key, see ``FinetuneConfig``.
         resume: continue an interrupted demo.
         console: where progress is shown.
 
@@ -49,28 +53,39 @@ def run_demo(
     result = pretrain(values, out, resume=resume, console=console)
     if result.steps < result.total_steps or not result.is_main:
         return result, None
-    rows = measure_run(result.config, result.objective.backbone, label_counts, recipe or FinetuneRecipe())
-    replace_file(result.folder.root / "results.json", json.dumps(rows, indent=2) + "\n")
+    rows = measure_run(result, labels_per_class, finetuning, console)
+    if rows is not None:
+        replace_file(result.folder.results, json.dumps(rows, indent=2) + "\n")
     return result, rows
 
 
 def measure_run(
-    config: PretrainConfig, pretrained: VisionTransformer, label_counts: tuple[int, ...], recipe: FinetuneRecipe
-) -> dict[str, Row]:
+    result: RunResult, labels_per_class: Sequence[int], finetuning: Mapping[str, Any], console: Console | None = None
+) -> dict[str, Row] | None:
     """Measure raw pixels, the untrained network and the pre-trained one on the run's own labelled data.
 
-    The untrained network is the very one that pre-training began with, so the rows differ in nothing else.
+    The untrained network is probed with the very weights that pre-training began with, and fine-tuned from random ones
+    of the same kind; the rows differ in nothing else. Returns None if a fine-tuning was stopped.
     """
+    config = result.config
     train, test = open_labelled(config.data, config.seed)
     view = PlainView((config.image_size, config.image_size), config.input_mean, config.input_std)
+    pretrained = result.objective.backbone
     device = next(pretrained.parameters()).device
     logger.info("measuring raw pixels")
     rows = {"raw_pixels": probe_row(nn.Flatten(), train, test, view, channels=config.channels)}
     for name, backbone in (("random_vit", initial_backbone(config).to(device)), ("pretrained_vit", pretrained)):
         logger.info("measuring %s: k-NN and linear probe", name)
         rows[name] = probe_row(backbone, train, test, view, channels=config.channels)
-        logger.info("measuring %s: fine-tuning with %s labels", name, " and ".join(map(str, label_counts)))
-        rows[name] |= finetune_row(
-            backbone, train, test, view, recipe, label_counts, channels=config.channels, seed=config.seed
-        )
+        for count in labels_per_class:
+            labels = count * len(train.classes)
+            values = {
+                "model": str(result.folder.exported), "data": config.data, "seed": config.seed,
+                "reinit": name == "random_vit", "labels_per_class": count, **finetuning,
+            }  # fmt: skip
+            out = result.folder.root / "finetuned" / f"{name}-{labels}"
+            scores = finetune(values, out, resume=True, console=console).scores
+            if scores is None:  # stopped and saved; --resume takes it up there
+                return None
+            rows[name][f"finetune_{labels}"] = scores.accuracy
     return rows

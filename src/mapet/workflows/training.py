@@ -54,11 +54,12 @@ class Job:
         objective: on its device.
         optimizer: of its parameters; a group's ``lr_scale`` multiplies the learning rate.
         targets: what a batch is trained towards.
-        tokenizer_hash: of what makes the targets; a resumed run must have the same.
+        targets_hash: of what makes the targets; a resumed run must have the same.
         product: the folder that holds what came of it, and how it is written.
         describe: puts a record into words.
         evaluators: measure the objective during the run.
         evaluate_every: epochs between that.
+        targets_name: what makes the targets, in words.
     """
 
     config: TrainKeys
@@ -66,11 +67,12 @@ class Job:
     objective: nn.Module
     optimizer: Optimizer
     targets: Targets
-    tokenizer_hash: str
+    targets_hash: str
     product: tuple[Path, Callable[[Path], None]]
     describe: Callable[[Record], str]
     evaluators: Sequence[Evaluator] = ()
     evaluate_every: int = 1
+    targets_name: str = "the tokenizer or token store"
 
 
 @contextmanager
@@ -159,10 +161,10 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     made_from = {
         "images": len(images),
         "fingerprint": images.fingerprint,
-        "tokenizer": job.tokenizer_hash,
+        "targets": job.targets_hash,
         "processes": accelerator.num_processes,
     }
-    first_step, damaged = _continue(folder, made_from, objective, optimizer, accelerator)
+    first_step, damaged = _continue(job, folder, made_from, accelerator)
     plan = _plan(job, len(images), first_step)
     tally = DamageTally(images, config.max_damaged, damaged)
     # The optimizer's state is where it belongs: moved, its step counts would be read back from the device each step.
@@ -215,11 +217,7 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
 
 
 def _continue(
-    folder: RunFolder,
-    made_from: Mapping[str, Any],
-    objective: nn.Module,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
+    job: Job, folder: RunFolder, made_from: Mapping[str, Any], accelerator: Accelerator
 ) -> tuple[int, list[int]]:
     """Load the last checkpoint, if there is one; return the steps done and the images known to be damaged."""
     if not folder.checkpoint.exists():
@@ -230,10 +228,10 @@ def _continue(
             f"'data' changed since the run in {folder.root} began: it had {before['images']} images, now there are "
             f"{made_from['images']}, or some have other names; restore it, or start another run with another --out"
         )
-    if before["tokenizer"] != made_from["tokenizer"]:
+    if before["targets"] != made_from["targets"]:
         raise MapetError(
-            f"the tokenizer or token store is not the one that the run in {folder.root} began with, so its ids mean "
-            "something else; restore it, or start another run with another --out"
+            f"{job.targets_name} is not what the run in {folder.root} began with, so its targets mean something else; "
+            "restore it, or start another run with another --out"
         )
     if before["processes"] != made_from["processes"]:
         logger.warning(
@@ -241,7 +239,7 @@ def _continue(
             "visiting orders",
             before["processes"], made_from["processes"],
         )  # fmt: skip
-    state = read_checkpoint(folder.checkpoint, objective, optimizer)
+    state = read_checkpoint(folder.checkpoint, job.objective, job.optimizer)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state["step"], state["damaged"]

@@ -1,0 +1,62 @@
+"""Fine-tune pre-trained networks and the same networks untrained with 1 %, 10 % and 100 % of the labels.
+
+    for seed in 0 1 2; do
+        mapet pretrain --config fashion_mnist_tiny --epochs 4 --seed $seed --out runs/fashion$seed
+    done
+    python benchmarks/labels.py runs/fashion0 runs/fashion1 runs/fashion2 --out runs/labels
+
+The n-th run is fine-tuned with the n-th seed. Killed and started again it continues. The table of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+from mapet.cli.flags import find_recipe
+from mapet.config import read_recipe
+from mapet.workflows import finetune
+
+EPOCHS = {0.01: 60, 0.1: 15, 1.0: 3}  # by share of the labels; about as long as each takes to level off
+ARMS = {"random-init ViT": True, "pre-trained ViT": False}
+
+
+def accuracy(run: str, seed: int, share: float, reinit: bool, out: Path) -> float:
+    results = out / "results.json"
+    if not results.exists():
+        values = read_recipe(find_recipe("finetune_fashion_mnist")) | {
+            "model": run, "seed": seed, "reinit": reinit, "epochs": EPOCHS[share], "eval_every": 1000,
+            "label_share": share if share < 1 else None, "precision": "no",
+        }  # fmt: skip
+        began = time.perf_counter()
+        finetune(values, out, resume=True)
+        print(f"{out}: {time.perf_counter() - began:.0f} s", flush=True)
+    return float(json.loads(results.read_text())["accuracy"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("runs/labels"))
+    arguments = parser.parse_args()
+
+    found: dict[tuple[str, float], list[float]] = {}
+    for seed, run in enumerate(arguments.runs):
+        for share in EPOCHS:
+            for arm, reinit in ARMS.items():
+                out = arguments.out / f"{'random' if reinit else 'pretrained'}-{share:g}-{seed}"
+                found.setdefault((arm, share), []).append(100 * accuracy(run, seed, share, reinit, out))
+    print("\n| | " + " | ".join(f"{share:.0%} of the labels" for share in EPOCHS) + " |")
+    print("|---" * (len(EPOCHS) + 1) + "|")
+    for arm in ARMS:
+        cells = [found[arm, share] for share in EPOCHS]
+        print(
+            f"| {arm} | " + " | ".join(f"{statistics.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in cells) + " |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The configuration of fine-tuning; the defaults are upstream's recipe for ViT-Base."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mapet.config.base import Common, Free
+from mapet.config.groups import ModelKeys, TrainKeys
+
+
+class FinetuneConfig(TrainKeys, ModelKeys):
+    """What decides a fine-tuning."""
+
+    default_epochs: ClassVar[int] = 100
+
+    data: str = Field(
+        min_length=1,
+        description="labelled images: one subfolder per class, perhaps below train and test (or val), or a demo set",
+        json_schema_extra={**Common, **Free},  # guarded by a fingerprint of images and labels instead
+    )
+    label_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of each class's labels that is used, at least one",
+        json_schema_extra=Common,
+    )
+    labels_per_class: int | None = Field(
+        None, ge=1, description="labels of each class that are used; default: all", json_schema_extra=Common
+    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs; without both 100 epochs",
+                              json_schema_extra=Common)  # fmt: skip
+    batch_size: int = Field(
+        512, ge=1, description="images per optimiser step, over all devices", json_schema_extra=Common
+    )
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate; by default upstream's 5e-4 at batch 512, scaled by the square root of the "
+        "batch size",
+        json_schema_extra=Common,
+    )
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    warmup: float = Field(0.2, ge=0, lt=1, description="share of the run that warms up")
+    layer_decay: float | None = Field(
+        0.65,
+        gt=0,
+        le=1,
+        description="the learning rate shrinks by this factor from each block to the one before it; null (flag: none): "
+        "the same for all",
+    )
+    pool: Literal["mean", "class"] | None = Field(
+        None, description="what the classifier reads: the mean over patches or the class token; default: the model's"
+    )
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
+    crop_pct: float | None = Field(
+        0.9, gt=0, le=1, description="share of the resized image's side that is seen when the model is measured"
+    )
+    crop_min: float = Field(0.08, gt=0, le=1, description="least share of the image that a random crop covers")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    augment: str | None = Field(
+        "rand-m9-mstd0.5-inc1",
+        description="timm's name of an augmentation policy; null (flag: none): colour jitter only",
+    )
+    color_jitter: float = Field(0.4, ge=0, le=1, description="colour jitter, where there is no --augment")
+    erasing: float = Field(0.25, ge=0, le=1, description="probability of erasing a rectangle")
+    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0: none")
+    cutmix: float = Field(1.0, ge=0, description="alpha of cutmix, which alternates with mixup; 0: none")
+    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="moving average of the weights, which is then measured and exported, as 0.9999"
+    )
+    eval_every: int | None = Field(
+        None,
+        ge=1,
+        description="epochs between measurements on the test part (and one at the end); default: a tenth of the run",
+        json_schema_extra=Free,
+    )
+
+    @field_validator("augment")
+    @classmethod
+    def _known_policy(cls, name: str | None) -> str | None:
+        # timm passes over what it does not understand in such a name.
+        if name is not None and not re.fullmatch(
+            r"(rand|augmix|original|originalr|v0|v0r|3a)(-(m|n|p|w|d|t|b|mstd|mmax|inc)\d+(\.\d+)?)*", name
+        ):
+            raise ValueError("none of timm's policies; take for instance rand-m9-mstd0.5-inc1, augmix-m5 or none")
+        return name
+
+    @model_validator(mode="after")
+    def _one_way_of_few(self) -> Self:
+        if self.label_share is not None and self.labels_per_class is not None:
+            raise ValueError("give label_share or labels_per_class, not both")
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The given peak learning rate, or upstream's scaled by the square root of the batch size."""
+        return self.lr if self.lr is not None else 5e-4 * math.sqrt(self.batch_size / 512)
+
+    def resolve(self, images: int) -> Self:
+        """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
+        config = super().resolve(images)
+        epochs = config.total_steps(images) // (images // config.batch_size)
+        return config.model_copy(update={"eval_every": self.eval_every or max(1, epochs // 10)})

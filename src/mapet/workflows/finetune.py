@@ -1,0 +1,206 @@
+"""Fine-tuning a model on labelled images, from values to a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+
+from mapet.config import FinetuneConfig, config_to_yaml
+from mapet.data import (
+    AugmentedView,
+    Batch,
+    Draws,
+    ImageSet,
+    Stream,
+    ViewDataset,
+    few_per_class,
+    fold_seed,
+    open_labelled,
+    split,
+)
+from mapet.engine import Record, RunFolder, build_optimizer, on_main, replace_file
+from mapet.errors import MapetError
+from mapet.evaluate import Scores, score_classifier
+from mapet.export import export_network
+from mapet.inference import OpenModel, open_model
+from mapet.objectives import Classification
+from mapet.workflows.device import count_workers, main_first, make_accelerator
+from mapet.workflows.training import (
+    Job,
+    check_out,
+    check_processes,
+    log_to,
+    run_folder,
+    run_job,
+    settle_config,
+)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came of a fine-tuning.
+
+    Attributes:
+        folder: the run folder; ``exported/`` is the classifier.
+        config: the resolved configuration.
+        scores: on the test part; None if the run was stopped early, or on any process but the main one.
+        steps: optimiser steps done.
+        total_steps: optimiser steps of the whole run.
+        stopped_by: the signal that ended it early, or None.
+        is_main: whether this process is the one that reports.
+    """
+
+    folder: RunFolder
+    config: FinetuneConfig
+    scores: Scores | None
+    steps: int
+    total_steps: int
+    stopped_by: int | None
+    is_main: bool
+
+
+def finetune(
+    values: Mapping[str, Any], out: str | Path, *, resume: bool = False, console: Console | None = None
+) -> FinetuneResult:
+    """Fine-tune a model on labelled images.
+
+    Args:
+        values: configuration by key, see ``FinetuneConfig``; ``model`` and ``data`` are needed.
+        out: the run folder.
+        resume: continue the run in ``out`` exactly, or begin it if there is none.
+        console: where progress is shown; None for standard error.
+
+    Raises:
+        MapetError: for input that cannot work; nothing is lost or half-written.
+    """
+    with run_folder(out) as folder:
+        config = settle_config(FinetuneConfig, values, folder, resume)
+        return _run(config, folder, resume, console or Console(stderr=True))
+
+
+def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Console) -> FinetuneResult:
+    accelerator = make_accelerator(config.precision, config.accumulate)
+    check_processes(config, accelerator)
+    device = accelerator.device
+    check_out(config.data, folder.root)
+    whole, test = main_first(accelerator, lambda: open_labelled(config.data, config.seed))
+    train = labels_to_use(config, whole)
+    _check_mixing(config, accelerator)
+
+    # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
+    begun = resume and folder.checkpoint.exists()
+    opened = main_first(accelerator, lambda: _open(config, folder.exported if begun else Path(config.model), train))
+    config = config.resolve(len(train)).model_copy(
+        update={
+            "image_size": opened.view.size,
+            "crop_pct": opened.view.crop_pct,
+            "precision": accelerator.mixed_precision,
+        }
+    )
+    augment = AugmentedView(
+        opened.view.size, opened.view.mean, opened.view.std, config.crop_min, config.flip, config.augment,
+        config.color_jitter, config.erasing,
+    )  # fmt: skip
+    objective = Classification(
+        opened.network, len(train.classes), mixup=config.mixup, cutmix=config.cutmix, smoothing=config.smoothing,
+        ema_decay=config.ema_decay,
+    ).to(device)  # fmt: skip
+    optimizer = build_optimizer(opened.network, config.peak_lr, config.weight_decay, config.beta2, config.layer_decay)
+    objective.average_after(optimizer)
+
+    def begin() -> None:
+        folder.open(resume=resume)
+        log_to(folder.log)
+        if not folder.config.exists():
+            replace_file(folder.config, config_to_yaml(config))
+
+    on_main(accelerator, begin)
+    workers = count_workers(config.workers, train, device)
+    dataset = ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed))
+    labels = torch.tensor(train.labels)
+
+    def targets(batch: Batch) -> Tensor:
+        return labels[batch["index"]].to(device)
+
+    def score(network: nn.Module) -> Scores:
+        return score_classifier(
+            network, test, opened.view, opened.channels, device=device, batch_size=config.batch_size, workers=workers
+        )
+
+    def measure(trained: nn.Module) -> Iterator[tuple[str, float]]:
+        assert isinstance(trained, Classification)
+        yield "eval_accuracy", score(trained.outcome).accuracy
+
+    export = partial(
+        export_network, objective.outcome, mean=opened.view.mean, std=opened.view.std,
+        crop_pct=opened.view.crop_pct, classes=train.classes,
+    )  # fmt: skip
+    job = Job(
+        config, dataset, objective, optimizer, targets, _hash_labels(train), (folder.exported, export), _describe,
+        [measure], config.eval_every or 1, "the labelling",
+    )  # fmt: skip
+    outcome = run_job(job, folder, accelerator, workers, console)
+
+    def conclude() -> Scores:
+        objective.eval()
+        scores = score(objective.outcome)
+        replace_file(folder.results, json.dumps(scores.as_json(), indent=1) + "\n")
+        return scores
+
+    scores = on_main(accelerator, conclude) if outcome.steps == outcome.total_steps else None
+    accelerator.wait_for_everyone()
+    return FinetuneResult(
+        folder, config, scores, outcome.steps, outcome.total_steps, outcome.stopped_by, accelerator.is_main_process
+    )
+
+
+def labels_to_use(config: FinetuneConfig, train: ImageSet) -> ImageSet:
+    """Return the labelled images that fine-tuning may see: all, a share of each class, or so many of each."""
+    if config.label_share is not None:
+        return split(train, config.label_share, config.seed)[1]
+    if config.labels_per_class is not None:
+        return few_per_class(train, config.labels_per_class, config.seed)
+    return train
+
+
+def _check_mixing(config: FinetuneConfig, accelerator: Accelerator) -> None:
+    parts = accelerator.num_processes * config.accumulate
+    if (config.mixup or config.cutmix) and config.batch_size // parts % 2:
+        raise MapetError(
+            f"mixup and cutmix pair the images of a batch, so {config.batch_size // parts} at a time is odd; take "
+            f"--batch-size {config.batch_size + parts}, or --mixup 0 --cutmix 0"
+        )
+
+
+def _open(config: FinetuneConfig, source: Path, train: ImageSet) -> OpenModel:
+    """Open the model with a fresh classifier for the classes of ``train``."""
+    torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
+    opened = open_model(
+        str(source), classifier=True, image_size=config.image_size, crop_pct=config.crop_pct, reinit=config.reinit,
+        seed=fold_seed(config.seed, Stream.WEIGHTS), drop_path=config.drop_path,
+    )  # fmt: skip
+    torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
+    pool = {"mean": "avg", "class": "token", None: None}[config.pool]
+    network: Any = opened.network
+    if pool is not None and not hasattr(network, "num_prefix_tokens"):
+        raise MapetError(f"--pool is for Vision Transformers, which model {config.model!r} is not; leave it out")
+    network.reset_classifier(len(train.classes), pool)
+    return opened
+
+
+def _hash_labels(images: ImageSet) -> str:
+    return hashlib.sha256(json.dumps([images.classes, images.labels]).encode()).hexdigest()
+
+
+def _describe(record: Record) -> str:
+    return f"loss {record['loss']:.3f}  training accuracy {record['accuracy']:.1%}"

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from mapet.data import AugmentedView, Draw, decode, seeded
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VIEW = AugmentedView((48, 64), MEAN, STD, 0.3, 0.5, "rand-m9-mstd0.5-inc1", 0.4, 0.5)
+
+
+def test_it_is_timms_own_transform(photographs: Path) -> None:
+    timms = create_transform(
+        (48, 64), is_training=True, scale=(0.3, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
+        interpolation="bicubic", mean=MEAN, std=STD, re_prob=0.5, re_mode="pixel",
+    )  # fmt: skip
+    for number, path in enumerate(sorted(photographs.iterdir())[:8]):
+        _, student = VIEW(decode(path, 3), Draw(number, 0))
+        with seeded(number):
+            torch.testing.assert_close(student, timms(Image.open(path).convert("RGB")), atol=1e-5, rtol=1e-5)
+
+
+def test_draws_decide_and_the_callers_randomness_stays(photographs: Path) -> None:
+    image = decode(min(photographs.iterdir()), 3)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
+    first, again, other = (VIEW(image, Draw(seed, 0))[1] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[union-attr]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_grey_and_deep_images(photographs: Path) -> None:
+    grey = replace(VIEW, mean=(0.5,), std=(0.25,), erasing=0.0)
+    image = decode(min(photographs.iterdir()), 1)
+    student = grey(image, Draw(0, 0))[1]
+    assert student.shape == (1, 48, 64)
+    deep = grey(image.float() / 255, Draw(0, 0))[1]
+    torch.testing.assert_close(student, deep, atol=0.05, rtol=0)  # a step of 8 bits, before normalisation by 1/4
+    plain = replace(grey, crop_min=1.0, flip=0.0, policy=None, jitter=0.0, size=tuple(image.shape[1:]))
+    torch.testing.assert_close(plain(image, Draw(0, 0))[1], (image / 255 - 0.5) / 0.25)
