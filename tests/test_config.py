@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mapet import MapetError
-from mapet.config import PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
+from mapet.config import FinetuneConfig, PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
 
 
 def test_unknown_key_names_the_nearest() -> None:
@@ -88,3 +88,14 @@ def test_every_key_is_described_and_what_is_computed_is_not_free() -> None:
         "eval_every",
         "max_damaged",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "batch_size"),
+    [({}, 60_000, 512), ({}, 600, 32), ({}, 7, 2), ({"batch_size": 512}, 600, 512)],
+)
+def test_few_labels_are_cut_into_ten_steps(given: dict[str, int], images: int, batch_size: int) -> None:
+    config = make_config(FinetuneConfig, {"model": "m", "data": "d", **given}).resolve(images)
+    assert config.batch_size == batch_size
+    assert config.lr == pytest.approx(5e-4 * (batch_size / 512) ** 0.5)
+    assert (config.epochs, config.eval_every) == (100, 10)

@@ -35,7 +35,11 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs; without both 100 epochs",
                               json_schema_extra=Common)  # fmt: skip
     batch_size: int = Field(
-        512, ge=1, description="images per optimiser step, over all devices", json_schema_extra=Common
+        512,
+        ge=1,
+        description="images per optimiser step, over all devices; if not given, fewer for fewer than 5,120 images, so "
+        "that an epoch has ten steps",
+        json_schema_extra=Common,
     )
     lr: float | None = Field(
         None,
@@ -104,6 +108,10 @@ class FinetuneConfig(TrainKeys, ModelKeys):
 
     def resolve(self, images: int) -> Self:
         """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
-        config = super().resolve(images)
+        whole = self
+        if "batch_size" not in self.model_fields_set and images < 10 * self.batch_size:
+            power_of_two = 1 << max(1, (images // 10).bit_length() - 1)
+            whole = self.model_copy(update={"batch_size": power_of_two})
+        config = super(FinetuneConfig, whole).resolve(images)
         epochs = config.total_steps(images) // (images // config.batch_size)
         return config.model_copy(update={"eval_every": self.eval_every or max(1, epochs // 10)})

@@ -90,17 +90,18 @@ def finetune(
 
 def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Console) -> FinetuneResult:
     accelerator = make_accelerator(config.precision, config.accumulate)
-    check_processes(config, accelerator)
     device = accelerator.device
     check_out(config.data, folder.root)
     whole, test = main_first(accelerator, lambda: open_labelled(config.data, config.seed))
     train = labels_to_use(config, whole)
+    config = config.resolve(len(train))
+    check_processes(config, accelerator)
     _check_mixing(config, accelerator)
 
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
     begun = resume and folder.checkpoint.exists()
     opened = main_first(accelerator, lambda: _open(config, folder.exported if begun else Path(config.model), train))
-    config = config.resolve(len(train)).model_copy(
+    config = config.model_copy(
         update={
             "image_size": opened.view.size,
             "crop_pct": opened.view.crop_pct,
