@@ -100,9 +100,7 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
     return values
 
 
-_TEXT_KEYS = frozenset(
-    {"data", "model", "tokenizer", "tokens", "teacher", "teacher_weights", "eval_data", "precision", "augment", "pool"}
-)
+_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "tokens", "teacher", "teacher_weights", "eval_data", "precision"})
 
 
 def _parse(text: str) -> Any:

@@ -44,7 +44,9 @@ def make_config(config_class: type[Config], values: dict[str, Any], origin: str 
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        wrong = error.errors()
+        # A misspelt key first: it may be the very one that is missing.
+        first = next((each for each in wrong if each["type"] == "extra_forbidden"), wrong[0])
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             hint = nearest(key, config_class.model_fields) or "; see --help"
