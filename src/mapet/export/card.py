@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # Of a record of metrics.jsonl: how the run went, not what came of it.
 BOOKKEEPING = frozenset({"step", "epoch", "images", "lr", "grad_norm", "images_per_s", "data_wait", "damaged"})
 LAST_RECORDS = 100
+AVERAGED = {key: f"{key}, mean of the last {LAST_RECORDS} logged steps" for key in ("loss", "accuracy")}
+BLIND = {"unigram_entropy": "loss without looking at the image", "chance": "accuracy without looking at the image"}
 CITATION = """@article{baraldi2025mapet,
   title   = {Learning to Mask and Permute Visual Tokens for Vision Transformer Pre-Training},
   author  = {Baraldi, Lorenzo and Amoroso, Roberto and Cornia, Marcella and Baraldi, Lorenzo and Pilzer, Andrea and
@@ -83,7 +85,7 @@ def read_run(source: str | Path) -> RunRecord | None:
     )
 
 
-def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str) -> str:
+def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str, *, untrained: bool = False) -> str:
     """Return a model card, Markdown with YAML front matter.
 
     Args:
@@ -91,17 +93,18 @@ def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str
         run: that it comes from; None if it was not trained here, or its weights are not the run's.
         name: of the exported folder.
         license: of the weights, as the hub names it.
+        untrained: its weights are random.
     """
     task = "image-classification" if opened.classes else "image-feature-extraction"
     data = ModelCardData(
         license=license,
         library_name="timm",
         pipeline_tag=task,
-        tags=["timm", task, *(["mapet", "self-supervised-learning"] if run else [])],
+        tags=["timm", task, *(["mapet"] if run else [])],
     )
     parts = [
         f"# {_cell(name)}",
-        _summary(opened, run),
+        _summary(opened, run, untrained),
         "\n".join(["| | |", "|---|---|", *(f"| {what} | {_cell(value)} |" for what, value in _facts(opened, run))]),
         f"## Usage\n\n{_fenced('python', _snippet(opened))}",
     ]
@@ -112,15 +115,15 @@ def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str
         parts.append(f"## Configuration\n\n{_fenced('yaml', _yaml(settings))}")
         if run.results:
             parts.append(f"## Results\n\n{_fenced('yaml', _yaml(run.results))}")
-        parts.append(f"## Citation\n\n{_fenced('bibtex', CITATION)}")
+        parts.append(f"## Citation\n\nmapet implements the pre-training of\n\n{_fenced('bibtex', CITATION)}")
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
-def _summary(opened: OpenModel, run: RunRecord | None) -> str:
+def _summary(opened: OpenModel, run: RunRecord | None, untrained: bool) -> str:
     network: Any = opened.network
     architecture = network.pretrained_cfg.get("architecture", type(network).__name__)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    what = f"`{architecture}` with {parameters:,} parameters"
+    what = f"`{architecture}` with {parameters:,} {'random ' if untrained else ''}parameters"
     if run is None:
         return f"{what}, exported from `{_without_places(opened.name)}`."
     data = _cell(str(run.config.get("data", "images that its configuration does not name")))
@@ -149,9 +152,8 @@ def _facts(opened: OpenModel, run: RunRecord | None) -> list[tuple[str, str]]:
         if run.last:
             epochs = f", {run.last['epoch']:.4g} epochs" if "epoch" in run.last else ""
             facts.append(("length", f"{run.last['step'] + 1:,} steps{epochs}"))
-        facts += [(key, f"{value:.4g}") for key, value in run.metrics.items()]
-        facts += [(f"{key} without looking at the image", f"{value:.4g}") for key, value in run.baseline.items()
-                  if isinstance(value, float)]  # fmt: skip
+        facts += [(AVERAGED.get(key, key), f"{value:.4g}") for key, value in run.metrics.items()]
+        facts += [(what, f"{run.baseline[key]:.4g}") for key, what in BLIND.items() if key in run.baseline]
     facts.append(("exported by", f"mapet {__version__}, torch {torch.__version__}, timm {timm.__version__}"))
     return facts
 
@@ -179,7 +181,7 @@ def _last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
         last |= {
             key: value for key, value in record.items() if key not in BOOKKEEPING and isinstance(value, int | float)
         }
-    for key in {"loss", "accuracy"} & last.keys():
+    for key in AVERAGED.keys() & last.keys():
         values = [record[key] for record in records[-LAST_RECORDS:] if isinstance(record.get(key), int | float)]
         last[key] = sum(values) / len(values) if values else last[key]
     return last

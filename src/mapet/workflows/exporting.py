@@ -62,7 +62,7 @@ def _write_timm(opened: OpenModel, folder: Path, config: ExportConfig, target: P
         classes=opened.classes, license=config.license,
     )  # fmt: skip
     run = None if config.reinit else read_run(config.model)
-    card = model_card(opened, run, target.name, config.license)
+    card = model_card(opened, run, target.name, config.license, untrained=config.reinit)
     # File names need not be valid Unicode.
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
