@@ -48,10 +48,12 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                 in_chans=1, num_classes=3)  # fmt: skip
     torch.nn.init.normal_(network.head.weight)  # timm's zeros would give the same logits for every image
     export_network(network, out / "exported", (0.2,), (0.4,), crop_pct=0.9, classes=CLASSES)
-    config = {"model": "/home/somebody/runs/photos/exported", "data": "/home/somebody/parts", "epochs": 3,
-              "layer_decay": 0.65, "teacher_weights": "https://me:secret@host/w.pth?token=secret", "none": None}  # fmt: skip
+    config = {
+        "model": "/home/somebody/runs/photos/exported", "data": "/home/somebody/parts", "epochs": 3, "none": None,
+        "layer_decay": 0.65, "teacher_weights": "https://me:secret@host/w.pth?token=secret",
+    }  # fmt: skip
     (out / "config.yaml").write_text(yaml.safe_dump(config))
-    record = {"step": 5, "loss": 0.5, "lr": 1e-3, "eval_accuracy": 0.875, "lacking": None}
+    record = {"step": 5, "epoch": None, "loss": 0.5, "lr": 1e-3, "eval_accuracy": 0.875, "lacking": None}
     (out / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     (out / "results.json").write_text(json.dumps({"test": {"accuracy": 0.9}, "from": "/home/somebody/parts/test"}))
     return out
@@ -255,6 +257,7 @@ def test_what_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
         ("timm", "x", {"license": "Mine, all mine"}, "license = 'Mine, all mine'"),
         ("onnx", "x.onnx", {"license": "mit"}, "unknown key 'license'"),
         ("timm", "x", {"check_images": 0}, "check_images = 0"),
+        ("tim", "x", {}, "unknown format 'tim'; did you mean 'timm'"),
     ],
 )
 def test_refusals(form: str, out: str, values: dict[str, Any], says: str, run: Path, tmp_path: Path) -> None:

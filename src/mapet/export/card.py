@@ -143,14 +143,15 @@ def _facts(opened: OpenModel, run: RunRecord | None) -> list[tuple[str, str]]:
         shown = ", ".join(opened.classes[:20]) + (", ..." if len(opened.classes) > 20 else "")
         facts.append(("output", f"logits of {len(opened.classes)} classes: {shown}"))
     else:
-        facts.append(("output", f"{network.num_features} features"))
+        facts.append(("output", f"{getattr(network, 'head_hidden_size', network.num_features)} features"))
     if run is not None:
         config = run.config
         images = "" if run.images is None else f", {run.images:,} images"
         facts.append(("trained on", f"{config.get('data', '?')}{images}"))
         facts += [(key, str(config[key])) for key in ("model", "objective", "tokenizer") if config.get(key) is not None]
         if run.last:
-            epochs = f", {run.last['epoch']:.4g} epochs" if "epoch" in run.last else ""
+            epoch = run.last.get("epoch")
+            epochs = f", {epoch:.4g} epochs" if isinstance(epoch, int | float) else ""
             facts.append(("length", f"{run.last['step'] + 1:,} steps{epochs}"))
         facts += [(AVERAGED.get(key, key), f"{value:.4g}") for key, value in run.metrics.items()]
         facts += [(what, f"{run.baseline[key]:.4g}") for key, what in BLIND.items() if key in run.baseline]

@@ -15,7 +15,7 @@ from torch import Tensor
 from mapet.config import ExportConfig, TimmExportConfig, make_config, read_recipe
 from mapet.data import ImageSet, open_images
 from mapet.engine import RunFolder, claimed_folder, explain_disk_errors, replace_file, replace_folder
-from mapet.errors import MapetError
+from mapet.errors import MapetError, nearest
 from mapet.export import (
     Agreement,
     compare,
@@ -94,6 +94,8 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
     Raises:
         MapetError: for input that cannot work, or outputs that differ by more than the tolerance; nothing is written.
     """
+    if form not in FORMATS:
+        raise MapetError(f"unknown format {form!r}{nearest(form, FORMATS)}")
     chosen = FORMATS[form]
     config = make_config(chosen.config_class, dict(values))
     target = Path(out)
