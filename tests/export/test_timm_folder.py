@@ -37,3 +37,13 @@ def test_a_classifier_keeps_its_classes(tmp_path: Path) -> None:
     assert torch.equal(loaded(images), network(images))
     assert loaded.pretrained_cfg["label_names"] == ["crack", "dent", "whole"]
     assert timm.data.resolve_model_data_config(loaded)["crop_pct"] == 0.9
+
+
+def test_a_network_without_stochastic_depth_and_with_other_resizing(tmp_path: Path) -> None:
+    network = timm.create_model("dla46_c", num_classes=2).eval()
+    export_network(network, tmp_path, (0.5,) * 3, (0.2,) * 3, interpolation="bilinear", license="mit")
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), network(images))
+    assert timm.data.resolve_model_data_config(loaded)["interpolation"] == "bilinear"
+    assert loaded.pretrained_cfg["license"] == "mit"

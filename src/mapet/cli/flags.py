@@ -100,7 +100,12 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
     return values
 
 
-_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "tokens", "teacher", "teacher_weights", "eval_data", "precision"})
+_TEXT_KEYS = frozenset(
+    {
+        "check", "data", "eval_data", "license", "model", "precision", "teacher", "teacher_weights", "tokenizer",
+        "tokens",
+    }
+)  # fmt: skip
 
 
 def _parse(text: str) -> Any:

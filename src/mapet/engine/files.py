@@ -13,11 +13,14 @@ from filelock import FileLock, Timeout
 from mapet.errors import MapetError
 
 
-def replace_file(target: Path, text: str) -> None:
-    """Replace the file ``target`` by one that holds ``text``."""
+def replace_file(target: Path, content: str | Callable[[Path], None]) -> None:
+    """Replace the file ``target`` by one that holds a text, or what ``content`` writes to the path it is given."""
     fresh = target.with_name(f".{target.name}.new")
     try:
-        fresh.write_text(text)
+        if isinstance(content, str):
+            fresh.write_text(content)
+        else:
+            content(fresh)
         _flush(fresh)
         fresh.replace(target)
     except BaseException:

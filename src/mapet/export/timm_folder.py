@@ -16,7 +16,9 @@ def export_network(
     std: Sequence[float],
     *,
     crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
     classes: Sequence[str] = (),
+    license: str = "unknown",
 ) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing folder.
 
@@ -28,14 +30,14 @@ def export_network(
         folder: where.
         mean, std: the input normalisation the network was trained with.
         crop_pct: share of the resized image's side that the network is to see.
+        interpolation: how images are resized.
         classes: names of a classifier's outputs.
+        license: of these weights, as the hub names it; timm would write that of the weights it has itself.
     """
     save_for_hf(
         network,
         str(folder),
-        model_config={"label_names": list(classes)} if classes else None,
-        # Stochastic depth belongs to the training that is over, not to the model that comes out of it.
-        model_args={"drop_path_rate": 0.0},
+        model_config={"label_names": list(classes), "pretrained_cfg": {"license": license}},
         safe_serialization=True,
-        data_config={"mean": tuple(mean), "std": tuple(std), "interpolation": "bicubic", "crop_pct": crop_pct},
+        data_config={"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation, "crop_pct": crop_pct},
     )

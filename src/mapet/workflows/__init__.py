@@ -3,6 +3,7 @@
 from mapet.workflows.bootstrap import bootstrap
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
+from mapet.workflows.exporting import export_model
 from mapet.workflows.finetune import FinetuneResult, finetune
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
@@ -14,6 +15,7 @@ __all__ = [
     "bootstrap",
     "check_tokens",
     "encode_images",
+    "export_model",
     "finetune",
     "fit_tokenizer",
     "initial_backbone",

@@ -1,0 +1,35 @@
+"""What is exported, and how it is checked."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mapet.config.base import Common
+from mapet.config.groups import ModelKeys
+
+
+class ExportConfig(ModelKeys):
+    """Keys of ``mapet export``, whatever the format."""
+
+    check: str | None = Field(
+        None,
+        min_length=1,
+        description="images on which the export must give what the model gives: a folder, a text file of paths, or a "
+        "demo set; default: those of the run, else mnist",
+        json_schema_extra=Common,
+    )
+    check_images: int = Field(100, ge=1, description="how many of them are compared", json_schema_extra=Common)
+    tolerance: float = Field(
+        1e-4, ge=0, description="largest absolute difference between outputs that is let pass", json_schema_extra=Common
+    )
+
+
+class TimmExportConfig(ExportConfig):
+    """Keys of ``mapet export timm``."""
+
+    license: str = Field(
+        "unknown",
+        pattern=r"^[a-z0-9][a-z0-9.-]*$",
+        description="of the weights, as the Hugging Face hub names it, such as apache-2.0 or cc-by-4.0",
+        json_schema_extra=Common,
+    )
