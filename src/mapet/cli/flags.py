@@ -100,7 +100,9 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
     return values
 
 
-_TEXT_KEYS = frozenset({"data", "model", "tokenizer", "tokens", "teacher", "teacher_weights", "eval_data", "precision"})
+_TEXT_KEYS = frozenset(
+    {"data", "model", "tokenizer", "tokens", "teacher", "teacher_weights", "eval_data", "precision", "file", "init"}
+)
 
 
 def _parse(text: str) -> Any:

@@ -1,6 +1,7 @@
 """Whole jobs, put together from the parts below: what the command line and Python users call."""
 
 from mapet.workflows.bootstrap import bootstrap
+from mapet.workflows.converting import convert
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
@@ -11,6 +12,7 @@ __all__ = [
     "RunResult",
     "bootstrap",
     "check_tokens",
+    "convert",
     "encode_images",
     "fit_tokenizer",
     "initial_backbone",
