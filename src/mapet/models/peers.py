@@ -15,11 +15,9 @@ from torch import Tensor
 from mapet.errors import MapetError
 from mapet.models.published import Blueprint, name_architecture, read_sizes, square_side, tensor_of, vit_blueprint
 
-# ``relative_position_index`` is a buffer that timm computes; BEiT v2 pre-trains with two more blocks over the class
-# token (``cls_pt_layers``), whose head may be its own.
-BEIT_LEFT_OUT = re.compile(
-    r"(.*\.)?relative_position_index|mask_token|lm_head\..*|cls_pt_layers\..*|cls_pt_lm_head\..*"
-)
+# ``relative_position_index`` is a buffer that timm computes. BEiT v2 pre-trains with two more blocks over the class
+# token (``cls_pt_layers``), which may have a norm and a head of their own.
+BEIT_LEFT_OUT = re.compile(r"(.*\.)?relative_position_index|mask_token|lm_head\..*|cls_pt_.*")
 MAE_LEFT_OUT = re.compile(r"mask_token|decoder_.*")
 
 

@@ -70,8 +70,8 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             ) from error
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise MapetError(
-            f"checkpoint {path} cannot be read as tensors ({reason}); it may be cut short or no checkpoint, download it "
-            "again"
+            f"checkpoint {path} cannot be read as tensors ({reason}); it may be cut short or no checkpoint, download "
+            "it again"
         ) from error
     if not isinstance(content, Mapping):
         raise MapetError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
@@ -110,9 +110,10 @@ def count_blocks(weights: Mapping[str, Tensor]) -> int:
 
 
 def name_architecture(family: str, arguments: Mapping[str, Any]) -> str:
-    """Return the timm model of a family (``vit``, ``beit``, ``beitv2``) of this size; its base model for other sizes."""
+    """Return the timm model of a family (``vit``, ``beit``, ``beitv2``) of this size, or else its base model."""
     size = SIZES.get((arguments["embed_dim"], arguments["depth"]), "base")
-    return f"{family}_{size}_patch{14 if size == 'huge' else 16}_224"
+    name = f"{family}_{size}_patch{14 if size == 'huge' else 16}_224"
+    return name if timm.is_model(name) else f"{family}_base_patch16_224"
 
 
 def settle_heads(width: int, asked: int | None) -> int:

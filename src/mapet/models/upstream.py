@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError, nearest
-from mapet.models.published import Blueprint, flatten_state, read_published, vit_blueprint
+from mapet.models.published import Blueprint, flatten_state, read_published, tensor_of, vit_blueprint
 
 # Their names of what pre-training alone needs, and the objectives'.
 PRETRAINING_NAMES = {
@@ -27,8 +27,7 @@ PRETRAINING_NAMES = {
     "decoder.bias": "head.bias",
 }
 
-# What the tensors tell, and what they do not; ``init_values`` is replaced by the weights, but the authors' configurations
-# have it.
+# What the tensors tell, and what they do not; ``init_values`` is replaced by the weights, but the authors have it.
 TOLD = ("img_size", "patch_size", "embed_dim", "depth", "num_classes")
 CONFIG_KEYS = ("num_heads", "norm_eps", "global_pool", "context_tokens", "init_values")
 
@@ -81,6 +80,9 @@ def upstream_blueprint(state: Mapping[str, Tensor], heads: int | None = None) ->
     """
     joined = join_projections(state)
     pretraining = {ours: joined.pop(theirs) for theirs, ours in PRETRAINING_NAMES.items() if theirs in joined}
+    if pretraining:
+        for theirs, dimensions in (("mask_positional_token", 3), ("decoder.weight", 2), ("decoder.bias", 1)):
+            tensor_of(state, theirs, dimensions)
     return replace(vit_blueprint(joined, heads), weights=joined, pretraining=pretraining)
 
 

@@ -92,7 +92,7 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
         _check_kind(state, config)
         blueprint = _blueprint(state, config)
         network = _build(blueprint, config)
-        mean, std, crop_pct = _input(network, config)
+        mean, std, crop_pct = _input(blueprint.arguments, config)
 
         def write(fresh: Path) -> None:
             export_network(network, fresh, mean, std, crop_pct=crop_pct, classes=class_names(network))
@@ -152,7 +152,10 @@ def _build(blueprint: Blueprint, config: ConvertConfig) -> nn.Module:
     if not timm.is_model(name):
         raise MapetError(f"unknown model {name!r}{nearest(name, timm.list_models()) or '; see timm.list_models()'}")
     try:
-        network: nn.Module = timm.create_model(name, **blueprint.arguments)
+        network: nn.Module = timm.create_model(
+            # timm's own weights of this name have another origin and licence than the file's.
+            name, **blueprint.arguments, pretrained_cfg_overlay={"tag": config.kind, "license": None},
+        )  # fmt: skip
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         raise MapetError(f"timm cannot build model {name!r} for checkpoint {config.file}: {error}") from error
     wanted = network.state_dict()
@@ -174,9 +177,9 @@ def _build(blueprint: Blueprint, config: ConvertConfig) -> nn.Module:
     return network.eval()
 
 
-def _input(network: nn.Module, config: ConvertConfig) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+def _input(arguments: Mapping[str, Any], config: ConvertConfig) -> tuple[tuple[float, ...], tuple[float, ...], float]:
     """Return mean, std and crop_pct: as said, or the published models'."""
-    kind, channels = KINDS[config.kind], network.patch_embed.proj.weight.shape[1]
+    kind, channels = KINDS[config.kind], arguments["in_chans"]
     mean, std = config.mean or kind.mean, config.std or kind.std
     for key, given in (("mean", mean), ("std", std)):
         if len(given) != channels:
@@ -184,7 +187,7 @@ def _input(network: nn.Module, config: ConvertConfig) -> tuple[tuple[float, ...]
                 f"checkpoint {config.file} takes images of {channels} channel(s), but {key} has {len(given)} values; "
                 f"pass --{key}"
             )
-    return mean, std, config.crop_pct or (kind.crop_pct if class_names(network) else 1.0)
+    return mean, std, config.crop_pct or (kind.crop_pct if arguments["num_classes"] else 1.0)
 
 
 def _grouped(names: Iterable[str]) -> str:

@@ -59,6 +59,7 @@ class Job:
         describe: puts a record into words.
         evaluators: measure the objective during the run.
         evaluate_every: epochs between that.
+        save_first: save before the first step, because what the objective begins with may not be had again.
     """
 
     config: TrainKeys
@@ -71,6 +72,7 @@ class Job:
     describe: Callable[[Record], str]
     evaluators: Sequence[Evaluator] = ()
     evaluate_every: int = 1
+    save_first: bool = False
 
 
 @contextmanager
@@ -188,6 +190,8 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
             replace_folder(*job.product)
             replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
 
+    if job.save_first and first_step == 0:
+        save(0)
     sampler = StepSampler(
         len(images), config.batch_size, config.seed, first_step, plan.total_steps,
         accelerator.process_index, accelerator.num_processes, config.accumulate,
