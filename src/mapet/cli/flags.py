@@ -102,8 +102,8 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
 
 _TEXT_KEYS = frozenset(
     {
-        "check", "data", "eval_data", "license", "model", "precision", "teacher", "teacher_weights", "tokenizer",
-        "tokens",
+        "check", "data", "eval_data", "file", "init", "license", "model", "precision", "teacher", "teacher_weights",
+        "tokenizer", "tokens",
     }
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Configurations: strict, typed, flat, every key documented. Needs neither torch nor timm."""
 
 from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
+from mapet.config.convert import ConvertConfig
 from mapet.config.export import ExportConfig, TimmExportConfig
 from mapet.config.finetune import FinetuneConfig
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
@@ -9,6 +10,7 @@ from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportC
 
 __all__ = [
     "CheckConfig",
+    "ConvertConfig",
     "EncodeConfig",
     "ExportConfig",
     "FinetuneConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,16 @@ from mapet.config.groups import InputKeys, KMeansKeys, TrainKeys, ViewKeys
 class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     """What decides a run. ``resolve`` fills in what depends on the data."""
 
+    init: str | None = Field(
+        None,
+        min_length=1,
+        description="weights to begin with: a run, an exported or converted folder, or a timm model name; its "
+        "architecture, sizes and normalisation are then the defaults",
+        json_schema_extra=Common,
+    )
+    init_parts: Literal["backbone", "all"] = Field(
+        "backbone", description="all: begin with the mask vector and the head of --init as well, for the same tokenizer"
+    )
     model: str = Field(
         "vit_small_patch16_224", description="a timm Vision Transformer by name", json_schema_extra=Common
     )
@@ -73,6 +83,8 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
                 raise ValueError(f"{name} has {len(values)} values for {self.channels} channel(s)")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std must be positive")
+        if self.init_parts == "all" and self.init is None:
+            raise ValueError("init_parts is 'all', but there is no init; name what the run begins with")
         self.check_teacher(self.tokenizer)
         if self.mirror and self.views is None and self.tokens is None:
             raise ValueError("mirror needs views: without a fixed number of views each is drawn anew, flip included")

@@ -83,6 +83,10 @@ class RunFolder:
         for folder in (self.tokenizer, self.checkpoint, self.exported):
             recover_folder(folder)
 
+    def holds_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, be it under the name that a kill left it with."""
+        return self.checkpoint.exists() or self.checkpoint.with_name(f".{self.checkpoint.name}.old").exists()
+
     def _lock(self) -> None:
         """Hold the folder for this process; the system lets go of it however the process ends."""
         self.lock = FileLock(self.root / ".lock")

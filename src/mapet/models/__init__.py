@@ -1,16 +1,26 @@
 """Vision Transformers: timm's, with attention that takes a layout."""
 
 from mapet.models.layout_blocks import LayoutAttention, LayoutBlock, attend, cpu_has_bfloat16, use_layouts
-from mapet.models.upstream import read_upstream, vit_from_upstream
+from mapet.models.peers import beit_blueprint, beitv2_blueprint, mae_blueprint, recognise
+from mapet.models.published import Blueprint, read_published
+from mapet.models.upstream import PRETRAINING_NAMES, read_upstream, upstream_blueprint, vit_from_upstream
 from mapet.models.vit import build_vit
 
 __all__ = [
+    "PRETRAINING_NAMES",
+    "Blueprint",
     "LayoutAttention",
     "LayoutBlock",
     "attend",
+    "beit_blueprint",
+    "beitv2_blueprint",
     "build_vit",
     "cpu_has_bfloat16",
+    "mae_blueprint",
+    "read_published",
     "read_upstream",
+    "recognise",
+    "upstream_blueprint",
     "use_layouts",
     "vit_from_upstream",
 ]

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.models import read_upstream, vit_from_upstream
+from mapet.models import PRETRAINING_NAMES, read_upstream, vit_from_upstream
 from mapet.objectives.mapet import MaPeT
 
 
@@ -35,11 +35,10 @@ def load_upstream(
     state = read_upstream(path_or_state_dict)
     config = dict(config or {})
     if "decoder.weight" not in state:
-        classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-        classifier = vit_from_upstream(state, config, num_classes=classes)
+        classifier = vit_from_upstream(state, config)
         _load(classifier, state)
         return classifier
-    renamed = {_OBJECTIVE_NAMES.get(name, f"backbone.{name}"): tensor for name, tensor in state.items()}
+    renamed = {PRETRAINING_NAMES.get(name, f"backbone.{name}"): tensor for name, tensor in state.items()}
     objective = MaPeT(
         vit_from_upstream(state, config),
         vocab_size=state["decoder.weight"].shape[0],
@@ -47,13 +46,6 @@ def load_upstream(
     )
     _load(objective, renamed)
     return objective
-
-
-_OBJECTIVE_NAMES = {
-    "mask_positional_token": "mask_token",
-    "decoder.weight": "head.weight",
-    "decoder.bias": "head.bias",
-}
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:

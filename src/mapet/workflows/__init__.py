@@ -1,6 +1,7 @@
 """Whole jobs, put together from the parts below: what the command line and Python users call."""
 
 from mapet.workflows.bootstrap import bootstrap
+from mapet.workflows.converting import convert
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
 from mapet.workflows.exporting import export_model
@@ -14,6 +15,7 @@ __all__ = [
     "RunResult",
     "bootstrap",
     "check_tokens",
+    "convert",
     "encode_images",
     "export_model",
     "finetune",

@@ -50,6 +50,8 @@ def bootstrap(
         raise MapetError(f"rounds is {rounds}; bootstrapping needs at least 1 after the first")
     if values.get("tokens") is not None:
         raise MapetError("a token store cannot be bootstrapped from; leave --tokens out")
+    if values.get("init") is not None:
+        raise MapetError("bootstrapping begins with random weights; leave --init out, or use mapet pretrain")
     config = make_config(PretrainConfig, dict(values))
     check_out(config.data, out)
     blocks = len(initial_backbone(config).blocks)

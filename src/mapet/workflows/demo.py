@@ -13,6 +13,7 @@ from torch import nn
 
 from mapet.data import PlainView, open_labelled
 from mapet.engine import replace_file
+from mapet.errors import MapetError
 from mapet.evaluate import Row, probe_row
 from mapet.workflows.finetune import finetune
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
@@ -50,6 +51,8 @@ def run_demo(
         the run and its rows of accuracies in 0..1; no rows if it was stopped early, or on any process but the
         main one.
     """
+    if values.get("init") is not None:
+        raise MapetError("the demo compares with random weights; leave --init out, or use mapet pretrain")
     result = pretrain(values, out, resume=resume, console=console)
     if result.steps < result.total_steps or not result.is_main:
         return result, None

@@ -28,7 +28,7 @@ from mapet.data import (
     open_labelled,
     split,
 )
-from mapet.engine import Record, RunFolder, build_optimizer, on_main, replace_file
+from mapet.engine import Record, RunFolder, agree, build_optimizer, on_main, replace_file
 from mapet.errors import MapetError
 from mapet.evaluate import Scores, score_classifier
 from mapet.export import export_network
@@ -99,8 +99,8 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     _check_mixing(config, accelerator)
 
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
-    begun = resume and folder.checkpoint.exists()
-    opened = main_first(accelerator, lambda: _open(config, folder.exported if begun else Path(config.model), train))
+    begun = agree(accelerator, folder.holds_checkpoint() and folder.exported.is_dir())
+    opened = main_first(accelerator, lambda: _open(config, str(folder.exported) if begun else config.model, train))
     config = config.model_copy(
         update={
             "image_size": opened.view.size,
@@ -148,7 +148,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     )  # fmt: skip
     job = Job(
         config, dataset, objective, optimizer, targets, _hash_labels(train), (folder.exported, export), _describe,
-        [measure], config.eval_every or 1, "the labelling",
+        [measure], config.eval_every or 1, "the labelling", save_first=True,
     )  # fmt: skip
     outcome = run_job(job, folder, accelerator, workers, console)
 
@@ -183,11 +183,11 @@ def _check_mixing(config: FinetuneConfig, accelerator: Accelerator) -> None:
         )
 
 
-def _open(config: FinetuneConfig, source: Path, train: ImageSet) -> OpenModel:
+def _open(config: FinetuneConfig, source: str, train: ImageSet) -> OpenModel:
     """Open the model with a fresh classifier for the classes of ``train``."""
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     opened = open_model(
-        str(source), classifier=True, image_size=config.image_size, crop_pct=config.crop_pct, reinit=config.reinit,
+        source, classifier=True, image_size=config.image_size, crop_pct=config.crop_pct, reinit=config.reinit,
         seed=fold_seed(config.seed, Stream.WEIGHTS), drop_path=config.drop_path,
     )  # fmt: skip
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))

@@ -41,6 +41,7 @@ from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
 from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.fitting import FIT_EPOCH, fit_codebook
+from mapet.workflows.initial import Start, inherit, read_start
 from mapet.workflows.targets import OnlineTokens, TokenSource, open_tokens
 from mapet.workflows.tokens import (
     BASELINE_IMAGES,
@@ -95,6 +96,8 @@ def pretrain(
         MapetError: for input that cannot work; nothing is lost or half-written.
     """
     with run_folder(out) as folder:
+        if not (resume and folder.config.exists()):
+            values = inherit(values)
         config = settle_config(PretrainConfig, values, folder, resume)
         return _run(config, folder, resume, console or Console(stderr=True))
 
@@ -111,7 +114,11 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
 
     # Built once without a tokenizer: what cannot work is refused before anything is fitted or written.
     config = config.resolve(len(images))
-    build = partial(build_objective, config.objective, initial_backbone(config))
+    backbone, start = initial_backbone(config), None
+    if config.init is not None and not agree(accelerator, folder.holds_checkpoint()):
+        start = main_first(accelerator, lambda: read_start(config))
+        start.load_backbone(backbone, config.model)
+    build = partial(build_objective, config.objective, backbone)
     draft = build(vocab_size=2, context_tokens=config.context_tokens, order=config.order)
     config = config.model_copy(
         update={
@@ -121,13 +128,16 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
             "precision": accelerator.mixed_precision,
         }
     )
-    source, config = _token_source(config, draft, images, folder, resume, accelerator, workers, console)
+    source, config = _token_source(config, draft, start, images, folder, resume, accelerator, workers, console)
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, bool(config.mirror))
     dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
 
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
-    objective = build(source.vocab_size, config.context_tokens, config.order).to(device)
+    objective = build(source.vocab_size, config.context_tokens, config.order)
+    if start is not None:
+        start.load_rest(objective)
+    objective.to(device)
     baseline = on_main(
         accelerator,
         lambda: measure_baseline(_some_ids(source, dataset, config, workers), source.vocab_size, folder.baseline),
@@ -137,7 +147,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     job = Job(
         config, dataset, objective, optimizer, source, source.content_hash, (folder.exported, export),
-        baseline.describe if baseline else str, evaluators, config.eval_every,
+        baseline.describe if baseline else str, evaluators, config.eval_every, save_first=start is not None,
     )  # fmt: skip
     outcome = run_job(job, folder, accelerator, workers, console)
     if main and baseline:
@@ -147,7 +157,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
 
 
 def initial_backbone(config: PretrainConfig) -> VisionTransformer:
-    """Return the untrained backbone that a run with this configuration begins with."""
+    """Return the random backbone that a run with this configuration begins with, if it has no ``init``."""
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     return build_vit(
         config.model, image_size=config.image_size, patch_size=config.patch_size, channels=config.channels,
@@ -158,6 +168,7 @@ def initial_backbone(config: PretrainConfig) -> VisionTransformer:
 def _token_source(
     config: PretrainConfig,
     draft: LayoutObjective,
+    start: Start | None,
     images: ImageSet,
     folder: RunFolder,
     resume: bool,
@@ -180,6 +191,8 @@ def _token_source(
 
     if config.tokens is not None:
         stored, config = open_tokens(config, images, draft.grid, accelerator.device)
+        if start is not None:
+            start.check_ids(stored.tokenizer_hash, stored.vocab_size)
         on_main(accelerator, begin)
         on_main(accelerator, keep)
         return stored, config
@@ -212,6 +225,8 @@ def _token_source(
             tokenizer, config, dataset, tally, accelerator,
             seed=config.seed, batch_size=64, workers=workers, console=console,
         )  # fmt: skip
+    if start is not None:
+        start.check_ids(tokenizer.content_hash, tokenizer.vocab_size)
     on_main(accelerator, lambda: keep(tokenizer))
     return OnlineTokens(tokenizer, accelerator.device, config.seed), config
 

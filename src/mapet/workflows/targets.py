@@ -21,6 +21,7 @@ class TokenSource(Protocol):
     Attributes:
         vocab_size: ``V``.
         content_hash: of all that decides the ids.
+        tokenizer_hash: of the tokenizer alone.
         view_size: side of the views that it needs in a batch; 0 for none.
         view_seed: of the crops and flips it gives ids for.
         needs_digests: whether it needs the images' content hashes in a batch.
@@ -28,6 +29,7 @@ class TokenSource(Protocol):
 
     vocab_size: int
     content_hash: str
+    tokenizer_hash: str
     view_size: int
     view_seed: int
     needs_digests: bool
@@ -44,7 +46,7 @@ class OnlineTokens:
     def __init__(self, tokenizer: Tokenizer, device: torch.device, seed: int) -> None:
         self._tokenizer, self._device = tokenizer.to(device), device
         self.vocab_size, self.view_size, self.view_seed = tokenizer.vocab_size, tokenizer.input_size, seed
-        self.content_hash = tokenizer.content_hash
+        self.content_hash = self.tokenizer_hash = tokenizer.content_hash
 
     def __call__(self, batch: Batch) -> Tensor:
         """Tokenize the views."""
@@ -61,6 +63,7 @@ class StoredTokens:
         self._rows = store.rows(images.keys)
         header = store.header
         self.vocab_size, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.digest.hex()
+        self.tokenizer_hash = header.tokenizer_hash
 
     def __call__(self, batch: Batch) -> Tensor:
         """Look the ids up.

@@ -60,6 +60,7 @@ class Job:
         evaluators: measure the objective during the run.
         evaluate_every: epochs between that.
         targets_name: what makes the targets, in words.
+        save_first: save before the first step, because what the objective begins with may not be had again.
     """
 
     config: TrainKeys
@@ -73,6 +74,7 @@ class Job:
     evaluators: Sequence[Evaluator] = ()
     evaluate_every: int = 1
     targets_name: str = "the tokenizer or token store"
+    save_first: bool = False
 
 
 @contextmanager
@@ -190,6 +192,8 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
             replace_folder(*job.product)
             replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
 
+    if job.save_first and first_step == 0:
+        save(0)
     sampler = StepSampler(
         len(images), config.batch_size, config.seed, first_step, plan.total_steps,
         accelerator.process_index, accelerator.num_processes, config.accumulate,
