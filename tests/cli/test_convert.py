@@ -23,7 +23,7 @@ def test_a_file_becomes_a_folder(
     assert "classifier of 10 classes, 64 px" in said
     assert "besides the weights, not used: epoch" in said
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
-    assert (config["mean"], config["tag"], "license" in config) == ([0.5, 0.5, 0.4], "upstream", False)
+    assert (config["mean"], config["tag"], config["license"]) == ([0.5, 0.5, 0.4], "upstream", "unknown")
     assert main([*arguments, "--out", str(tmp_path / "again"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["folder"], result["classes"], result["others"]) == (str(tmp_path / "again"), 10, ["epoch"])
