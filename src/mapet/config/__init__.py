@@ -3,6 +3,7 @@
 from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
 from mapet.config.pretrain import PretrainConfig
+from mapet.config.segment import SegmentConfig
 from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ModelKeys",
     "PretrainConfig",
     "ReportConfig",
+    "SegmentConfig",
     "StrictConfig",
     "TrainKeys",
     "VQKDConfig",
