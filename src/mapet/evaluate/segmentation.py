@@ -71,7 +71,8 @@ def patch_maps(opened: OpenModel, images: Tensor, precision: str = "no") -> Tens
     device = opened.device
     with torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS):
         tokens = read_tokens(opened.network, images.to(device, non_blocking=True))
-    return tokens.patches.float().transpose(1, 2).unflatten(2, tokens.grid)
+    maps: Tensor = tokens.patches.float().transpose(1, 2).unflatten(2, tokens.grid)
+    return maps
 
 
 def build_head(kind: str, opened: OpenModel, classes: int, seed: int) -> nn.Module:
