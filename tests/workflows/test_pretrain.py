@@ -22,7 +22,7 @@ from tests.conftest import TINY
 
 from mapet import MapetError
 from mapet.cli.flags import find_recipe
-from mapet.config import FitConfig, PretrainConfig, make_config, read_recipe
+from mapet.config import FitConfig, PretrainConfig, SegmentConfig, make_config, read_recipe
 from mapet.data import open_images
 from mapet.workflows import pretrain
 
@@ -331,11 +331,15 @@ def test_real_photographs_through_real_features(photographs: Path, mobilenet_wei
 @pytest.mark.parametrize("path", sorted(find_recipe("demo").parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid_and_begin_with_their_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
-    kind = FitConfig if first.startswith("# mapet tokenizer fit") else PretrainConfig
     values = read_recipe(path)
     if "data" in values:
         assert open_images(values["data"])
-    make_config(kind, {"data": "x", **values})
+    if first.startswith("# mapet tokenizer fit"):
+        make_config(FitConfig, {"data": "x", **values})
+    elif first.startswith("# mapet eval segment"):
+        make_config(SegmentConfig, {"model": "x", "data": "x", **values})
+    else:
+        make_config(PretrainConfig, {"data": "x", **values})
     assert first.startswith("# mapet ")
 
 

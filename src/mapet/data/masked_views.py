@@ -1,6 +1,7 @@
 """Views of an image together with its mask: one box, one flip, each interpolated in its own way.
 
-The input is ``(C + 1, H, W)`` as ``MaskedSet.load`` gives it; as from other views, two tensors come out.
+The input is ``(C + 1, H, W)`` as ``MaskedSet.load`` gives it, or the uint8 stand-in of a damaged image; as from other
+views, two tensors come out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class MaskedCrop:
             box = crop.make_params([stacked])
             mirrored = bool(torch.rand(()) < self.flip)
         image, ids = (
-            F.resized_crop(part, **box, size=list(self.size), interpolation=InterpolationMode(mode), antialias=True)
+            F.resized_crop(
+                part.float(), **box, size=list(self.size), interpolation=InterpolationMode(mode), antialias=True
+            )
             for part, mode in ((stacked[:-1], self.interpolation), (stacked[-1:], "nearest-exact"))
         )
         if mirrored:
@@ -84,7 +87,7 @@ class MaskedWhole:
         """Return ``(ids, image)``: ``(H, W)`` int64 and normalised ``(C, h, w)``, no side smaller than a window's."""
         size = self.size if self.short_side is None else scaled_size(stacked.shape[-2:], self.size, self.short_side)
         mode = InterpolationMode(self.interpolation)
-        image = F.resize(stacked[:-1], list(size), interpolation=mode, antialias=True)
+        image = F.resize(stacked[:-1].float(), list(size), interpolation=mode, antialias=True)
         return stacked[-1].long(), F.normalize(image.clamp(0, 1), list(self.mean), list(self.std))
 
 

@@ -115,15 +115,15 @@ def open_masked(
 
 
 def _pair(folder: Path, mask_folder: Path, **settings: Any) -> MaskedSet:
-    images = from_folder(folder)
+    images, masks = from_folder(folder), from_folder(mask_folder)
     found: dict[str, Path] = {}
-    for path in sorted(mask_folder.rglob("*")):
-        if path.suffix.lower() in MASK_EXTENSIONS:
-            name = path.relative_to(mask_folder).with_suffix("").as_posix()
+    for key in masks.keys:
+        if Path(key).suffix.lower() in MASK_EXTENSIONS:
+            path, name = mask_folder / key, _without_extension(key)
             if name in found:
                 raise MapetError(f"masks {found[name]} and {path} are for the same image; remove one of them")
             found[name] = path
-    names = [Path(key).with_suffix("").as_posix() for key in images.keys]
+    names = [_without_extension(key) for key in images.keys]
     lacking = [key for key, name in zip(images.keys, names, strict=True) if name not in found]
     if lacking:
         raise MapetError(
@@ -132,6 +132,10 @@ def _pair(folder: Path, mask_folder: Path, **settings: Any) -> MaskedSet:
             "or move such images elsewhere"
         )
     return MaskedSet(images.name, images.keys, images.items, masks=tuple(found[name] for name in names), **settings)
+
+
+def _without_extension(key: str) -> str:
+    return Path(key).with_suffix("").as_posix()
 
 
 def _hold_out(masked: MaskedSet, seed: int) -> tuple[MaskedSet, MaskedSet]:
@@ -147,7 +151,7 @@ def _read_ids(path: Path) -> np.ndarray[Any, Any]:
         with Image.open(path) as opened:
             mask = ImageOps.exif_transpose(opened)
             mask.load()
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
         raise MapetError(f"mask {path} cannot be read ({error}); repair it, or remove it and its image") from error
     if mask.mode not in ID_MODES:
         raise MapetError(
