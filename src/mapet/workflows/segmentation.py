@@ -108,15 +108,18 @@ def _prepare(config: SegmentConfig, console: Console) -> _Job:
             f"--batch-size {len(train)} or less"
         )
     opened = _open(config, config.seed)
-    counted = [_survey(part, config, what, console) for part, what in ((train, "training"), (test, "test"))]
-    seen, tested = counted
-    classes = len(seen) if config.classes is None else config.classes
-    if config.classes is not None and max(len(seen), len(tested)) > classes:
+    seen, tested = (_survey(part, config, what, console) for part, what in ((train, "training"), (test, "test")))
+    return _Job(config, opened, train, test, *_settle_classes(config, seen, tested))
+
+
+def _settle_classes(config: SegmentConfig, seen: Tensor, tested: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pixels of each class in the two parts, ``(K,)``, or refuse what cannot be learned or measured."""
+    greatest = max(len(seen), len(tested)) - 1
+    if config.classes is not None and greatest >= config.classes:
         raise MapetError(
-            f"the masks of {config.data} have the class {max(len(seen), len(tested)) - 1}, but --classes is {classes}, "
-            f"so that they end at {classes - 1}; raise it, or say with --ignore-index which value is of no class"
+            f"the masks of {config.data} have the class {greatest}, but --classes is {config.classes}, so that they "
+            f"end at {config.classes - 1}; raise it, or say with --ignore-index which value is of no class"
         )
-    seen, tested = (_padded(pixels, max(classes, len(tested))) for pixels in counted)
     if (seen > 0).sum() < 2:
         only = "no class at all" if not seen.any() else f"the single class {int(seen.argmax())}"
         raise MapetError(
@@ -124,17 +127,21 @@ def _prepare(config: SegmentConfig, console: Console) -> _Job:
             "are needed"
         )
     if not tested.any():
-        raise MapetError(f"the test masks of {config.data} hold no class at all, only pixels that are ignored")
+        raise MapetError(
+            f"the test masks of {config.data} hold no class at all, only pixels that are ignored; add labelled ones"
+        )
+    classes = config.classes or greatest + 1
+    seen, tested = _padded(seen, classes), _padded(tested, classes)
     unseen = torch.nonzero((tested > 0) & (seen == 0))[:, 0].tolist()
     if unseen:
         names = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
         what = f"the test masks of {config.data} have the class{'es' if len(unseen) > 1 else ''} {names}, which "
         if config.classes is None:
             raise MapetError(
-                f"{what}no training mask has; move images between the parts, or accept it with --classes {len(seen)}"
+                f"{what}no training mask has; move images between the parts, or accept it with --classes {classes}"
             )
         logger.warning("%sno training mask has: it will not be found", what)
-    return _Job(config, opened, train, test, seen, tested)
+    return seen, tested
 
 
 def _open(config: SegmentConfig, seed: int) -> OpenModel:
