@@ -16,6 +16,7 @@ from typing import Any
 # The tests run in two processes; more threads than cores only wait for each other. Before torch reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -24,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mapet.data import DEMO_SETS
+from mapet.export import export_network
 from mapet.models import build_vit
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -86,6 +88,40 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(exist_ok=True)
             Image.fromarray(images.items[index]).save(target)
             seen[label] += 1
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mosaics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 pictures of four real digits each (0, 1 or 7), 56 pixels, 48 to train on; in their masks 1, 2, 3 are ink."""
+    folder = tmp_path_factory.mktemp("mosaics")
+    images = DEMO_SETS["mnist"]()[0]
+    assert images.labels is not None
+    value = {0: 1, 1: 2, 7: 3}
+    chosen = [index for index, label in enumerate(images.labels) if label in value]
+    chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:240]]
+    for number in range(60):
+        four = chosen[4 * number : 4 * number + 4]
+        pixels = np.block(
+            [[images.items[four[0]], images.items[four[1]]], [images.items[four[2]], images.items[four[3]]]]
+        )
+        values = np.kron(np.array([value[images.labels[i]] for i in four]).reshape(2, 2), np.ones((28, 28)))
+        for kind, picture in (("images", pixels), ("masks", np.where(pixels > 0, values, 0).astype(np.uint8))):
+            target = folder / kind / ("train" if number < 48 else "val") / f"{number:02}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported network of random weights for grey images of 28 pixels, 4 x 4 patches."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(1)
+    network = build_vit(
+        "vit_tiny_patch16_224", image_size=28, patch_size=7, channels=1, embed_dim=32, depth=2, num_heads=2
+    )
+    export_network(network, folder, (0.1,), (0.3,))
     return folder
 
 

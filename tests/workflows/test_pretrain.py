@@ -22,7 +22,15 @@ from tests.conftest import TINY
 
 from mapet import MapetError
 from mapet.cli.flags import find_recipe
-from mapet.config import FinetuneConfig, FitConfig, PretrainConfig, StrictConfig, make_config, read_recipe
+from mapet.config import (
+    FinetuneConfig,
+    FitConfig,
+    PretrainConfig,
+    SegmentConfig,
+    StrictConfig,
+    make_config,
+    read_recipe,
+)
 from mapet.data import open_images
 from mapet.workflows import pretrain
 
@@ -332,7 +340,8 @@ def test_real_photographs_through_real_features(photographs: Path, mobilenet_wei
 def test_recipes_are_valid_and_begin_with_their_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     kinds: dict[str, type[StrictConfig]] = {
-        "demo": PretrainConfig, "finetune": FinetuneConfig, "pretrain": PretrainConfig, "tokenizer": FitConfig,
+        "demo": PretrainConfig, "eval": SegmentConfig, "finetune": FinetuneConfig, "pretrain": PretrainConfig,
+        "tokenizer": FitConfig,
     }  # fmt: skip
     values = read_recipe(path)
     if "data" in values:

@@ -6,6 +6,7 @@ from mapet.config.export import ExportConfig, TimmExportConfig
 from mapet.config.finetune import FinetuneConfig
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
 from mapet.config.pretrain import PretrainConfig
+from mapet.config.segment import SegmentConfig
 from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ModelKeys",
     "PretrainConfig",
     "ReportConfig",
+    "SegmentConfig",
     "StrictConfig",
     "TimmExportConfig",
     "TrainKeys",

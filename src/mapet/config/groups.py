@@ -45,8 +45,8 @@ class InputKeys(DataKeys):
     channels: int = Field(3, description="1 (grey) or 3 (RGB): what images are converted to")
 
 
-class ModelKeys(StrictConfig):
-    """A trained model, and how images are put into it."""
+class NetworkKeys(StrictConfig):
+    """A trained model, and the size of its input."""
 
     model: str = Field(
         min_length=1,
@@ -58,9 +58,6 @@ class ModelKeys(StrictConfig):
         description="side of the input in pixels, or rows x columns as 192x256; position embeddings are resized; "
         "default: the model's",
         json_schema_extra=Common,
-    )
-    crop_pct: float | None = Field(
-        None, gt=0, le=1, description="share of the resized image's side that the model sees; default: the model's"
     )
     reinit: bool = Field(False, description="random weights instead of the model's own: what is to be beaten")
 
@@ -77,16 +74,29 @@ class ModelKeys(StrictConfig):
         return value
 
 
-class InferenceKeys(ModelKeys, DataKeys):
-    """A trained model applied to images, in order."""
+class ModelKeys(NetworkKeys):
+    """A trained model, and how images are put into it."""
 
-    batch_size: int = Field(256, ge=1, description="images at a time", json_schema_extra=Common)
+    crop_pct: float | None = Field(
+        None, gt=0, le=1, description="share of the resized image's side that the model sees; default: the model's"
+    )
+
+
+class PrecisionKeys(StrictConfig):
+    """The arithmetic of a network that is applied."""
+
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="precision of the network; no: float32")
 
     @field_validator("precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: object) -> object:
         return "no" if value is False else value  # YAML reads a bare no as false
+
+
+class InferenceKeys(ModelKeys, PrecisionKeys, DataKeys):
+    """A trained model applied to images, in order."""
+
+    batch_size: int = Field(256, ge=1, description="images at a time", json_schema_extra=Common)
 
 
 class PatchKeys(StrictConfig):

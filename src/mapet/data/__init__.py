@@ -19,8 +19,10 @@ from mapet.data.batches import (
 )
 from mapet.data.decode import check_channels, decode, from_pil, to_channels
 from mapet.data.demo_sets import DEMO_SETS
+from mapet.data.masked_views import MaskedCrop, MaskedWhole
 from mapet.data.passes import ContentOnly, EveryView, load_passes
 from mapet.data.seeds import Draw, Draws, Stream, fold_seed
+from mapet.data.segmentation import IGNORED, MaskedSet, count_pixels, open_masked
 from mapet.data.sources import (
     ImageSet,
     few_per_class,
@@ -29,6 +31,7 @@ from mapet.data.sources import (
     from_labelled_folder,
     from_list,
     split,
+    train_and_test,
     with_classes,
 )
 from mapet.data.views import PlainView, TrainView, View
@@ -36,6 +39,7 @@ from mapet.errors import MapetError, nearest
 
 __all__ = [
     "DEMO_SETS",
+    "IGNORED",
     "AugmentedView",
     "Batch",
     "ContentOnly",
@@ -44,6 +48,9 @@ __all__ = [
     "Draws",
     "EveryView",
     "ImageSet",
+    "MaskedCrop",
+    "MaskedSet",
+    "MaskedWhole",
     "PlainView",
     "Sample",
     "StepSampler",
@@ -54,6 +61,7 @@ __all__ = [
     "at_random",
     "check_channels",
     "collate",
+    "count_pixels",
     "decode",
     "few_per_class",
     "fold_seed",
@@ -65,13 +73,12 @@ __all__ = [
     "load_passes",
     "open_images",
     "open_labelled",
+    "open_masked",
     "seeded",
     "split",
     "to_channels",
     "with_classes",
 ]
-
-TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
 
 
 def open_images(source: str) -> ImageSet:
@@ -112,12 +119,9 @@ def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         raise MapetError(
             f"{source!r} is neither a folder with one subfolder per class nor a demo set ({', '.join(DEMO_SETS)})"
         )
-    parts_by_name = {child.name.lower(): child for child in path.iterdir() if child.is_dir()}
-    train, test = (
-        next((parts_by_name[name] for name in names if name in parts_by_name), None)
-        for names in (TRAIN_FOLDERS, TEST_FOLDERS)
-    )
-    if train is None or test is None:
+    parts = train_and_test(path)
+    if parts is None:
         return split(from_labelled_folder(path), 0.2, seed)
+    train, test = parts
     seen = from_labelled_folder(train)
     return seen, with_classes(from_labelled_folder(test, least_classes=1), seen.classes, str(train))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ EXTENSIONS = frozenset(
         ".avif", ".tga",
     )
 )  # fmt: skip
+
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ImageSet:
             found = hashlib.sha256(np.ascontiguousarray(item).tobytes())
         return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
 
-    def subset(self, indices: Sequence[int]) -> ImageSet:
+    def subset(self, indices: Sequence[int]) -> Self:
         """Return the images at ``indices``, in that order."""
         items = self.items[np.asarray(indices)] if isinstance(self.items, np.ndarray) else None
         return replace(
@@ -110,6 +112,15 @@ def from_labelled_folder(folder: Path, least_classes: int = 2) -> ImageSet:
         raise MapetError(f"labelled folder {folder} has the single class {classes[0]!r}; at least 2 are needed")
     index = {name: number for number, name in enumerate(classes)}
     return replace(images, labels=tuple(index[name] for name in names if name is not None), classes=tuple(classes))
+
+
+def train_and_test(folder: Path) -> tuple[Path, Path] | None:
+    """Return the subfolders that hold the training and the test part; None if there are not both."""
+    by_name = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
+    train, test = (
+        next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    return None if train is None or test is None else (train, test)
 
 
 def with_classes(images: ImageSet, classes: Sequence[str], whose: str) -> ImageSet:

@@ -4,6 +4,7 @@ from mapet.report.atlas import write_codebook_report
 from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, shortcomings
 from mapet.report.figures import draw_curve, draw_layout, draw_tokens
 from mapet.report.progress import Baseline, Meter, ProgressSink
+from mapet.report.segmentation import draw_segmentation, segmentation_markdown, segmentation_table
 
 __all__ = [
     "Baseline",
@@ -13,8 +14,11 @@ __all__ = [
     "ProgressSink",
     "draw_curve",
     "draw_layout",
+    "draw_segmentation",
     "draw_tokens",
     "report_table",
+    "segmentation_markdown",
+    "segmentation_table",
     "shortcomings",
     "write_codebook_report",
 ]

@@ -28,6 +28,13 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
+def class_colours(count: int) -> ListedColormap:
+    """Return a colour for each of ``count`` ids or classes."""
+    # Neighbouring ids are unrelated, so neighbouring colours should be too.
+    shuffle = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
+    return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count))[shuffle])
+
+
 def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline, path: Path) -> None:
     """Draw loss and token accuracy over the steps, beside what can be had without looking at the image."""
     steps = np.array([record["step"] + 1 for record in records])
@@ -67,9 +74,7 @@ def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
     count = len(views)
     figure = Figure(figsize=(1.6 * count, 3.6), layout="constrained")
     panels = figure.subplots(2, count, squeeze=False)
-    # Neighbouring ids are unrelated, so neighbouring colours should be too.
-    shuffle = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0)).numpy()
-    colours = ListedColormap(colormaps["turbo"](np.linspace(0, 1, vocab_size))[shuffle])
+    colours = class_colours(vocab_size)
     for column in range(count):
         panels[0][column].imshow(views[column].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         token_map = ids[column].reshape(grid).numpy()

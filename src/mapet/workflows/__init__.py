@@ -7,6 +7,7 @@ from mapet.workflows.encoding import check_tokens, encode_images
 from mapet.workflows.exporting import export_model
 from mapet.workflows.finetune import FinetuneResult, finetune
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
+from mapet.workflows.segmentation import evaluate_segmentation
 from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
 from mapet.workflows.vqkd import train_vqkd
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_tokens",
     "convert",
     "encode_images",
+    "evaluate_segmentation",
     "export_model",
     "finetune",
     "fit_tokenizer",

@@ -154,7 +154,7 @@ def _build(blueprint: Blueprint, config: ConvertConfig) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(
             # timm's own weights of this name have another origin and licence than the file's.
-            name, **blueprint.arguments, pretrained_cfg_overlay={"tag": config.kind, "license": None},
+            name, **blueprint.arguments, pretrained_cfg_overlay={"tag": config.kind},
         )  # fmt: skip
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         raise MapetError(f"timm cannot build model {name!r} for checkpoint {config.file}: {error}") from error
