@@ -1,16 +1,21 @@
 """Configurations: strict, typed, flat, every key documented. Needs neither torch nor timm."""
 
 from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
+from mapet.config.evaluate import AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
 from mapet.config.pretrain import PretrainConfig
 from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
 __all__ = [
+    "AttentiveConfig",
     "CheckConfig",
+    "ClassifyConfig",
     "EncodeConfig",
     "FitConfig",
     "InferenceKeys",
     "KMeansKeys",
+    "KNNConfig",
+    "LinearConfig",
     "ModelKeys",
     "PretrainConfig",
     "ReportConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mapet.data.batches import (
@@ -63,6 +64,7 @@ __all__ = [
     "load_passes",
     "open_images",
     "open_labelled",
+    "open_test",
     "split",
     "to_channels",
     "with_classes",
@@ -109,12 +111,38 @@ def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
         raise MapetError(
             f"{source!r} is neither a folder with one subfolder per class nor a demo set ({', '.join(DEMO_SETS)})"
         )
-    parts_by_name = {child.name.lower(): child for child in path.iterdir() if child.is_dir()}
-    train, test = (
-        next((parts_by_name[name] for name in names if name in parts_by_name), None)
-        for names in (TRAIN_FOLDERS, TEST_FOLDERS)
-    )
-    if train is None or test is None:
+    parts = _parts(path)
+    if parts is None:
         return split(from_labelled_folder(path), 0.2, seed)
+    train, test = parts
     seen = from_labelled_folder(train)
     return seen, with_classes(from_labelled_folder(test, least_classes=1), seen.classes, str(train))
+
+
+def open_test(source: str, classes: Sequence[str], whose: str) -> ImageSet:
+    """Open labelled images to test a classifier on: the test part where there are parts, else all.
+
+    Args:
+        source: see ``open_labelled``.
+        classes: what the classifier knows; labels are numbered as these are, by name.
+        whose: they are, for messages.
+
+    Raises:
+        MapetError: if there are no labels, or images of a class that the classifier does not know.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        images = open_labelled(source)[1]
+    else:
+        parts = _parts(path)
+        images = from_labelled_folder(path if parts is None else parts[1], least_classes=1)
+    return with_classes(images, classes, whose)
+
+
+def _parts(folder: Path) -> tuple[Path, Path] | None:
+    """Return the training and the test folder inside a folder, if it has both."""
+    by_name = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
+    train, test = (
+        next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    return None if train is None or test is None else (train, test)

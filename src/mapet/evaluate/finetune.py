@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from mapet.data import Draws, ImageSet, PlainView, StepSampler, Stream, TrainView, ViewDataset, fold_seed, load_batches
 from mapet.engine import warmup_cosine
-from mapet.evaluate.features import extract_features
+from mapet.evaluate.classifier import score_classifier
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,4 @@ def finetune_accuracy(
         loss.backward()
         optimizer.step()
 
-    result = extract_features(model, test, view, channels=channels)
-    return float((result.x.argmax(axis=1) == result.y).mean())
+    return score_classifier(model, test, view, channels, device=device).accuracy

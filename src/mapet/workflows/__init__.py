@@ -3,6 +3,7 @@
 from mapet.workflows.bootstrap import bootstrap
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
+from mapet.workflows.evaluation import evaluate
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
 from mapet.workflows.vqkd import train_vqkd
@@ -12,6 +13,7 @@ __all__ = [
     "bootstrap",
     "check_tokens",
     "encode_images",
+    "evaluate",
     "fit_tokenizer",
     "initial_backbone",
     "measure_run",

@@ -1,0 +1,74 @@
+"""The results of an evaluation: as a table, and as files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+MOST_CLASSES_SHOWN = 20
+LISTS = ("per_class", "confusion", "sweep", "runs")  # what is not one number or name
+
+
+def percent(value: float | None) -> str:
+    """Write an accuracy in 0..1 as a percentage; a dash where there is none."""
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def result_lines(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a table says of results: name and value."""
+    for name, value in results.items():
+        if name in LISTS:
+            continue
+        text = (
+            percent(value)
+            if isinstance(value, float) and name in ("accuracy", "top5", "least", "greatest")
+            else (f"{value:.4g}" if isinstance(value, float) else str(value))
+        )
+        yield name.replace("_", " "), text
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Return results as a table for the terminal; of many classes the worst are shown."""
+    table = Table(title=f"{results['kind']}: {results['model']} on {results['data']}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in result_lines(results):
+        if name not in ("kind", "model", "data"):
+            table.add_row(name, value, style="bold" if name == "accuracy" else "")
+    table.add_section()
+    classes = results["per_class"]
+    shown = list(classes)
+    if len(shown) > MOST_CLASSES_SHOWN:
+        known = [name for name in shown if classes[name] is not None]
+        shown = sorted(known, key=lambda name: classes[name])[:MOST_CLASSES_SHOWN]
+        table.add_row(f"the {len(shown)} worst of {len(classes)} classes", "")
+    for name in shown:
+        table.add_row(name, percent(classes[name]))
+    return table
+
+
+def write_results(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``results.json``, ``results.md`` and ``confusion.csv`` (rows: true classes) into a folder."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    names = list(results["per_class"])
+    with (folder / "confusion.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true class", *names])
+        writer.writerows([name, *row] for name, row in zip(names, results["confusion"], strict=True))
+    lines = ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in result_lines(results))]
+    for key in ("sweep", "runs"):
+        if rows := results.get(key):
+            lines += ["", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+            lines += [f"| {' | '.join(f'{value:.4g}' for value in row.values())} |" for row in rows]
+    lines += ["", "| class | accuracy |", "|---|---|"]
+    lines += [f"| {_cell(name)} | {percent(value)} |" for name, value in results["per_class"].items()]
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
