@@ -92,16 +92,17 @@ def extract_features(
         device=device, batch_size=batch_size, workers=workers, precision=precision, tally=tally,
     )  # fmt: skip
     for indices, output in batches:
-        found = output.float().cpu().numpy().astype(np.float32 if file is None else np.float16)
+        if not done:
+            shape = (len(images), *output.shape[1:])
+            x = np.empty(shape, np.float32) if file is None else _on_disk(file, shape)
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused
+            found = output.float().cpu().numpy().astype(x.dtype)
         wrong = ~np.isfinite(found).reshape(len(found), -1).all(axis=1)
         if wrong.any():
             raise MapetError(
                 f"the features of image {images.keys[int(indices[int(wrong.argmax())])]!r} in {images.name} contain "
                 "NaN or infinity; take another --precision, or weights that are sound"
             )
-        if not done:
-            shape = (len(images), *found.shape[1:])
-            x = np.empty(shape, np.float32) if file is None else _on_disk(file, shape)
         x[done : done + len(found)], kept[done : done + len(found)] = found, indices.numpy()
         done += len(found)
         show(done)

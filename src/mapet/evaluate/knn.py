@@ -17,8 +17,9 @@ from mapet.evaluate.metrics import MOST_GUESSES, IntArray, Scores, score
 NEIGHBOURS, TEMPERATURE = (1, 5, 10, 20, 50, 100, 200), 0.07
 CHUNK_BYTES = 256 * 2**20  # of similarities at a time
 
-# Far below what float32 features mean, far above the rounding of float64: it settles ties and nothing else.
-TIE = 1e-15
+# Far below what float32 features mean. Rounded so, copies of an image are equally near, which the sums of a matrix
+# product would leave to chance; the step from one index to the next then settles ties and nothing else.
+DECIMALS, TIE = 12, 1e-15
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def classify(
     later = TIE * torch.arange(len(train), dtype=torch.float64)
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for chunk in torch.from_numpy(asked).split(max(1, CHUNK_BYTES // (8 * len(train)))):
-        similarity = (_directions(chunk.numpy()) @ train.T).clamp(-1, 1)
+        similarity = (_directions(chunk.numpy()) @ train.T).round(decimals=DECIMALS).clamp(-1, 1)
         nearest = (similarity - later).topk(max(neighbours)).indices
         # exp(s / T) up to a factor that all votes share; a small T would overflow.
         weights = ((similarity.gather(1, nearest) - 1) / temperature).exp()
