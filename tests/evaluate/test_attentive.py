@@ -26,7 +26,7 @@ def pooled(features: Features) -> Features:
 
 def test_it_attends_to_the_patch_that_matters() -> None:
     train, test = needles(800, 0), needles(400, 1)
-    training = Training(seed=0, device=CPU, steps=400, batch_size=64)
+    training = Training(seed=0, device=CPU, steps=200, batch_size=32)
     attentive = evaluate_probe(fit_attentive, train, test, grid((1e-2, 3e-2), (0.01,)), training)
     linear = evaluate_probe(fit_linear, pooled(train), pooled(test), grid((0.3,), (1e-3,)), training)
     assert attentive.scores.accuracy > 0.95

@@ -55,6 +55,7 @@ def test_one_readable_class_is_not_enough(digits: Path, tmp_path: Path) -> None:
         file.write_bytes(b"cut")
     with pytest.raises(MapetError, match="only 6 of one class can be read"):
         extract(tmp_path)
+    assert extract(tmp_path, least_classes=1).y.tolist() == [0] * 6
 
 
 def test_images_without_labels_are_refused(digits: Path) -> None:

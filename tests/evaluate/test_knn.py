@@ -43,9 +43,7 @@ def test_predictions_are_scikit_learns(
     network: str, temperature: float, pixels: Parts, tiny_vit: Callable[..., Any]
 ) -> None:
     """Also on the features of an untrained network, which are nearly the same for all images."""
-    train, test = (
-        pixels if network == "pixels" else measure(tiny_vit(channels=1).eval().requires_grad_(False), 2000, 500)
-    )
+    train, test = pixels if network == "pixels" else measure(tiny_vit(channels=1).eval(), 2000, 500)
     found = classify(train.x, train.y, test.x, NEIGHBOURS, temperature, 10)
     for k in NEIGHBOURS:
         assert np.array_equal(found[k][:, 0], reference(train.x, train.y, test.x, k, temperature)), k

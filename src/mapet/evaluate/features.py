@@ -67,6 +67,7 @@ def extract_features(
     workers: int = 0,
     precision: str = "no",
     tally: DamageTally | None = None,
+    least_classes: int = 2,
     file: Path | None = None,
     show: Callable[[int], None] = lambda done: None,
 ) -> Features:
@@ -76,11 +77,12 @@ def extract_features(
         read: maps normalised ``(B, C, H, W)`` images on ``device`` to their features ``(B, ...)``.
         images: labelled; images that cannot be read are left out.
         view, channels, device, batch_size, workers, precision, tally: see ``inference.stream``.
+        least_classes: how many classes there must be images of; what only tests may have one.
         file: where features are kept, in float16, instead of in memory in float32.
         show: is told how many images are done.
 
     Raises:
-        MapetError: if the images have no labels, fewer than two classes can be read, a feature is not finite, or
+        MapetError: if the images have no labels, too few classes can be read, a feature is not finite, or
             the disk has no room.
     """
     if images.labels is None:
@@ -107,7 +109,7 @@ def extract_features(
         done += len(found)
         show(done)
     y = np.asarray(images.labels, dtype=np.int64)[kept[:done]]
-    if len(np.unique(y)) < 2:
+    if len(np.unique(y)) < least_classes:
         raise MapetError(f"of the labelled images of {images.name} only {done} of one class can be read; repair them")
     return Features(x, np.arange(done), y, images.classes)
 

@@ -39,7 +39,8 @@ def probe_row(
     training = model.training
     model.eval()
     seen, unseen = (
-        extract_features(model, part, view, channels, device=device, workers=workers) for part in (train, test)
+        extract_features(model, part, view, channels, device=device, workers=workers, least_classes=least)
+        for part, least in ((train, 2), (test, 1))
     )
     model.train(training)
     k = min(NEIGHBOURS, len(seen))

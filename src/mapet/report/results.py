@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 MOST_CLASSES_SHOWN = 20
+SHARES = ("accuracy", "least", "greatest", "top5")
 LISTS = ("per_class", "confusion", "sweep", "runs")  # what is not one number or name
 
 
@@ -22,33 +24,30 @@ def percent(value: float | None) -> str:
 def result_lines(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what a table says of results: name and value."""
     for name, value in results.items():
-        if name in LISTS:
-            continue
-        text = (
-            percent(value)
-            if isinstance(value, float) and name in ("accuracy", "top5", "least", "greatest")
-            else (f"{value:.4g}" if isinstance(value, float) else str(value))
-        )
-        yield name.replace("_", " "), text
+        if name in SHARES:
+            yield name, percent(value)
+        elif name not in LISTS:
+            yield name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Return results as a table for the terminal; of many classes the worst are shown."""
-    table = Table(title=f"{results['kind']}: {results['model']} on {results['data']}", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    """Return results as a table for the terminal: beside each class what it is taken for; of many classes the worst."""
+    table = Table(title=Text(f"{results['kind']}: {results['model']} on {results['data']}"), show_header=False)
+    for justify in ("left", "right", "left"):
+        table.add_column(justify=justify)
     for name, value in result_lines(results):
         if name not in ("kind", "model", "data"):
             table.add_row(name, value, style="bold" if name == "accuracy" else "")
     table.add_section()
-    classes = results["per_class"]
-    shown = list(classes)
-    if len(shown) > MOST_CLASSES_SHOWN:
-        known = [name for name in shown if classes[name] is not None]
-        shown = sorted(known, key=lambda name: classes[name])[:MOST_CLASSES_SHOWN]
-        table.add_row(f"the {len(shown)} worst of {len(classes)} classes", "")
-    for name in shown:
-        table.add_row(name, percent(classes[name]))
+    names, confusion = list(results["per_class"]), results["confusion"]
+    known = [(value, number) for number, value in enumerate(results["per_class"].values()) if value is not None]
+    if len(known) > MOST_CLASSES_SHOWN:
+        table.add_row(f"the {MOST_CLASSES_SHOWN} worst of {len(known)} classes", "")
+        known = sorted(known)[:MOST_CLASSES_SHOWN]
+    for value, number in known:
+        count, other = max((count, -other) for other, count in enumerate(confusion[number]) if other != number)
+        taken = f"{count} of {sum(confusion[number])} taken for {names[-other]}" if count else ""
+        table.add_row(Text(names[number]), percent(value), Text(taken))
     return table
 
 

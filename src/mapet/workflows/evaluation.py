@@ -62,11 +62,12 @@ class Job:
     def extract(self, choose: Callable[[Tensor], Tensor], folder: Path | None = None) -> tuple[Features, Features]:
         """Return the features of the training and the test images; with a folder they are kept there."""
         found = []
-        for part, images in zip(("training", "test"), open_labelled(self.config.data, self.config.seed), strict=True):
+        parts = open_labelled(self.config.data, self.config.seed)
+        for part, images, least in zip(("training", "test"), parts, (2, 1), strict=True):
             with Meter(self.console, f"features of {part} images", len(images)) as meter:
                 features = extract_features(
                     choose, images, self.opened.view, self.opened.channels, **self.stream_over(images),
-                    file=folder / part if folder else None, show=meter.show,
+                    least_classes=least, file=folder / part if folder else None, show=meter.show,
                 )  # fmt: skip
             found.append(features)
         train, test = found
