@@ -16,6 +16,7 @@ from mapet.data.batches import (
     collate,
     in_order,
     load_batches,
+    printable,
 )
 from mapet.data.decode import check_channels, decode, from_pil, to_channels
 from mapet.data.demo_sets import DEMO_SETS
@@ -65,6 +66,7 @@ __all__ = [
     "open_images",
     "open_labelled",
     "open_test",
+    "printable",
     "split",
     "to_channels",
     "with_classes",

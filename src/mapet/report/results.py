@@ -11,6 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from mapet.data import printable
+
 MOST_CLASSES_SHOWN = 20
 SHARES = ("accuracy", "least", "greatest", "top5")
 LISTS = ("per_class", "confusion", "sweep", "runs")  # what is not one number or name
@@ -39,7 +41,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         if name not in ("kind", "model", "data"):
             table.add_row(name, value, style="bold" if name == "accuracy" else "")
     table.add_section()
-    names, confusion = list(results["per_class"]), results["confusion"]
+    names, confusion = _names(results), results["confusion"]
     known = [(value, number) for number, value in enumerate(results["per_class"].values()) if value is not None]
     if len(known) > MOST_CLASSES_SHOWN:
         table.add_row(f"the {MOST_CLASSES_SHOWN} worst of {len(known)} classes", "")
@@ -54,7 +56,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
 def write_results(results: Mapping[str, Any], folder: Path) -> None:
     """Write ``results.json``, ``results.md`` and ``confusion.csv`` (rows: true classes) into a folder."""
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    names = list(results["per_class"])
+    names = _names(results)
     with (folder / "confusion.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["true class", *names])
@@ -65,8 +67,16 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
             lines += ["", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
             lines += [f"| {' | '.join(f'{value:.4g}' for value in row.values())} |" for row in rows]
     lines += ["", "| class | accuracy |", "|---|---|"]
-    lines += [f"| {_cell(name)} | {percent(value)} |" for name, value in results["per_class"].items()]
+    lines += [
+        f"| {_cell(name)} | {percent(value)} |"
+        for name, value in zip(names, results["per_class"].values(), strict=True)
+    ]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
+
+
+def _names(results: Mapping[str, Any]) -> list[str]:
+    """Names of the classes, as they can be written anywhere: they are names of folders, which may hold anything."""
+    return [printable(name) for name in results["per_class"]]
 
 
 def _cell(text: str) -> str:
