@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ RESULTS: dict[str, Any] = {
 
 
 def shown(results: dict[str, Any]) -> str:
-    console = Console(width=100, record=True, quiet=True)
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(results_table(results))
     return console.export_text()
 
