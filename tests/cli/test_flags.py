@@ -25,6 +25,8 @@ def values(*arguments: str, config: str | None = None) -> dict[str, Any]:
         (["--steps", "5"], "steps", 5),
         (["--precision", "no"], "precision", "no"),
         (["--contrast", "false"], "contrast", False),
+        (["--spherical"], "spherical", True),
+        (["--spherical", "false"], "spherical", False),
         (["--layer-scale", "none"], "layer_scale", None),
         (["--model", "1e5"], "model", "1e5"),
         (["--eval-data", "none"], "eval_data", None),

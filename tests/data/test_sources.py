@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mapet import MapetError
-from mapet.data import few_per_class, open_images, open_labelled, split
+from mapet.data import few_per_class, open_images, open_labelled, open_test, split
 
 
 def test_a_nested_unlabelled_folder_is_found_whole_and_in_order(digits: Path, tmp_path: Path) -> None:
@@ -115,3 +115,17 @@ def test_fingerprint_follows_names(digits: Path, tmp_path: Path) -> None:
     assert open_images(str(digits)).fingerprint == before
     (tmp_path / "a" / "class 0" / "0.png").rename(tmp_path / "a" / "class 0" / "zero.png")
     assert open_images(str(tmp_path / "a")).fingerprint != before
+
+
+def test_images_to_test_on_are_the_test_part_or_all_and_numbered_by_name(digits: Path, tmp_path: Path) -> None:
+    classes = [f"class {digit}" for digit in reversed(range(10))]
+    images = open_test(str(digits), classes, "the model")
+    assert images.classes == tuple(classes)
+    assert [classes[label] for label in images.labels or ()] == [key.split("/")[0] for key in images.keys]
+    for part in ("train", "val"):
+        shutil.copytree(digits / "class 3", tmp_path / part / "class 3")
+    (tmp_path / "val" / "class 3" / "0.png").unlink()
+    assert len(open_test(str(tmp_path), classes, "the model")) == 5
+    assert len(open_test("mnist", [str(digit) for digit in range(10)], "the model")) == 1000
+    with pytest.raises(MapetError, match=r"'class 3', which the model does not have"):
+        open_test(str(tmp_path), classes[:5], "the model")

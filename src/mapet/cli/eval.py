@@ -1,15 +1,58 @@
-"""``mapet eval KIND``: what a trained model is worth."""
+"""``mapet eval KIND MODEL DATA``: what a model is worth."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from typing import Any
 
+from rich.console import Console
+
 from mapet.cli import segment
+from mapet.cli.flags import add_job_flags, given_values
+from mapet.cli.output import set_up_logging
+from mapet.config import AttentiveConfig, ClassifyConfig, InferenceKeys, KNNConfig, LinearConfig
+
+KINDS: dict[str, tuple[type[InferenceKeys], str]] = {
+    "knn": (KNNConfig, "classify images by their nearest neighbours among the features of training images"),
+    "linear": (LinearConfig, "train a linear classifier on frozen features"),
+    "attentive": (AttentiveConfig, "train a classifier that attends to the frozen features of patches"),
+    "classify": (ClassifyConfig, "measure a fine-tuned model's own classifier"),
+}
+MODEL = "a run folder, an exported folder, or a timm model name"
+DATA = "labelled images: a folder with one subfolder per class, perhaps below train and test (or val), or a demo set"
 
 
 def add_parser(verbs: Any) -> None:
     """Declare the verb and its kinds."""
-    parser = verbs.add_parser("eval", help="measure what a trained model is worth")
+    parser = verbs.add_parser(
+        "eval",
+        help="measure a model: k-NN, linear and attentive probe, its classifier, segmentation",
+        description="Measure a run, an exported model or any timm model on labelled images, or images with masks.",
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for kind in (segment,):
-        kind.add_parser(kinds)
+    for name, (config_class, text) in KINDS.items():
+        kind = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        kind.add_argument("--json", action="store_true", help="print the results as JSON")
+        add_job_flags(
+            kind, config_class, "a new folder for results.json, results.md and confusion.csv", DATA, model=MODEL,
+            needs_out=False,
+        )  # fmt: skip
+        kind.set_defaults(run=run)
+    segment.add_parser(kinds)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Evaluate a model."""
+    console = set_up_logging()
+    from mapet.report import results_table
+    from mapet.workflows import evaluate
+
+    results = evaluate(parsed.kind, given_values(parsed, KINDS[parsed.kind][0]), parsed.out, console=console)
+    if parsed.json:
+        print(json.dumps(results))
+    else:
+        Console().print(results_table(results))
+        if parsed.out:
+            console.print(f"results: {parsed.out}", soft_wrap=True)
+    return 0

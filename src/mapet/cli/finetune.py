@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
         console.print(f"stopped and saved after step {result.steps}; --resume continues {root}", soft_wrap=True)
         return 128 + (result.stopped_by or 0)
     if parsed.json:
-        print(json.dumps({**result.scores.as_json(), "exported": str(result.folder.exported)}))
+        print(json.dumps({**json.loads(result.folder.results.read_text()), "exported": str(result.folder.exported)}))
     console.print(
         f"done: accuracy {result.scores.accuracy:.2%} on the test images, {result.folder.results}\n"
         f"use it: mapet predict {root} IMAGES",

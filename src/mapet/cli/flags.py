@@ -65,6 +65,8 @@ def add_config_flags(
             group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
         elif key in ("mean", "std"):
             group.add_argument(flag, dest=key, nargs="+", metavar="X", help=text)
+        elif default is False:
+            group.add_argument(flag, dest=key, nargs="?", const="true", metavar="TRUE", help=text)
         else:
             group.add_argument(flag, dest=key, metavar=key.upper(), help=text)
 

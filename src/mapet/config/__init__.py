@@ -2,6 +2,7 @@
 
 from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
 from mapet.config.convert import ConvertConfig
+from mapet.config.evaluate import AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.config.export import ExportConfig, TimmExportConfig
 from mapet.config.finetune import FinetuneConfig
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
@@ -10,7 +11,9 @@ from mapet.config.segment import SegmentConfig
 from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
 __all__ = [
+    "AttentiveConfig",
     "CheckConfig",
+    "ClassifyConfig",
     "ConvertConfig",
     "EncodeConfig",
     "ExportConfig",
@@ -18,6 +21,8 @@ __all__ = [
     "FitConfig",
     "InferenceKeys",
     "KMeansKeys",
+    "KNNConfig",
+    "LinearConfig",
     "ModelKeys",
     "PretrainConfig",
     "ReportConfig",

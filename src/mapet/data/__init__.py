@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mapet.data.augment import AugmentedView, seeded
@@ -16,6 +17,7 @@ from mapet.data.batches import (
     collate,
     in_order,
     load_batches,
+    printable,
 )
 from mapet.data.decode import check_channels, decode, from_pil, to_channels
 from mapet.data.demo_sets import DEMO_SETS
@@ -74,6 +76,8 @@ __all__ = [
     "open_images",
     "open_labelled",
     "open_masked",
+    "open_test",
+    "printable",
     "seeded",
     "split",
     "to_channels",
@@ -125,3 +129,23 @@ def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     train, test = parts
     seen = from_labelled_folder(train)
     return seen, with_classes(from_labelled_folder(test, least_classes=1), seen.classes, str(train))
+
+
+def open_test(source: str, classes: Sequence[str], whose: str) -> ImageSet:
+    """Open labelled images to test a classifier on: the test part where there are parts, else all.
+
+    Args:
+        source: see ``open_labelled``.
+        classes: what the classifier knows; labels are numbered as these are, by name.
+        whose: they are, for messages.
+
+    Raises:
+        MapetError: if there are no labels, or images of a class that the classifier does not know.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        images = open_labelled(source)[1]
+    else:
+        parts = train_and_test(path)
+        images = from_labelled_folder(path if parts is None else parts[1], least_classes=1)
+    return with_classes(images, classes, whose)

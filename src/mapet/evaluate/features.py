@@ -2,62 +2,142 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
 
-from mapet.data import DamageTally, ImageSet, PlainView, ViewDataset, in_order, load_batches
+from mapet.data import DamageTally, ImageSet, View
 from mapet.errors import MapetError
+from mapet.evaluate.metrics import IntArray
+from mapet.inference import stream
 
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+FloatArray = np.ndarray[Any, np.dtype[Any]]
+HELD_OUT_FOLDS = 5  # one of which is held out
 
 
 @dataclass(frozen=True)
 class Features:
-    """``(n, d)`` float32 features and ``(n,)`` labels."""
+    """Features of ``n`` labelled images.
 
-    x: FloatArray
+    Attributes:
+        store: ``(N, ...)`` floats, perhaps on the disk, among which they are.
+        rows: ``(n,)`` where.
+        y: ``(n,)`` class indices.
+        classes: the classes' names.
+    """
+
+    store: FloatArray
+    rows: IntArray
     y: IntArray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def x(self) -> FloatArray:
+        """All of them, ``(n, ...)``, in memory."""
+        return self.store[self.rows]
+
+    def take(self, indices: IntArray | slice) -> tuple[FloatArray, IntArray]:
+        """Return features and class indices of some; of a store on the disk only these are read."""
+        return self.store[self.rows[indices]], self.y[indices]
+
+    def subset(self, indices: IntArray) -> Features:
+        """Return some; the store is shared."""
+        return Features(self.store, self.rows[indices], self.y[indices], self.classes)
 
 
-@torch.no_grad()
 def extract_features(
-    model: nn.Module, images: ImageSet, view: PlainView, *, channels: int, batch_size: int = 256, workers: int = 0
+    read: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    view: View,
+    channels: int,
+    *,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "no",
+    tally: DamageTally | None = None,
+    least_classes: int = 2,
+    file: Path | None = None,
+    show: Callable[[int], None] = lambda done: None,
 ) -> Features:
-    """Run a frozen model over labelled images, in order; its output is the feature, flattened.
+    """Run a frozen network over labelled images, in order.
 
     Args:
-        model: maps normalised ``(B, C, H, W)`` images to ``(B, ...)``; put into evaluation mode meanwhile.
+        read: maps normalised ``(B, C, H, W)`` images on ``device`` to their features ``(B, ...)``.
         images: labelled; images that cannot be read are left out.
-        view: the plain view.
-        channels: of the images.
-        batch_size: images at a time.
-        workers: processes that load images.
+        view, channels, device, batch_size, workers, precision, tally: see ``inference.stream``.
+        least_classes: how many classes there must be images of; what only tests may have one.
+        file: where features are kept, in float16, instead of in memory in float32.
+        show: is told how many images are done.
 
     Raises:
-        MapetError: if the images have no labels or none can be read.
+        MapetError: if the images have no labels, too few classes can be read, a feature is not finite, or
+            the disk has no room.
     """
     if images.labels is None:
         raise MapetError(f"{images.name} has no labels; evaluation needs one subfolder per class")
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    loader = load_batches(ViewDataset(images, view, channels), in_order(len(images), batch_size), workers)
-    labels = torch.tensor(images.labels)
-    tally = DamageTally(images, most_share=1.0)
-    training = model.training
-    model.eval()
-    features, kept = [], []
-    for batch in loader:
-        tally.add(batch["damaged"])
-        # A damaged file's stand-in must not be counted twice: only images that are themselves stay.
-        whole = torch.tensor([not met for met in batch["damaged"]])
-        features.append(model(batch["student"][whole].to(device)).flatten(1).float().cpu())
-        kept.append(labels[batch["index"][whole]])
-    model.train(training)
-    x, y = torch.cat(features).numpy(), torch.cat(kept).numpy()
-    if len(np.unique(y)) < 2:
-        raise MapetError(f"of the labelled images of {images.name} only {len(y)} of one class can be read; repair them")
-    return Features(x, y)
+    x, kept = np.empty(0), np.empty(len(images), dtype=np.int64)
+    done = 0
+    batches = stream(
+        read, images, view, channels,
+        device=device, batch_size=batch_size, workers=workers, precision=precision, tally=tally,
+    )  # fmt: skip
+    for indices, output in batches:
+        if not done:
+            shape = (len(images), *output.shape[1:])
+            x = np.empty(shape, np.float32) if file is None else _on_disk(file, shape)
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused
+            found = output.float().cpu().numpy().astype(x.dtype)
+        wrong = ~np.isfinite(found).reshape(len(found), -1).all(axis=1)
+        if wrong.any():
+            raise MapetError(
+                f"the features of image {images.keys[int(indices[int(wrong.argmax())])]!r} in {images.name} contain "
+                "NaN or infinity; take another --precision, or weights that are sound"
+            )
+        x[done : done + len(found)], kept[done : done + len(found)] = found, indices.numpy()
+        done += len(found)
+        show(done)
+    y = np.asarray(images.labels, dtype=np.int64)[kept[:done]]
+    if len(np.unique(y)) < least_classes:
+        raise MapetError(f"of the labelled images of {images.name} only {done} of one class can be read; repair them")
+    return Features(x, np.arange(done), y, images.classes)
+
+
+def _on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
+    needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(file.parent).free
+    # Checked now: a mapped file for which there is no room kills the process without a word.
+    if needed > free:
+        raise MapetError(
+            f"the features take {needed / 2**30:.1f} GiB in the temporary folder {file.parent}, where "
+            f"{free / 2**30:.1f} GiB are free; set TMPDIR to a larger disk, or take a smaller --image-size"
+        )
+    return np.memmap(file, np.float16, "w+", shape=shape)
+
+
+def hold_out(y: IntArray, seed: int) -> tuple[IntArray, IntArray]:
+    """Split labels in two, class by class: the indices of four fifths, and of the fifth to choose settings by.
+
+    Raises:
+        MapetError: if every class has a single image.
+    """
+    largest = int(np.bincount(y).max())
+    if largest < 2:
+        raise MapetError(
+            "each class has a single training image, so none can be held out to choose settings by; add images"
+        )
+    folds = StratifiedKFold(min(HELD_OUT_FOLDS, largest), shuffle=True, random_state=seed % 2**32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds: they may lack one
+        rest, held_out = next(iter(folds.split(y, y)))
+    return rest, held_out

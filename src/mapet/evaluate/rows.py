@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from mapet.data import ImageSet, PlainView
 from mapet.evaluate.features import extract_features
-from mapet.evaluate.probes import knn_accuracy, linear_accuracy
+from mapet.evaluate.heads import Setting, Training, predict
+from mapet.evaluate.knn import TEMPERATURE, classify
+from mapet.evaluate.linear import fit_linear
+from mapet.evaluate.metrics import score
 
 Row = dict[str, float]
+
+
+# A row is for comparison, and may be made during training: settings that do for any features, and no choice of them.
+NEIGHBOURS, SETTING, STEPS = 10, Setting(lr=0.3, weight_decay=1e-3), 500
 
 
 def probe_row(
     model: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
 ) -> Row:
-    """Return k-NN and linear-probe accuracies in 0..1; with ``nn.Flatten()`` as the model, of raw pixels."""
-    seen = extract_features(model, train, view, channels=channels, workers=workers)
-    unseen = extract_features(model, test, view, channels=channels, workers=workers)
-    return {"knn": knn_accuracy(seen, unseen), "linear": linear_accuracy(seen, unseen)}
+    """Return k-NN and linear-probe accuracies in 0..1; with ``nn.Flatten()`` as the model, of raw pixels.
+
+    Args:
+        model: maps normalised ``(B, C, H, W)`` images to ``(B, D)``; put into evaluation mode meanwhile.
+        train, test: labelled.
+        view: makes the input.
+        channels: of the input.
+        workers: processes that load images.
+    """
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    training = model.training
+    model.eval()
+    seen, unseen = (
+        extract_features(model, part, view, channels, device=device, workers=workers, least_classes=least)
+        for part, least in ((train, 2), (test, 1))
+    )
+    model.train(training)
+    k = min(NEIGHBOURS, len(seen))
+    nearest = classify(seen.x, seen.y, unseen.x, [k], TEMPERATURE, len(seen.classes))[k]
+    probe = Training(seed=0, device=device, steps=STEPS)
+    linear = predict(fit_linear(seen, [SETTING], probe), unseen, probe)
+    return {
+        "knn": score(unseen.y, nearest, seen.classes).accuracy,
+        "linear": score(unseen.y, linear, seen.classes).accuracy,
+    }

@@ -4,6 +4,7 @@ from mapet.report.atlas import write_codebook_report
 from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, shortcomings
 from mapet.report.figures import draw_curve, draw_layout, draw_tokens
 from mapet.report.progress import Baseline, Meter, ProgressSink
+from mapet.report.results import results_table, write_results
 from mapet.report.segmentation import draw_segmentation, segmentation_markdown, segmentation_table
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "draw_segmentation",
     "draw_tokens",
     "report_table",
+    "results_table",
     "segmentation_markdown",
     "segmentation_table",
     "shortcomings",
     "write_codebook_report",
+    "write_results",
 ]

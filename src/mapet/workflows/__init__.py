@@ -4,6 +4,7 @@ from mapet.workflows.bootstrap import bootstrap
 from mapet.workflows.converting import convert
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
+from mapet.workflows.evaluation import evaluate
 from mapet.workflows.exporting import export_model
 from mapet.workflows.finetune import FinetuneResult, finetune
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
@@ -18,6 +19,7 @@ __all__ = [
     "check_tokens",
     "convert",
     "encode_images",
+    "evaluate",
     "evaluate_segmentation",
     "export_model",
     "finetune",

@@ -35,6 +35,7 @@ from mapet.export import export_network
 from mapet.inference import OpenModel, open_model
 from mapet.objectives import Classification
 from mapet.workflows.device import count_workers, main_first, make_accelerator
+from mapet.workflows.evaluation import summarise
 from mapet.workflows.training import (
     Job,
     check_out,
@@ -155,7 +156,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     def conclude() -> Scores:
         objective.eval()
         scores = score(objective.outcome)
-        replace_file(folder.results, json.dumps(scores.as_json(), indent=1) + "\n")
+        replace_file(folder.results, json.dumps(summarise([scores]), indent=1) + "\n")
         return scores
 
     scores = on_main(accelerator, conclude) if outcome.steps == outcome.total_steps else None

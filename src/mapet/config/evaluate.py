@@ -1,0 +1,83 @@
+"""The configurations of the evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mapet.config.base import Common, StrictConfig
+from mapet.config.groups import InferenceKeys
+
+
+def _listed(value: object) -> object:
+    """Read ``1,5,10``, or one number, as several."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value if isinstance(value, Sequence) else [value]
+
+
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1), BeforeValidator(_listed)]
+Decays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_listed)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_listed)]
+
+
+class FeatureKeys(InferenceKeys):
+    """Which features are judged."""
+
+    features: Literal["pooled", "class", "mean", "class+mean"] = Field(
+        "pooled",
+        description="pooled (what the model's own classifier would read), class (the class token), mean (over patches) "
+        "or class+mean",
+        json_schema_extra=Common,
+    )
+
+
+class HeadKeys(StrictConfig):
+    """How the heads of a probe are trained."""
+
+    steps: int | None = Field(
+        None, ge=1, description="optimiser steps; default: 2000, or 10 passes if that is more", json_schema_extra=Common
+    )
+    seeds: int = Field(
+        3, ge=1, description="repetitions, from --seed upwards: other initial weights, order and held-out images",
+        json_schema_extra=Common,
+    )  # fmt: skip
+
+
+class KNNConfig(FeatureKeys):
+    """A weighted k-NN classifier."""
+
+    k: Counts = Field(
+        (1, 5, 10, 20, 50, 100, 200),
+        description="numbers of neighbours, with commas; chosen from on held-out training images",
+        json_schema_extra=Common,
+    )
+    temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
+
+
+class LinearConfig(HeadKeys, FeatureKeys):
+    """A linear probe."""
+
+    lr: Rates = Field((0.1, 0.3, 1.0), description="learning rates to choose from, with commas")
+    weight_decay: Decays = Field(
+        (1e-5, 1e-4, 1e-3, 1e-2), description="weight decays to choose from, with commas; 1 / (C n) of scikit-learn's C"
+    )
+    probe_batch: int = Field(512, ge=1, description="images per step of the probe")
+
+
+class AttentiveConfig(HeadKeys, InferenceKeys):
+    """An attentive probe."""
+
+    lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from, with commas")
+    weight_decay: Decays = Field((0.01,), description="weight decays to choose from, with commas")
+    probe_batch: int = Field(256, ge=1, description="images per step of the probe")
+
+
+class ClassifyConfig(InferenceKeys):
+    """A classifier measured as it is."""
+
+    crop_pct: float | None = Field(
+        0.9, gt=0, le=1, description="share of the resized image's side that the model sees; none: the model's own"
+    )

@@ -1,0 +1,202 @@
+"""What a model is worth: its features by k-NN and probes, its classifier as it is."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mapet.config import AttentiveConfig, ClassifyConfig, InferenceKeys, KNNConfig, LinearConfig, make_config
+from mapet.data import DamageTally, ImageSet, open_labelled, open_test
+from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
+from mapet.evaluate import (
+    Features,
+    ProbeResult,
+    Scores,
+    Training,
+    evaluate_knn,
+    evaluate_probe,
+    extract_features,
+    fit_attentive,
+    fit_linear,
+    grid,
+    per_class,
+    score_classifier,
+)
+from mapet.inference import OpenModel, open_model, read_tokens
+from mapet.report import Meter, write_results
+from mapet.workflows.device import count_workers
+from mapet.workflows.training import check_out
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every evaluation works with: a model on its device, and where progress is shown."""
+
+    config: InferenceKeys
+    opened: OpenModel
+    console: Console
+
+    def stream_over(self, images: ImageSet) -> dict[str, Any]:
+        """Return how ``images`` are put through the network: the arguments that ``inference.stream`` names."""
+        return {
+            "device": self.opened.device,
+            "batch_size": self.config.batch_size,
+            "workers": count_workers(self.config.workers, images, self.opened.device),
+            "precision": self.config.precision,
+            "tally": DamageTally(images, self.config.max_damaged),
+        }
+
+    def extract(self, choose: Callable[[Tensor], Tensor], folder: Path | None = None) -> tuple[Features, Features]:
+        """Return the features of the training and the test images; with a folder they are kept there."""
+        found = []
+        parts = open_labelled(self.config.data, self.config.seed)
+        for part, images, least in zip(("training", "test"), parts, (2, 1), strict=True):
+            with Meter(self.console, f"features of {part} images", len(images)) as meter:
+                features = extract_features(
+                    choose, images, self.opened.view, self.opened.channels, **self.stream_over(images),
+                    least_classes=least, file=folder / part if folder else None, show=meter.show,
+                )  # fmt: skip
+            found.append(features)
+        train, test = found
+        return train, test
+
+
+def knn(config: KNNConfig, job: Job) -> Results:
+    """Classify by the nearest neighbours."""
+    train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
+    result = evaluate_knn(train, test, config.k, config.temperature, config.seed)
+    return {
+        **_described([result.scores], train, test),
+        "features": config.features,
+        "k": result.k,
+        "temperature": config.temperature,
+        "sweep": [{"k": k, "held_out": held, "test": result.test[k]} for k, held in result.held_out.items()],
+    }
+
+
+def linear(config: LinearConfig, job: Job) -> Results:
+    """Train linear heads."""
+    train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
+    return {"features": config.features, **_probe(fit_linear, config, job, train, test)}
+
+
+def attentive(config: AttentiveConfig, job: Job) -> Results:
+    """Train heads that attend to the patches."""
+    with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
+        train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
+        return _probe(fit_attentive, config, job, train, test)
+
+
+def classify(config: ClassifyConfig, job: Job) -> Results:
+    """Measure the model's own classifier, by the protocol of fine-tuning: a bicubic resize, then a crop."""
+    images = open_test(config.data, job.opened.require_classes(), f"model {config.model!r}")
+    view = replace(job.opened.view, interpolation="bicubic")
+    with Meter(job.console, "images", len(images)) as meter:
+        scores = score_classifier(
+            job.opened.network, images, view, job.opened.channels, **job.stream_over(images), show=meter.show
+        )
+    return {**summarise([scores]), "test_images": int(scores.confusion.sum()), "crop_pct": view.crop_pct}
+
+
+# What is done with a model, by name: the configuration, and the work.
+KINDS: dict[str, tuple[type[InferenceKeys], Callable[[Any, Job], Results]]] = {
+    "knn": (KNNConfig, knn),
+    "linear": (LinearConfig, linear),
+    "attentive": (AttentiveConfig, attentive),
+    "classify": (ClassifyConfig, classify),
+}
+
+
+def evaluate(
+    kind: str, values: Mapping[str, Any], out: str | Path | None = None, *, console: Console | None = None
+) -> Results:
+    """Measure a model on labelled images.
+
+    Args:
+        kind: one of ``KINDS``.
+        values: configuration by key, see the kind's class; ``model`` and ``data`` are needed.
+        out: a new folder for ``results.json``, ``results.md`` and ``confusion.csv``; None to write nothing.
+        console: where progress is shown; None for standard error.
+
+    Returns:
+        what ``results.json`` holds: ``accuracy`` in 0..1 (the mean over seeds, from ``least`` to ``greatest``),
+        ``top5``, ``per_class``, ``confusion`` (rows: true classes; summed over seeds), and how they came about.
+
+    Raises:
+        MapetError: for input that cannot work; nothing is written.
+    """
+    config_class, work = KINDS[kind]
+    config = make_config(config_class, dict(values))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as held:
+        if out is not None:
+            check_out(config.data, out)
+            held.enter_context(claimed_folder(Path(out)))
+        opened = open_model(
+            config.model,
+            classifier=kind == "classify",
+            image_size=config.image_size,
+            crop_pct=config.crop_pct,
+            reinit=config.reinit,
+            seed=config.seed,
+        )
+        opened.network.to(device)
+        found = work(config, Job(config, opened, console or Console(stderr=True)))
+        results = {
+            "kind": kind, "model": config.model, "data": config.data, "reinit": config.reinit, "seed": config.seed,
+            "image_size": list(opened.view.size), **found,
+        }  # fmt: skip
+        if out is not None:
+            with explain_disk_errors(Path(out)):
+                replace_folder(Path(out), partial(write_results, results))
+    return results
+
+
+def _probe(fit: Any, config: LinearConfig | AttentiveConfig, job: Job, train: Features, test: Features) -> Results:
+    settings = grid(config.lr, config.weight_decay)
+    probes: list[ProbeResult] = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        training = Training(seed, job.opened.device, config.steps, config.probe_batch)
+        with Meter(job.console, f"probe, seed {seed}", training.steps_for(len(train))) as meter:
+            probes.append(evaluate_probe(fit, train, test, settings, replace(training, show=meter.show)))
+    runs = [
+        {
+            "seed": config.seed + number, "accuracy": probe.scores.accuracy, "lr": probe.setting.lr,
+            "weight_decay": probe.setting.weight_decay, "held_out": probe.held_out[probe.setting],
+        }
+        for number, probe in enumerate(probes)
+    ]  # fmt: skip
+    means = {setting: statistics.mean(probe.held_out[setting] for probe in probes) for setting in settings}
+    sweep = [{"lr": s.lr, "weight_decay": s.weight_decay, "held_out": mean} for s, mean in means.items()]
+    return {**_described([probe.scores for probe in probes], train, test), "runs": runs, "sweep": sweep}
+
+
+def _described(scores: Sequence[Scores], train: Features, test: Features) -> Results:
+    return {**summarise(scores), "train_images": len(train), "test_images": len(test)}
+
+
+def summarise(scores: Sequence[Scores]) -> Results:
+    """Put what several seeds scored into one, JSON-able; see ``evaluate`` for the keys."""
+    confusion = np.sum([one.confusion for one in scores], axis=0)
+    accuracies = [one.accuracy for one in scores]
+    tops = [one.top5 for one in scores if one.top5 is not None]
+    return {
+        "accuracy": statistics.mean(accuracies),
+        **({"least": min(accuracies), "greatest": max(accuracies)} if len(scores) > 1 else {}),
+        "top5": statistics.mean(tops) if tops else None,
+        "per_class": per_class(confusion, scores[0].classes),
+        "confusion": confusion.tolist(),
+    }
