@@ -94,6 +94,7 @@ def open_model(
         tuple(config["std"]),
         config["crop_pct"] if crop_pct is None else crop_pct,
         config["interpolation"] if config["interpolation"] in known else "bicubic",
+        config.get("crop_mode") == "squash",
     )
     return OpenModel(str(source), network.eval(), view, channels, class_names(network))
 
