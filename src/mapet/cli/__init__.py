@@ -13,14 +13,14 @@ from mapet.errors import MapetError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     # Imported here so that the package's own import does not depend on the command line's parts.
-    from mapet.cli import bootstrap, demo, pretrain, tokenizer
+    from mapet.cli import bootstrap, demo, embed, predict, pretrain, tokenizer
 
     parser = argparse.ArgumentParser(
         prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images."
     )
     parser.add_argument("--version", action="version", version=f"mapet {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (pretrain, demo, tokenizer, bootstrap):
+    for verb in (pretrain, demo, tokenizer, bootstrap, embed, predict):
         verb.add_parser(verbs)
     parsed = parser.parse_args(arguments)
     try:

@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from mapet.data import PlainView, check_channels
 from mapet.engine import RunFolder
 from mapet.errors import MapetError, nearest
+from mapet.tokenizers import hash_content
 
 EXPORT_FILES = ("config.json", "model.safetensors")
 
@@ -42,6 +43,11 @@ class OpenModel:
     def device(self) -> torch.device:
         """Where its parameters are."""
         return next(self.network.parameters()).device
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of its tensors, as they are used: without the classifier, if that was left off."""
+        return hash_content({}, self.network)
 
     def require_classes(self) -> tuple[str, ...]:
         """Return the names of its classes, or refuse a model that has no classifier."""

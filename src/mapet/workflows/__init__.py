@@ -3,6 +3,7 @@
 from mapet.workflows.bootstrap import bootstrap
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
+from mapet.workflows.inference import embed_images, predict_images
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
 from mapet.workflows.vqkd import train_vqkd
@@ -11,10 +12,12 @@ __all__ = [
     "RunResult",
     "bootstrap",
     "check_tokens",
+    "embed_images",
     "encode_images",
     "fit_tokenizer",
     "initial_backbone",
     "measure_run",
+    "predict_images",
     "pretrain",
     "report_on_tokenizer",
     "run_demo",
