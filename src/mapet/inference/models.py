@@ -81,7 +81,10 @@ def open_model(
     name = _timm_name(str(source))
     if reinit:
         torch.manual_seed(seed)
-    network = _create(name, str(source), pretrained=not reinit, **({} if classifier else {"num_classes": 0}))
+    network = _create(name, str(source), pretrained=not reinit)
+    if not classifier:
+        # Not left out from the start: for another number of classes timm passes over weights that are lacking.
+        network.reset_classifier(0)
     if image_size is not None:
         _resize(network, image_size, str(source))
     broken = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
@@ -108,12 +111,13 @@ def open_model(
 def _timm_name(source: str) -> str:
     """Return what timm calls it; a folder must hold a whole export."""
     folder = Path(source.removeprefix("local-dir:"))
+    local = source.startswith("local-dir:")
     # os.path, not pathlib: false, not an error, for what no file name can be.
     if not os.path.isdir(folder):  # noqa: PTH112
-        if ":" in source or timm.is_model(source):
+        if (":" in source and not local) or timm.is_model(source):
             return source
         # A folder is meant where there is a separator, for no timm name has one.
-        if os.sep in source or os.path.exists(folder):  # noqa: PTH110
+        if local or os.sep in source or os.path.exists(folder):  # noqa: PTH110
             raise MapetError(f"model folder {source!r} does not exist; name a run, an exported folder or a timm model")
         raise MapetError(
             f"unknown model {source!r}: it is neither a run folder, nor an exported folder, nor a timm "
@@ -131,9 +135,9 @@ def _timm_name(source: str) -> str:
     return f"local-dir:{folder}"
 
 
-def _create(name: str, source: str, **arguments: Any) -> nn.Module:
+def _create(name: str, source: str, *, pretrained: bool) -> Any:
     try:
-        network: nn.Module = timm.create_model(name, **arguments)
+        return timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # of the file system, safetensors, the hub's HTTP library, JSON, torch
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if name.startswith("local-dir:"):
@@ -144,7 +148,6 @@ def _create(name: str, source: str, **arguments: Any) -> nn.Module:
         raise MapetError(
             f"the weights of model {source!r} could not be fetched ({reason}); convert a local file with mapet convert"
         ) from error
-    return network
 
 
 def _resize(network: nn.Module, size: tuple[int, int], source: str) -> None:
