@@ -157,7 +157,7 @@ def pretrained_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported network that takes grey digits for one of four things, each often enough."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     network = timm.create_model(
         "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, embed_dim=32, depth=1, num_heads=2, num_classes=4
     )

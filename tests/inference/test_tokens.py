@@ -64,17 +64,27 @@ def test_patches_are_in_raster_order() -> None:
     assert changed.nonzero().flatten().tolist() == [11]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "mobilenetv3_small_050"])
-def test_places_in_networks_with_feature_maps(name: str) -> None:
+SMALL_SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("resnet18", {}),
+        ("convnext_atto", {}),
+        ("mobilenetv3_small_050", {}),
+        ("swin_tiny_patch4_window7_224", SMALL_SWIN),
+    ],
+)
+def test_places_in_networks_with_feature_maps(name: str, changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=0).eval()
-    side = 224 if "swin" in name else 64
-    images = torch.randn(2, 3, side, side)
+    network = timm.create_model(name, num_classes=0, **changes).eval()
+    images = torch.randn(2, 3, 64, 64)
     tokens = read(network, images)
     with torch.no_grad():
         maps, pooled = network.forward_features(images), network(images)
-    if "swin" in name:
-        maps = maps.permute(0, 3, 1, 2)
+    if changes:
+        maps = maps.permute(0, 3, 1, 2)  # Swin's channels come last
     assert tokens.cls is None
     assert tokens.grid == tuple(maps.shape[2:])
     assert tokens.patches.equal(maps.flatten(2).transpose(1, 2))

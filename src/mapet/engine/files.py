@@ -88,6 +88,7 @@ def _claimed(target: Path, taken: Callable[[], bool], how: str = "") -> Iterator
         if taken():
             raise MapetError(f"output {target} is there already{how}; choose another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()  # where nothing can be written, the lock would seem to be taken
         lock.acquire(timeout=0)
     except Timeout:
         raise MapetError(

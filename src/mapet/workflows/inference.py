@@ -184,7 +184,8 @@ def _write_rows(
 
 def _features(config: EmbedConfig, tokens: Tokens) -> Columns:
     chosen = {kind: tokens.patches.flatten(1) if kind == "patches" else tokens.choose(kind) for kind in config.features}
-    return {kind: values.float().cpu().numpy().astype(config.dtype) for kind, values in chosen.items()}
+    dtype = getattr(torch, config.dtype)
+    return {kind: values.to(dtype).cpu().numpy() for kind, values in chosen.items()}
 
 
 def _best(classes: list[str], top: int, logits: Tensor) -> Columns:
