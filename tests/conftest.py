@@ -18,15 +18,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import timm
 import torch
 from filelock import FileLock
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
 from mapet.data import DEMO_SETS
 from mapet.export import export_network
 from mapet.models import build_vit
+from mapet.workflows import pretrain
 
 ORACLE = Path(__file__).parent / "oracle"
 
@@ -175,4 +178,25 @@ def photographs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("photographs")
     for file in files:
         Image.open(file).convert("RGB").save(folder / f"{file.stem}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps on grey digits."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
+    pretrain({**TINY, "data": str(digits), "steps": 2}, folder, console=Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported network that takes grey digits for one of four things, each often enough."""
+    torch.manual_seed(1)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, embed_dim=32, depth=1, num_heads=2, num_classes=4
+    )
+    torch.nn.init.normal_(network.head.weight)
+    folder = tmp_path_factory.mktemp("classifier")
+    export_network(network, folder, (0.13,), (0.31,), classes=("round", "straight", "bent", 'odd, "quoted"'))
     return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mapet import MapetError
-from mapet.data import few_per_class, open_images, open_labelled, open_test, split
+from mapet.data import decode, few_per_class, open_images, open_labelled, open_test, split
 
 
 def test_a_nested_unlabelled_folder_is_found_whole_and_in_order(digits: Path, tmp_path: Path) -> None:
@@ -54,9 +54,16 @@ def test_nothing_to_read_is_said_clearly(tmp_path: Path) -> None:
         open_images("fashion_mnist")
     with pytest.raises(MapetError, match="holds no image"):
         open_images(str(tmp_path))
-    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(MapetError, match="neither a folder of images nor a text file"):
-        open_images(str(tmp_path / "photo.jpg"))
+    (tmp_path / "model.bin").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(MapetError, match="neither a folder of images, nor an image, nor a text file"):
+        open_images(str(tmp_path / "model.bin"))
+
+
+def test_a_single_image(digits: Path) -> None:
+    file = digits / "class 3" / "0.png"
+    images = open_images(str(file))
+    assert images.keys == ("0.png",)
+    assert images.load(0, 1).equal(decode(file, 1))
 
 
 def test_labelled_folders(digits: Path, tmp_path: Path) -> None:

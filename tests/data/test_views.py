@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform
 
-from mapet.data import Draw, PlainView, TrainView
+from mapet.data import Draw, PlainView, TrainView, from_pil
 
 IMAGE = (torch.rand(3, 40, 56, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
 
@@ -53,8 +57,49 @@ def test_flip_mirrors() -> None:
 
 def test_plain_views_of_long_strips_are_their_centre() -> None:
     strip = torch.zeros(1, 2, 60_000, dtype=torch.uint8)
-    strip[:, :, 29_999:30_001] = 255
+    strip[:, :, 29_995:30_005] = 255
     assert PlainView((28, 28), (0.0,), (1.0,))(strip)[0].min() > 0.99
+
+
+def test_plain_views_of_huge_strips_need_little_memory() -> None:
+    strip = torch.zeros(1, 1, 65_000, dtype=torch.uint8)  # 21 GB at 224 rows
+    assert PlainView((224, 224), (0.0,), (1.0,))(strip)[0].shape == (1, 224, 224)
+
+
+@pytest.mark.parametrize("picture", [0, 1])
+@pytest.mark.parametrize(
+    "cut", [(slice(None), slice(None)), (slice(None), slice(100, 300)), (slice(150), slice(201))],
+    ids=["landscape", "portrait", "small"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "interpolation", "crop_mode"),
+    [
+        ((224, 224), 0.875, "bicubic", "center"),
+        ((224, 224), 0.9, "bicubic", "center"),
+        ((224, 224), 1.0, "bilinear", "center"),
+        ((192, 256), 0.9, "bicubic", "center"),
+        ((256, 192), 1.0, "bicubic", "center"),
+        ((224, 224), 0.9, "bicubic", "squash"),
+        ((192, 256), 1.0, "bicubic", "squash"),
+    ],
+)
+def test_plain_views_are_timms(
+    picture: int, cut: tuple[slice, slice], size: tuple[int, int], crop_pct: float, interpolation: str, crop_mode: str
+) -> None:
+    photograph = Image.fromarray(load_sample_images().images[picture][cut])
+    expected = create_transform(
+        input_size=(3, *size), crop_pct=crop_pct, interpolation=interpolation, crop_mode=crop_mode, mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )(photograph)  # fmt: skip
+    view = PlainView(size, (0.0,) * 3, (1.0,) * 3, crop_pct, interpolation, crop_mode == "squash")
+    found = view(from_pil(photograph, 3))[1]
+    levels = ((found - expected) * 255).abs().round()
+    # Pillow's and torchvision's fixed-point arithmetic differ by a rounding, and where one side is enlarged and the
+    # other reduced, by what the first pass clamps.
+    assert levels.mean() < 0.25
+    assert (levels > 1).float().mean() < 0.002
+    if min(photograph.size) > 300:
+        assert levels.max() <= 1
 
 
 def test_plain_view_is_the_centre_of_the_resized_image() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mapet.engine import recover_folder, replace_file, replace_folder
+from mapet import MapetError
+from mapet.engine import new_file, recover_folder, replace_file, replace_folder
 
 
 def writer(text: str):  # type: ignore[no-untyped-def]
@@ -117,3 +118,38 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
         replace_file(target, fail)
     assert target.read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["model.bin"]
+
+
+def test_a_new_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "table.csv"
+    with new_file(target) as fresh:
+        fresh.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert os.listdir(target.parent) == ["table.csv"]
+    with pytest.raises(MapetError, match=r"table\.csv is there already; choose another --out"):
+        with new_file(target):
+            pytest.fail("it must not be begun")
+    assert target.read_text() == "whole"
+
+
+def test_of_a_new_file_that_failed_nothing_is_left(tmp_path: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            with new_file(tmp_path / "x") as fresh:
+                fresh.write_text("half")
+                raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_new_file_is_made_by_one_process_in_a_folder_that_can_be_written_to(tmp_path: Path) -> None:
+    with new_file(tmp_path / "x") as fresh:
+        with pytest.raises(MapetError, match="x is being made by another process"):
+            with new_file(tmp_path / "x"):
+                pytest.fail("it must not be begun")
+        fresh.write_text("whole")
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "x", Path("/proc/x"), tmp_path / ("x" * 300)):
+        with pytest.raises(MapetError, match="cannot be written to"):
+            with new_file(target):
+                pytest.fail("it must not be begun")

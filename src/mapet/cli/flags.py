@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic_core import PydanticUndefined
@@ -63,15 +63,22 @@ def add_config_flags(
         flag = f"--{key.replace('_', '-')}"
         if key == "model_args":
             group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
-        elif key in ("mean", "std"):
-            group.add_argument(flag, dest=key, nargs="+", metavar="X", help=text)
+        elif _takes_several(field.annotation):
+            group.add_argument(flag, dest=key, nargs="+", metavar=key.upper(), help=text)
         elif default is False:
             group.add_argument(flag, dest=key, nargs="?", const="true", metavar="TRUE", help=text)
         else:
             group.add_argument(flag, dest=key, metavar=key.upper(), help=text)
 
 
+def _takes_several(annotation: object) -> bool:
+    """Whether a key is a tuple of any length, or that or None."""
+    return any(get_origin(kind) is tuple and ... in get_args(kind) for kind in (annotation, *get_args(annotation)))
+
+
 def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_plain, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

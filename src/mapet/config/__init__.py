@@ -6,6 +6,7 @@ from mapet.config.evaluate import AttentiveConfig, ClassifyConfig, KNNConfig, Li
 from mapet.config.export import ExportConfig, TimmExportConfig
 from mapet.config.finetune import FinetuneConfig
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
+from mapet.config.inference import EmbedConfig, PredictConfig
 from mapet.config.pretrain import PretrainConfig
 from mapet.config.segment import SegmentConfig
 from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
@@ -15,6 +16,7 @@ __all__ = [
     "CheckConfig",
     "ClassifyConfig",
     "ConvertConfig",
+    "EmbedConfig",
     "EncodeConfig",
     "ExportConfig",
     "FinetuneConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "KNNConfig",
     "LinearConfig",
     "ModelKeys",
+    "PredictConfig",
     "PretrainConfig",
     "ReportConfig",
     "SegmentConfig",

@@ -26,9 +26,11 @@ from mapet.data.passes import ContentOnly, EveryView, load_passes
 from mapet.data.seeds import Draw, Draws, Stream, fold_seed
 from mapet.data.segmentation import IGNORED, MaskedSet, count_pixels, open_masked
 from mapet.data.sources import (
+    EXTENSIONS,
     ImageSet,
     few_per_class,
     from_array,
+    from_file,
     from_folder,
     from_labelled_folder,
     from_list,
@@ -86,7 +88,7 @@ __all__ = [
 
 
 def open_images(source: str) -> ImageSet:
-    """Open images to pre-train on: a folder, a text file of paths, or the name of a demo set.
+    """Open images without labels: a folder, an image, a text file of paths, or the name of a demo set.
 
     Raises:
         MapetError: if there is nothing of that name, or no image in it.
@@ -96,11 +98,11 @@ def open_images(source: str) -> ImageSet:
     if os.path.isdir(path):  # noqa: PTH112
         return from_folder(path)
     if os.path.isfile(path):  # noqa: PTH113
-        return from_list(path)
+        return from_file(path) if path.suffix.lower() in EXTENSIONS else from_list(path)
     if source in DEMO_SETS:
         return DEMO_SETS[source]()[0]
     raise MapetError(
-        f"{source!r} is neither a folder of images, nor a text file of paths, nor a demo set "
+        f"{source!r} is neither a folder of images, nor an image, nor a text file of paths, nor a demo set "
         f"({', '.join(DEMO_SETS)}){nearest(source, DEMO_SETS)}"
     )
 

@@ -98,6 +98,11 @@ def from_folder(folder: Path) -> ImageSet:
     return ImageSet(str(folder), tuple(path.relative_to(folder).as_posix() for path in paths), paths)
 
 
+def from_file(file: Path) -> ImageSet:
+    """A single image; its name is its key."""
+    return ImageSet(str(file), (file.name,), [file])
+
+
 def from_labelled_folder(folder: Path, least_classes: int = 2) -> ImageSet:
     """The ``ImageFolder`` layout: the first folder below ``folder`` is the class."""
     images = from_folder(folder)
@@ -146,7 +151,9 @@ def from_list(file: Path) -> ImageSet:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise MapetError(f"{file} is neither a folder of images nor a text file of paths ({error.reason})") from error
+        raise MapetError(
+            f"{file} is neither a folder of images, nor an image, nor a text file of paths ({error.reason})"
+        ) from error
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise MapetError(f"list {file} names no image; write one path per line")

@@ -17,6 +17,9 @@ BICUBIC = InterpolationMode.BICUBIC
 View = Callable[[Tensor, Draw], tuple[Tensor, Tensor]]
 NOTHING = torch.empty(0)
 
+# Images longer than so many times the input's proportions lose their ends before they are resized.
+MOST_STRETCH = 8
+
 
 @dataclass(frozen=True)
 class TrainView:
@@ -78,15 +81,17 @@ def _crop(image: Tensor, box: dict[str, int], size: int, mirrored: bool) -> Tens
 
 @dataclass(frozen=True)
 class PlainView:
-    """The centre of an image in the input's proportions, resized: what evaluation sees.
+    """The centre of an image in the input's proportions, resized: what evaluation sees, as timm has it.
 
     Returns ``(view, student)`` as ``TrainView`` does; nothing about it is random.
 
     Args:
         size: rows and columns of the input in pixels.
         mean, std: per-channel normalisation of the input.
-        crop_pct: share of the resized image's side that the input shows, as in timm's evaluation.
+        crop_pct: share of the resized image's side that the input shows.
         interpolation: "bicubic", "bilinear" or "nearest".
+        squash: resize both sides to the input's, whatever the image's proportions, so that nothing is cut off
+            (timm's ``crop_mode="squash"``).
     """
 
     size: tuple[int, int]
@@ -94,18 +99,32 @@ class PlainView:
     std: tuple[float, ...]
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
+    squash: bool = False
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """Return the view in [0, 1] and normalised."""
-        rows, columns = self.size
-        scale = min(image.shape[-2] / rows, image.shape[-1] / columns)
-        centre = v2.functional.center_crop(image, [max(1, round(scale * rows)), max(1, round(scale * columns))])
+        if not self.squash:
+            image = _shortened(image, self.size)
         resized = v2.functional.resize(
-            centre,
-            [int(rows / self.crop_pct), int(columns / self.crop_pct)],
-            interpolation=InterpolationMode(self.interpolation),
-            antialias=True,
+            image, self._resized(*image.shape[-2:]), InterpolationMode(self.interpolation), antialias=True
         )
         view = v2.functional.center_crop(resized, list(self.size))
         view = v2.functional.to_dtype(view, torch.float32, scale=True).clamp(0, 1)
         return view, v2.functional.normalize(view, list(self.mean), list(self.std))
+
+    def _resized(self, height: int, width: int) -> list[int]:
+        """Rows and columns before the crop; one number is the shorter side. Rounded as timm rounds."""
+        rows, columns = (int(side / self.crop_pct) for side in self.size)
+        if self.squash:
+            return [rows, columns]
+        if rows == columns:
+            return [rows]
+        ratio = min(height / rows, width / columns)
+        return [round(height / ratio), round(width / ratio)]
+
+
+def _shortened(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut the ends off a strip: no crop shows them, and resized with it they could fill the memory."""
+    scale = MOST_STRETCH * min(side / wanted for side, wanted in zip(image.shape[-2:], size, strict=True))
+    kept = [min(side, round(scale * wanted)) for side, wanted in zip(image.shape[-2:], size, strict=True)]
+    return v2.functional.center_crop(image, kept)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The engine: loop, checkpoints, optimiser, run folder."""
 
 from mapet.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
-from mapet.engine.files import claimed_folder, recover_folder, replace_file, replace_folder
+from mapet.engine.files import claimed_folder, new_file, recover_folder, replace_file, replace_folder
 from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, on_main, train
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
@@ -24,6 +24,7 @@ __all__ = [
     "build_optimizer",
     "claimed_folder",
     "explain_disk_errors",
+    "new_file",
     "on_main",
     "read_checkpoint",
     "read_state",

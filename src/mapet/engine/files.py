@@ -59,11 +59,39 @@ def claimed_folder(target: Path) -> Iterator[None]:
     Raises:
         MapetError: if there is something there already, another process is at it, or it cannot be written to.
     """
+    with _claimed(target, lambda: target.exists() and (not target.is_dir() or any(target.iterdir())), " and not empty"):
+        yield
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Give a path beside ``target`` to write to; when all went well, what is there becomes ``target``.
+
+    After an error nothing is left, after a kill nothing under the final name.
+
+    Raises:
+        MapetError: if there is something there already, another process is at it, or it cannot be written to.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    with _claimed(target, target.exists):
+        try:
+            yield fresh
+            _flush(fresh)
+            fresh.replace(target)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+        _flush(target.parent)
+
+
+@contextmanager
+def _claimed(target: Path, taken: Callable[[], bool], how: str = "") -> Iterator[None]:
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise MapetError(f"output {target} is there already and is not empty; choose another --out")
+        if taken():
+            raise MapetError(f"output {target} is there already{how}; choose another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()  # where nothing can be written, the lock would seem to be taken
         lock.acquire(timeout=0)
     except Timeout:
         raise MapetError(

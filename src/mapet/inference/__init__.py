@@ -3,6 +3,21 @@
 from mapet.inference.load import ImageTransform, Loaded, load
 from mapet.inference.models import OpenModel, open_model
 from mapet.inference.streaming import stream
+from mapet.inference.tables import TABLES, Columns, CSVRows, Rows, check_table
 from mapet.inference.tokens import Tokens, read_tokens
 
-__all__ = ["ImageTransform", "Loaded", "OpenModel", "Tokens", "load", "open_model", "read_tokens", "stream"]
+__all__ = [
+    "TABLES",
+    "CSVRows",
+    "Columns",
+    "ImageTransform",
+    "Loaded",
+    "OpenModel",
+    "Rows",
+    "Tokens",
+    "check_table",
+    "load",
+    "open_model",
+    "read_tokens",
+    "stream",
+]

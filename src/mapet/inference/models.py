@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from mapet.data import PlainView, check_channels
 from mapet.engine import RunFolder
 from mapet.errors import MapetError, nearest
+from mapet.tokenizers import hash_content
 
 EXPORT_FILES = ("config.json", "model.safetensors")
 
@@ -42,6 +43,11 @@ class OpenModel:
     def device(self) -> torch.device:
         """Where its parameters are."""
         return next(self.network.parameters()).device
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of its tensors, as they are used: without the classifier, if that was left off."""
+        return hash_content({}, self.network)
 
     def require_classes(self) -> tuple[str, ...]:
         """Return the names of its classes, or refuse a model that has no classifier."""
@@ -79,8 +85,8 @@ def open_model(
         torch.manual_seed(seed)
     network = _create(name, str(source), pretrained=not reinit, **({"drop_path_rate": drop_path} if drop_path else {}))
     if not classifier:
-        # Not num_classes=0 above: timm would then pass over every weight that is missing.
-        network.reset_classifier(0)  # type: ignore[operator]
+        # Not left out from the start: for another number of classes timm passes over weights that are lacking.
+        network.reset_classifier(0)
     if image_size is not None:
         _resize(network, image_size, str(source))
     broken = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
@@ -99,6 +105,7 @@ def open_model(
         tuple(config["std"]),
         config["crop_pct"] if crop_pct is None else crop_pct,
         config["interpolation"] if config["interpolation"] in known else "bicubic",
+        config.get("crop_mode") == "squash",
     )
     return OpenModel(str(source), network.eval(), view, channels, class_names(network))
 
@@ -106,12 +113,13 @@ def open_model(
 def _timm_name(source: str) -> str:
     """Return what timm calls it; a folder must hold a whole export."""
     folder = Path(source.removeprefix("local-dir:"))
+    local = source.startswith("local-dir:")
     # os.path, not pathlib: false, not an error, for what no file name can be.
     if not os.path.isdir(folder):  # noqa: PTH112
-        if ":" in source or timm.is_model(source):
+        if (":" in source and not local) or timm.is_model(source):
             return source
         # A folder is meant where there is a separator, for no timm name has one.
-        if os.sep in source or os.path.exists(folder):  # noqa: PTH110
+        if local or os.sep in source or os.path.exists(folder):  # noqa: PTH110
             raise MapetError(f"model folder {source!r} does not exist; name a run, an exported folder or a timm model")
         raise MapetError(
             f"unknown model {source!r}: it is neither a run folder, nor an exported folder, nor a timm "
@@ -129,9 +137,9 @@ def _timm_name(source: str) -> str:
     return f"local-dir:{folder}"
 
 
-def _create(name: str, source: str, **arguments: Any) -> nn.Module:
+def _create(name: str, source: str, **arguments: Any) -> Any:
     try:
-        network: nn.Module = timm.create_model(name, **arguments)
+        return timm.create_model(name, **arguments)
     except TypeError as error:
         raise MapetError(f"model {source!r} cannot be built: {error}; drop the flag that it does not know") from error
     except Exception as error:  # of the file system, safetensors, the hub's HTTP library, JSON, torch
@@ -144,7 +152,6 @@ def _create(name: str, source: str, **arguments: Any) -> nn.Module:
         raise MapetError(
             f"the weights of model {source!r} could not be fetched ({reason}); convert a local file with mapet convert"
         ) from error
-    return network
 
 
 def _resize(network: nn.Module, size: tuple[int, int], source: str) -> None:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mapet.data import DamageTally, ImageSet, View, ViewDataset, in_order, load_batches
+from mapet.data import DamageTally, Draw, ImageSet, View, ViewDataset, in_order, load_batches
 
 Output = TypeVar("Output")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _InputOnly:
+    """Leaves the first output of a view out: it would be sent from the loading processes for nothing."""
+
+    view: View
+
+    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        return torch.empty(0), self.view(image, draw)[1]
 
 
 def stream(
@@ -44,7 +55,10 @@ def stream(
     """
     tally = tally or DamageTally(images, most_share=1.0)
     loader = load_batches(
-        ViewDataset(images, view, channels), in_order(len(images), batch_size), workers, pin=device.type == "cuda"
+        ViewDataset(images, _InputOnly(view), channels),
+        in_order(len(images), batch_size),
+        workers,
+        pin=device.type == "cuda",
     )
     for batch in loader:
         tally.add(batch["damaged"])

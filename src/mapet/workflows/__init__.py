@@ -7,6 +7,7 @@ from mapet.workflows.encoding import check_tokens, encode_images
 from mapet.workflows.evaluation import evaluate
 from mapet.workflows.exporting import export_model
 from mapet.workflows.finetune import FinetuneResult, finetune
+from mapet.workflows.inference import embed_images, predict_images
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.segmentation import evaluate_segmentation
 from mapet.workflows.tokenizer import fit_tokenizer, report_on_tokenizer
@@ -18,6 +19,7 @@ __all__ = [
     "bootstrap",
     "check_tokens",
     "convert",
+    "embed_images",
     "encode_images",
     "evaluate",
     "evaluate_segmentation",
@@ -26,6 +28,7 @@ __all__ = [
     "fit_tokenizer",
     "initial_backbone",
     "measure_run",
+    "predict_images",
     "pretrain",
     "report_on_tokenizer",
     "run_demo",
