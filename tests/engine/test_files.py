@@ -101,25 +101,6 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
     assert (tmp_path / "it" / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    target = tmp_path / "model.bin"
-
-    def write(fresh: Path) -> None:
-        fresh.write_bytes(b"one")
-
-    replace_file(target, write)
-    assert target.read_bytes() == b"one"
-
-    def fail(fresh: Path) -> None:
-        fresh.write_bytes(b"half")
-        raise RuntimeError("cut short")
-
-    with pytest.raises(RuntimeError, match="cut short"):
-        replace_file(target, fail)
-    assert target.read_bytes() == b"one"
-    assert os.listdir(tmp_path) == ["model.bin"]
-
-
 def test_a_new_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "table.csv"
     with new_file(target) as fresh:

@@ -13,14 +13,11 @@ from filelock import FileLock, Timeout
 from mapet.errors import MapetError
 
 
-def replace_file(target: Path, content: str | Callable[[Path], None]) -> None:
-    """Replace the file ``target`` by one that holds a text, or what ``content`` writes to the path it is given."""
+def replace_file(target: Path, text: str) -> None:
+    """Replace the file ``target`` by one that holds ``text``."""
     fresh = target.with_name(f".{target.name}.new")
     try:
-        if isinstance(content, str):
-            fresh.write_text(content)
-        else:
-            content(fresh)
+        fresh.write_text(text)
         _flush(fresh)
         fresh.replace(target)
     except BaseException:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mapet.config import ExportConfig, TimmExportConfig, make_config, read_recipe
 from mapet.data import ImageSet, open_images
-from mapet.engine import RunFolder, claimed_folder, explain_disk_errors, replace_file, replace_folder
+from mapet.engine import RunFolder, claimed_folder, explain_disk_errors, new_file, replace_folder
 from mapet.errors import MapetError, nearest
 from mapet.export import (
-    Agreement,
     compare,
     export_network,
     model_card,
@@ -103,7 +102,9 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
         name = f"a file name that ends in {chosen.suffix}" if chosen.suffix else "the name of a folder"
         raise MapetError(f"output {str(out)!r} is not {name}; choose another --out")
     chosen.require()
-    with claimed_folder(target), explain_disk_errors(target.parent):
+    found: dict[str, Any] = {}
+
+    def export(fresh: Path) -> None:
         opened = open_model(
             config.model,
             classifier=True,
@@ -112,34 +113,31 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
             reinit=config.reinit,
         )
         images = _choose_images(config)
-        agreement = Agreement(0, float("nan"))
+        logger.info("exporting %s", config.model)
+        chosen.write(opened, fresh, config, target)
+        logger.info("comparing with the model on %d images of %s", len(images), images.name)
+        agreement = compare(opened, chosen.read(fresh), images)
+        # Not ">": the difference may be NaN.
+        if not agreement.largest_difference <= config.tolerance:
+            raise MapetError(
+                f"the {form} export of {config.model!r} differs from the model by up to "
+                f"{agreement.largest_difference:.3g} on {agreement.images} images, more than the tolerance "
+                f"{config.tolerance:g}, so it was not kept; use another format, or raise --tolerance"
+            )
+        found.update(
+            input_size=[opened.channels, *opened.view.size], classes=len(opened.classes), images=agreement.images,
+            checked_on=images.name, largest_difference=agreement.largest_difference,
+        )  # fmt: skip
 
-        def write_and_check(fresh: Path) -> None:
-            nonlocal agreement
-            logger.info("exporting %s", config.model)
-            chosen.write(opened, fresh, config, target)
-            logger.info("comparing with the model on %d images of %s", len(images), images.name)
-            agreement = compare(opened, chosen.read(fresh), images)
-            # Not ">": the difference may be NaN.
-            if not agreement.largest_difference <= config.tolerance:
-                raise MapetError(
-                    f"the {form} export of {config.model!r} differs from the model by up to "
-                    f"{agreement.largest_difference:.3g} on {agreement.images} images, more than the tolerance "
-                    f"{config.tolerance:g}, so it was not kept; use another format, or raise --tolerance"
-                )
-
-        (replace_file if chosen.suffix else replace_folder)(target, write_and_check)
-    return {
-        "path": str(target),
-        "format": form,
-        "bytes": sum(file.stat().st_size for file in (target, *target.glob("*")) if file.is_file()),
-        "input_size": [opened.channels, *opened.view.size],
-        "classes": len(opened.classes),
-        "images": agreement.images,
-        "checked_on": images.name,
-        "largest_difference": agreement.largest_difference,
-        "tolerance": config.tolerance,
-    }
+    with explain_disk_errors(target.parent):
+        if chosen.suffix:
+            with new_file(target) as fresh:
+                export(fresh)
+        else:
+            with claimed_folder(target):
+                replace_folder(target, export)
+    size = sum(file.stat().st_size for file in (target, *target.glob("*")) if file.is_file())
+    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.tolerance, **found}
 
 
 def _choose_images(config: ExportConfig) -> ImageSet:
