@@ -14,10 +14,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from mapet import MapetError
+from mapet.config import LinearConfig, make_config
 from mapet.data import PlainView, few_per_class, open_labelled
 from mapet.evaluate import Features, Setting, Training, evaluate_probe, extract_features, fit_linear, grid
 from mapet.evaluate.heads import predict
-from mapet.evaluate.linear import LRS, WEIGHT_DECAYS, principal
+from mapet.evaluate.linear import principal
 
 VIEW = PlainView((28, 28), (0.286,), (0.353,))
 CPU = torch.device("cpu")
@@ -109,8 +110,9 @@ def test_the_probe_agrees_with_scikit_learn_on_all_of_fashion_mnist(
     train, test = measure(network, None, None)
     began = time.perf_counter()
     training = Training(seed=0, device=CPU)
-    result = evaluate_probe(fit_linear, train, test, grid(LRS, WEIGHT_DECAYS), training)
+    defaults = make_config(LinearConfig, {"model": "m", "data": "d"})
+    result = evaluate_probe(fit_linear, train, test, grid(defaults.lr, defaults.weight_decay), training)
     ours = time.perf_counter()
-    theirs = reference(train, test, 1 / len(train))[0]  # scikit-learn's default, C = 1
+    theirs = reference(train, test, result.setting.weight_decay)[0]
     print(f"{kind}: {result.scores.accuracy} ({ours - began:.0f} s), {theirs} ({time.perf_counter() - ours:.0f} s)")
     assert abs(result.scores.accuracy - theirs) <= 0.005

@@ -276,7 +276,7 @@ GOOD = CodebookReport(
         ({}, None),
         ({"used_codes": 49, "usage_share": 0.49}, r"only 49 of 100 codes are used.*smaller --vocab-size"),
         ({"patches": 999, "used_codes": 49, "usage_share": 0.49}, r"999 patches are too few.*at least 10 "),
-        ({"top_share": 0.51}, r"one code has 51% of all patches.*teacher's features, or --contrast false"),
+        ({"top_share": 0.51}, r"one code has 51% of all patches.*teacher's features, or --no-contrast"),
         ({"top_share": 0.51, "kind": "features"}, r"one code has 51% of all patches.*teacher's features\.$"),
         ({"entropy_given_above": 1.91}, r"neighbours tell next to nothing"),
         ({"entropy_given_above": 1.91, "pair_coverage": 0.89}, None),

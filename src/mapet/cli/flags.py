@@ -58,15 +58,15 @@ def add_config_flags(
         field = fields[key]
         group = common if has_mark(config_class, key, "common") else more
         default = field.get_default(call_default_factory=True)
-        shown = "" if default in (None, PydanticUndefined, {}) else f" (default: {_plain(default)})"
+        shown = "" if default in (None, PydanticUndefined, False, {}) else f" (default: {_plain(default)})"
         text = f"{field.description}{shown}".replace("%", "%%")
         flag = f"--{key.replace('_', '-')}"
         if key == "model_args":
             group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
         elif _takes_several(field.annotation):
             group.add_argument(flag, dest=key, nargs="+", metavar=key.upper(), help=text)
-        elif default is False:
-            group.add_argument(flag, dest=key, nargs="?", const="true", metavar="TRUE", help=text)
+        elif bool in (field.annotation, *get_args(field.annotation)):
+            group.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=text)
         else:
             group.add_argument(flag, dest=key, metavar=key.upper(), help=text)
 
@@ -95,7 +95,9 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
             before = values.get(key)
             values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(item) for item in text)}
         elif isinstance(text, list):
-            values[key] = [_parse(item) for item in text]
+            values[key] = [_parse(part) for item in text for part in item.split(",")]
+        elif isinstance(text, bool):
+            values[key] = text
         else:
             optional = field.default is None
             as_text = key in _TEXT_KEYS and not (optional and text == "none")

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from mapet.config.base import Common, StrictConfig
 from mapet.config.groups import InferenceKeys
 
-
-def _listed(value: object) -> object:
-    """Read ``1,5,10``, or one number, as several."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    return value if isinstance(value, Sequence) else [value]
-
-
-Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1), BeforeValidator(_listed)]
-Decays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_listed)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1), BeforeValidator(_listed)]
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Decays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
 class FeatureKeys(InferenceKeys):
@@ -51,7 +42,7 @@ class KNNConfig(FeatureKeys):
 
     k: Counts = Field(
         (1, 5, 10, 20, 50, 100, 200),
-        description="numbers of neighbours, with commas; chosen from on held-out training images",
+        description="numbers of neighbours; chosen from on held-out training images",
         json_schema_extra=Common,
     )
     temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
@@ -60,9 +51,9 @@ class KNNConfig(FeatureKeys):
 class LinearConfig(HeadKeys, FeatureKeys):
     """A linear probe."""
 
-    lr: Rates = Field((0.1, 0.3, 1.0), description="learning rates to choose from, with commas")
+    lr: Rates = Field((0.1, 0.3, 1.0), description="learning rates to choose from")
     weight_decay: Decays = Field(
-        (1e-5, 1e-4, 1e-3, 1e-2), description="weight decays to choose from, with commas; 1 / (C n) of scikit-learn's C"
+        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), description="weight decays to choose from; 1 / (C n) of scikit-learn's C"
     )
     probe_batch: int = Field(512, ge=1, description="images per step of the probe")
 
@@ -70,8 +61,8 @@ class LinearConfig(HeadKeys, FeatureKeys):
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
-    lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from, with commas")
-    weight_decay: Decays = Field((0.01,), description="weight decays to choose from, with commas")
+    lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from")
+    weight_decay: Decays = Field((0.01,), description="weight decays to choose from")
     probe_batch: int = Field(256, ge=1, description="images per step of the probe")
 
 

@@ -12,7 +12,6 @@ from mapet.data import Stream, fold_seed
 from mapet.evaluate.features import Features
 from mapet.evaluate.heads import Setting, Training, cross_entropy
 
-LRS, WEIGHT_DECAYS = (3e-4, 1e-3, 3e-3), (0.01,)
 HEAD_WIDTH = 64  # of an attention head
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mapet.evaluate.features import Features, FloatArray
 from mapet.evaluate.heads import Setting, Training, cross_entropy
 
-LRS, WEIGHT_DECAYS = (0.1, 0.3, 1.0), (1e-5, 1e-4, 1e-3, 1e-2)
 ROWS_AT_A_TIME = 8192
 DAMPING = 1e-2  # of the whitening: directions of less variance, of 1 on average, are learned more slowly
 CONSTANT = 1e-12  # a feature whose variance is this share of its square does not vary

@@ -301,7 +301,7 @@ def shortcomings(report: CodebookReport) -> list[str]:
             "or on more images, which should be of the same kind as these."
         )
     if report.top_share > 0.5:
-        brightness = ", or --contrast false to tell flat patches apart by brightness" * (report.kind == "pixels")
+        brightness = ", or --no-contrast to tell flat patches apart by brightness" * (report.kind == "pixels")
         found.append(
             f"one code has {report.top_share:.0%} of all patches, as where much of the images is flat background: "
             f"crop them closer or fit on a teacher's features{brightness}."
