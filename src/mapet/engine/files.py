@@ -56,7 +56,9 @@ def claimed_folder(target: Path) -> Iterator[None]:
     Raises:
         MapetError: if there is something there already, another process is at it, or it cannot be written to.
     """
-    with _claimed(target, lambda: target.exists() and (not target.is_dir() or any(target.iterdir())), " and not empty"):
+    with _claimed(
+        target, lambda: target.exists() and (not target.is_dir() or any(target.iterdir())), " and is not empty"
+    ):
         yield
 
 
