@@ -95,7 +95,7 @@ def test_one_json_object_and_a_folder(
         assert [run["seed"] for run in found["runs"]] == [0, 1]
         assert (found["least"], found["greatest"]) == (min(accuracies), max(accuracies))
         assert found["accuracy"] == pytest.approx(sum(accuracies) / 2)
-        assert len(found["sweep"]) == (12 if kind == "linear" else 3)
+        assert len(found["sweep"]) == (15 if kind == "linear" else 3)
 
 
 def test_run_folder_exported_folder_and_timm_name_go_the_same_way(

@@ -260,7 +260,7 @@ def test_a_store_of_other_views_does_not_slip_into_a_resumed_run(digits: Path, p
     train(digits, out, tokens=str(tokens))
     shutil.rmtree(tokens)
     encode(digits, pixels, tokens, seed=7)
-    with pytest.raises(MapetError, match="token store is not the one that the run"):
+    with pytest.raises(MapetError, match="token store is not what the run"):
         pretrain({"data": str(digits)}, out, resume=True, console=QUIET)
 
 

@@ -174,6 +174,7 @@ def refused(tmp_path: Path, values: dict[str, Any], says: str, **how: Any) -> No
         ({"model": "vit_tiny_patch16_225"}, "unknown model 'vit_tiny_patch16_225'"),
         ({"image_size": 30}, "30 is not divisible by its patch size 7"),
         ({"model": "resnet10t", "reinit": True, "pool": "mean"}, "--pool is for Vision Transformers"),
+        ({"model": "vgg11", "reinit": True, "drop_path": 0.1}, "'vgg11' has no stochastic depth; pass --drop-path 0"),
         ({"pool": "max"}, "pool = 'max'"),
         ({"data": "/no/where"}, "neither a folder with one subfolder per class"),
     ],

@@ -140,10 +140,10 @@ def _timm_name(source: str) -> str:
 def _create(name: str, source: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, **arguments)
-    except TypeError as error:
-        raise MapetError(f"model {source!r} cannot be built: {error}; drop the flag that it does not know") from error
     except Exception as error:  # of the file system, safetensors, the hub's HTTP library, JSON, torch
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "drop_path_rate" in reason:
+            raise MapetError(f"model {source!r} has no stochastic depth; pass --drop-path 0") from error
         if name.startswith("local-dir:"):
             raise MapetError(
                 f"the model in {name.removeprefix('local-dir:')} cannot be read ({reason}); it may be cut short or "
