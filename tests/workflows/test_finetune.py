@@ -106,7 +106,10 @@ def test_a_killed_run_resumes_bit_for_bit_without_its_source(model: Path, digits
 
 @pytest.mark.slow
 def test_two_processes_train_on_the_images_of_one(model: Path, digits: Path, tmp_path: Path) -> None:
-    flags = ["--steps", "3", "--batch-size", "8", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--workers", "0"]
+    flags = [
+        "--steps", "3", "--batch-size", "8", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--workers", "0",
+        "--ema-decay", "0.9",
+    ]  # fmt: skip
     single = [sys.executable, "-m"]
     double = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     for out, launch in ((tmp_path / "one", single), (tmp_path / "two", double)):
