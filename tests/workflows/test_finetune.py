@@ -19,6 +19,7 @@ import mapet
 from mapet import MapetError
 from mapet.config import FinetuneConfig, make_config
 from mapet.data import few_per_class, open_labelled
+from mapet.evaluate import score_classifier
 from mapet.export import export_network
 from mapet.workflows import finetune
 from mapet.workflows.demo import FINETUNING
@@ -131,6 +132,35 @@ def test_labels_are_chosen_by_class_and_seed() -> None:
     assert other.keys != labels_to_use(config, train).keys
     per_class = config.model_copy(update={"label_share": None, "labels_per_class": 3})
     assert labels_to_use(per_class, train).keys == few_per_class(train, 3, 0).keys
+
+
+def test_a_share_leaves_nothing_of_small_classes_out(digits: Path) -> None:
+    whole = open_labelled(str(digits))[0].subset([0, 5, 6, 7, 8])  # one of the first class, four of the second
+    config = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 0.1})
+    found = [labels_to_use(config.model_copy(update={"label_share": share}), whole) for share in (0.1, 0.6, 0.9)]
+    assert [images.labels for images in found] == [(0, 1), (0, 1, 1), (0, 1, 1, 1, 1)]
+    assert set(found[0].keys) < set(found[1].keys) < set(found[2].keys)
+
+
+def test_it_is_measured_as_the_export_says(
+    digits: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bilinear, seen = tmp_path / "bilinear", []
+    bilinear.mkdir()
+    export_network(mapet.load(model).model, bilinear, (0.13,), (0.31,), interpolation="bilinear")
+    assert mapet.load(bilinear).transform.view.interpolation == "bilinear"
+
+    def spy(network: torch.nn.Module, images: Any, view: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(view)
+        return score_classifier(network, images, view, *rest, **more)
+
+    monkeypatch.setattr(sys.modules[finetune.__module__], "score_classifier", spy)
+    finetune(
+        {**PLAIN, "model": str(bilinear), "data": str(digits), "steps": 1, "batch_size": 8},
+        tmp_path / "run",
+        console=QUIET,
+    )
+    assert set(seen) == {mapet.load(tmp_path / "run").transform.view}
 
 
 def test_a_random_network_is_another_and_seeded(model: Path, digits: Path, tmp_path: Path) -> None:
