@@ -251,3 +251,22 @@ def test_other_labels_are_refused_on_resume(model: Path, digits: Path, tmp_path:
     refused(tmp_path, {}, "'data' changed since the run", resume=True)
     (data / "class A").rename(data / "class 9")
     refused(tmp_path, {"mixup": 0.5}, "'mixup' is 0.5, but the run .* began with 0.0", resume=True)
+
+
+@pytest.mark.parametrize("key", ["layer_decay", "augment", "ema_decay"])
+def test_none_is_a_change_too(key: str, model: Path, digits: Path, tmp_path: Path) -> None:
+    values = {**PLAIN, "layer_decay": 0.9, "augment": "rand-m9", "ema_decay": 0.9}
+    values |= {"model": str(model), "data": str(digits), "batch_size": 8, "steps": 1}
+    finetune(values, tmp_path / "run", console=QUIET)
+    refused(tmp_path, {key: None}, f"{key!r} is None, but the run .* began with", resume=True)
+
+
+def test_a_kill_between_renames_leaves_the_export_to_resume_from(model: Path, digits: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(model, source)
+    values = {**PLAIN, "model": str(source), "data": str(digits), "batch_size": 8, "steps": 2}
+    finetune(values, out, console=QUIET)
+    shutil.rmtree(source)
+    (out / "exported").rename(out / ".exported.old")
+    assert finetune({}, out, resume=True, console=QUIET).steps == 2
+    assert (out / "exported").is_dir()

@@ -100,8 +100,9 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     _check_mixing(config, accelerator)
 
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
-    begun = agree(accelerator, folder.holds_checkpoint() and folder.exported.is_dir())
-    opened = main_first(accelerator, lambda: _open(config, str(folder.exported) if begun else config.model, train))
+    exported = folder.find_export()
+    begun = agree(accelerator, folder.holds_checkpoint() and exported is not None)
+    opened = main_first(accelerator, lambda: _open(config, str(exported) if begun else config.model, train))
     view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and what the export says
     config = config.model_copy(
         update={
