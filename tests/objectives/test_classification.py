@@ -59,3 +59,5 @@ def test_the_average_follows_every_step(network: torch.nn.Module) -> None:
         torch.testing.assert_close(tensor, expected[name], msg=name)
     assert not torch.equal(objective.outcome.head.weight, network.head.weight)  # type: ignore[union-attr]
     assert Classification(network, 5).outcome is network
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    assert trained == {f"network.{name}" for name, _ in network.named_parameters()}

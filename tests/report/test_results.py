@@ -56,3 +56,8 @@ def test_files_hold_everything(tmp_path: Path) -> None:
     ]
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert {"| accuracy | 50.00 % |", "| a\\|b | 75.00 % |", "| [red] | - |", "| seed | accuracy |"} <= set(lines)
+
+
+def test_a_single_class() -> None:
+    results = {"kind": "classify", "model": "m", "data": "d", "accuracy": 1.0, "per_class": {"a": 1.0}}
+    assert results_table({**results, "confusion": [[3]]}).row_count == 2

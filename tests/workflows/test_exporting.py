@@ -122,8 +122,8 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
     onnx.checker.check_model(model, full_check=True)
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 18}
     assert {entry.key: json.loads(entry.value) for entry in model.metadata_props} == {
-        "input_size": [1, 28, 42], "mean": [0.2], "std": [0.4], "crop_pct": 0.8, "interpolation": "bicubic",
-        "classes": list(CLASSES),
+        "input_size": [1, 28, 42], "mean": [0.2], "std": [0.4], "crop_pct": 0.8, "crop_mode": "center",
+        "interpolation": "bicubic", "classes": list(CLASSES),
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import mapet
 from mapet import MapetError
 from mapet.config import FinetuneConfig, make_config
 from mapet.data import few_per_class, open_labelled
+from mapet.evaluate import score_classifier
 from mapet.export import export_network
 from mapet.workflows import finetune
 from mapet.workflows.demo import FINETUNING
@@ -106,7 +107,10 @@ def test_a_killed_run_resumes_bit_for_bit_without_its_source(model: Path, digits
 
 @pytest.mark.slow
 def test_two_processes_train_on_the_images_of_one(model: Path, digits: Path, tmp_path: Path) -> None:
-    flags = ["--steps", "3", "--batch-size", "8", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--workers", "0"]
+    flags = [
+        "--steps", "3", "--batch-size", "8", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--workers", "0",
+        "--ema-decay", "0.9",
+    ]  # fmt: skip
     single = [sys.executable, "-m"]
     double = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     for out, launch in ((tmp_path / "one", single), (tmp_path / "two", double)):
@@ -128,6 +132,35 @@ def test_labels_are_chosen_by_class_and_seed() -> None:
     assert other.keys != labels_to_use(config, train).keys
     per_class = config.model_copy(update={"label_share": None, "labels_per_class": 3})
     assert labels_to_use(per_class, train).keys == few_per_class(train, 3, 0).keys
+
+
+def test_a_share_leaves_nothing_of_small_classes_out(digits: Path) -> None:
+    whole = open_labelled(str(digits))[0].subset([0, 5, 6, 7, 8])  # one of the first class, four of the second
+    config = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 0.1})
+    found = [labels_to_use(config.model_copy(update={"label_share": share}), whole) for share in (0.1, 0.6, 0.9)]
+    assert [images.labels for images in found] == [(0, 1), (0, 1, 1), (0, 1, 1, 1, 1)]
+    assert set(found[0].keys) < set(found[1].keys) < set(found[2].keys)
+
+
+def test_it_is_measured_as_the_export_says(
+    digits: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bilinear, seen = tmp_path / "bilinear", []
+    bilinear.mkdir()
+    export_network(mapet.load(model).model, bilinear, (0.13,), (0.31,), interpolation="bilinear")
+    assert mapet.load(bilinear).transform.view.interpolation == "bilinear"
+
+    def spy(network: torch.nn.Module, images: Any, view: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(view)
+        return score_classifier(network, images, view, *rest, **more)
+
+    monkeypatch.setattr(sys.modules[finetune.__module__], "score_classifier", spy)
+    finetune(
+        {**PLAIN, "model": str(bilinear), "data": str(digits), "steps": 1, "batch_size": 8},
+        tmp_path / "run",
+        console=QUIET,
+    )
+    assert set(seen) == {mapet.load(tmp_path / "run").transform.view}
 
 
 def test_a_random_network_is_another_and_seeded(model: Path, digits: Path, tmp_path: Path) -> None:
@@ -219,3 +252,22 @@ def test_other_labels_are_refused_on_resume(model: Path, digits: Path, tmp_path:
     refused(tmp_path, {}, "'data' changed since the run", resume=True)
     (data / "class A").rename(data / "class 9")
     refused(tmp_path, {"mixup": 0.5}, "'mixup' is 0.5, but the run .* began with 0.0", resume=True)
+
+
+@pytest.mark.parametrize("key", ["layer_decay", "augment", "ema_decay"])
+def test_none_is_a_change_too(key: str, model: Path, digits: Path, tmp_path: Path) -> None:
+    values = {**PLAIN, "layer_decay": 0.9, "augment": "rand-m9", "ema_decay": 0.9}
+    values |= {"model": str(model), "data": str(digits), "batch_size": 8, "steps": 1}
+    finetune(values, tmp_path / "run", console=QUIET)
+    refused(tmp_path, {key: None}, f"{key!r} is None, but the run .* began with", resume=True)
+
+
+def test_a_kill_between_renames_leaves_the_export_to_resume_from(model: Path, digits: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(model, source)
+    values = {**PLAIN, "model": str(source), "data": str(digits), "batch_size": 8, "steps": 2}
+    finetune(values, out, console=QUIET)
+    shutil.rmtree(source)
+    (out / "exported").rename(out / ".exported.old")
+    assert finetune({}, out, resume=True, console=QUIET).steps == 2
+    assert (out / "exported").is_dir()

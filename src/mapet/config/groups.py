@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mapet.config.base import Common, Free, StrictConfig
 from mapet.errors import MapetError
 
 Pixels = Annotated[int, Field(ge=1)]
+# YAML reads a bare no as false.
+NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
 
 class DataKeys(StrictConfig):
@@ -85,12 +87,9 @@ class ModelKeys(NetworkKeys):
 class PrecisionKeys(StrictConfig):
     """The arithmetic of a network that is applied."""
 
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="precision of the network; no: float32")
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: object) -> object:
-        return "no" if value is False else value  # YAML reads a bare no as false
+    precision: Annotated[Literal["no", "bf16", "fp16"], NoIsAWord] = Field(
+        "no", description="precision of the network; no: float32"
+    )
 
 
 class InferenceKeys(ModelKeys, PrecisionKeys, DataKeys):
@@ -212,7 +211,7 @@ class TrainKeys(DataKeys):
     beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second beta (the first is 0.9)")
     clip_grad: float = Field(3.0, gt=0, description="largest gradient norm; above it gradients are scaled down")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step; saves memory")
-    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+    precision: Annotated[Literal["auto", "no", "bf16", "fp16"], NoIsAWord] = Field(
         "auto", description="mixed precision; auto: bf16 where the device has it fast, else no"
     )
     checkpoint_every: int | None = Field(
@@ -221,11 +220,6 @@ class TrainKeys(DataKeys):
     log_every: int = Field(
         1, ge=1, description="optimiser steps between lines of metrics.jsonl", json_schema_extra=Free
     )
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: object) -> object:
-        return "no" if value is False else value  # YAML reads a bare no as false
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

@@ -177,23 +177,40 @@ def from_array(
 
 
 def split(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Split a labelled set in two, class by class; the second part holds ``share`` of each class."""
-    labels = torch.tensor(_labels(images))
-    generator = torch.Generator().manual_seed(seed)
+    """Split a labelled set in two, class by class; the second part holds ``share`` of each class.
+
+    Raises:
+        MapetError: if that leaves nothing of a class for the first part.
+    """
     first: list[int] = []
     second: list[int] = []
-    for label in labels.unique():
-        members = torch.nonzero(labels == label)[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
+    for name, members in _shuffled_classes(images, seed):
         held_out = max(1, round(share * len(members)))
         if held_out >= len(members):
             raise MapetError(
-                f"class {images.classes[int(label)]!r} of {images.name} has {len(members)} image(s), too few to "
-                "hold some out; add images or remove the class"
+                f"class {name!r} of {images.name} has {len(members)} image(s), too few to hold some out; add images or "
+                "remove the class"
             )
-        second += members[:held_out].tolist()
-        first += members[held_out:].tolist()
+        second += members[:held_out]
+        first += members[held_out:]
     return images.subset(sorted(first)), images.subset(sorted(second))
+
+
+def share_per_class(images: ImageSet, share: float, seed: int) -> ImageSet:
+    """Take ``share`` of each class, at least one image; with the same seed, more are a superset of fewer."""
+    chosen: list[int] = []
+    for _, members in _shuffled_classes(images, seed):
+        chosen += members[: max(1, round(share * len(members)))]
+    return images.subset(sorted(chosen))
+
+
+def _shuffled_classes(images: ImageSet, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield each class's name and the indices of its images in random order."""
+    labels = torch.tensor(_labels(images))
+    generator = torch.Generator().manual_seed(seed)
+    for label in labels.unique():
+        members = torch.nonzero(labels == label)[:, 0]
+        yield images.classes[int(label)], members[torch.randperm(len(members), generator=generator)].tolist()
 
 
 def few_per_class(images: ImageSet, count: int, seed: int) -> ImageSet:

@@ -105,6 +105,12 @@ def _claimed(target: Path, taken: Callable[[], bool], how: str = "") -> Iterator
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
+def find_folder(target: Path) -> Path | None:
+    """Return where the content of ``target`` is, be it not yet taken back by ``recover_folder``; None if nowhere."""
+    old = target.with_name(f".{target.name}.old")
+    return next((folder for folder in (target, old) if folder.exists()), None)
+
+
 def recover_folder(target: Path) -> None:
     """Clear up after a kill inside ``replace_folder``."""
     fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")

@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mapet.engine.files import recover_folder, replace_file
+from mapet.engine.files import find_folder, recover_folder, replace_file
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,11 @@ class RunFolder:
 
     def holds_checkpoint(self) -> bool:
         """Whether there is a checkpoint, be it under the name that a kill left it with."""
-        return self.checkpoint.exists() or self.checkpoint.with_name(f".{self.checkpoint.name}.old").exists()
+        return find_folder(self.checkpoint) is not None
+
+    def find_export(self) -> Path | None:
+        """Return where the exported network is, be it under the name that a kill left it with; None without one."""
+        return find_folder(self.exported)
 
     def _lock(self) -> None:
         """Hold the folder for this process; the system lets go of it however the process ends."""

@@ -18,7 +18,8 @@ NEIGHBOURS, TEMPERATURE = (1, 5, 10, 20, 50, 100, 200), 0.07
 CHUNK_BYTES = 256 * 2**20  # of similarities at a time
 
 # Far below what float32 features mean. Rounded so, copies of an image are equally near, which the sums of a matrix
-# product would leave to chance; the step from one index to the next then settles ties and nothing else.
+# product would leave to chance. The step from one index to the next then settles ties; among 60,000 images it adds up
+# to 6e-11, which is still far below.
 DECIMALS, TIE = 12, 1e-15
 
 

@@ -19,8 +19,7 @@ from torch.optim import AdamW
 from mapet.data import IGNORED, Batch, DamageTally, Stream, fold_seed
 from mapet.engine import warmup_cosine
 from mapet.errors import MapetError
-from mapet.inference import OpenModel, read_tokens
-from mapet.inference.streaming import PRECISIONS
+from mapet.inference import OpenModel, autocast, read_tokens
 
 HIDDEN = 256  # channels of the convolutional head
 CLASSES_AT_A_TIME = 16  # enlarged to full resolution: memory does not grow with the number of classes
@@ -68,9 +67,8 @@ class HeadRecipe:
 @torch.no_grad()
 def patch_maps(opened: OpenModel, images: Tensor, precision: str = "no") -> Tensor:
     """Return the frozen features of normalised ``(B, C, H, W)`` images as ``(B, D, rows, columns)`` float32 maps."""
-    device = opened.device
-    with torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS):
-        tokens = read_tokens(opened.network, images.to(device, non_blocking=True))
+    with autocast(opened.device, precision):
+        tokens = read_tokens(opened.network, images.to(opened.device, non_blocking=True))
     maps: Tensor = tokens.patches.float().transpose(1, 2).unflatten(2, tokens.grid)
     return maps
 

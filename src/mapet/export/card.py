@@ -81,7 +81,7 @@ def read_run(source: str | Path) -> RunRecord | None:
         records[-1] if records else {},
         _last_metrics(records),
         _read_mapping(folder.baseline),
-        _without_places(_read_mapping(folder.root / "results.json")),
+        _without_places(_read_mapping(folder.results)),
     )
 
 

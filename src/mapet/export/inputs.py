@@ -11,8 +11,9 @@ def describe_inputs(opened: OpenModel) -> dict[str, Any]:
     """Return, JSON-able, how images are made into a model's input, and what its output means.
 
     Returns:
-        ``input_size`` (channels, rows, columns), ``mean`` and ``std`` of pixels in [0, 1], ``crop_pct``,
-        ``interpolation``, and ``classes``, which is empty for a model that gives features.
+        ``input_size`` (channels, rows, columns), ``mean`` and ``std`` of pixels in [0, 1], ``crop_pct``, ``crop_mode``
+        (timm's: "center", or "squash", which resizes both sides), ``interpolation``, and ``classes``, which is empty
+        for a model that gives features.
     """
     view = opened.view
     return {
@@ -20,6 +21,7 @@ def describe_inputs(opened: OpenModel) -> dict[str, Any]:
         "mean": list(view.mean),
         "std": list(view.std),
         "crop_pct": view.crop_pct,
+        "crop_mode": "squash" if view.squash else "center",
         "interpolation": view.interpolation,
         "classes": list(opened.classes),
     }

@@ -2,7 +2,7 @@
 
 from mapet.inference.load import ImageTransform, Loaded, load
 from mapet.inference.models import OpenModel, open_model
-from mapet.inference.streaming import stream
+from mapet.inference.streaming import autocast, stream
 from mapet.inference.tables import TABLES, Columns, CSVRows, Rows, check_table
 from mapet.inference.tokens import Tokens, read_tokens
 
@@ -15,6 +15,7 @@ __all__ = [
     "OpenModel",
     "Rows",
     "Tokens",
+    "autocast",
     "check_table",
     "load",
     "open_model",

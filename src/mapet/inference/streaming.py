@@ -15,6 +15,11 @@ Output = TypeVar("Output")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a network runs in "no" (float32), "bf16" or "fp16"."""
+    return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS)
+
+
 @dataclass(frozen=True)
 class _InputOnly:
     """Leaves the first output of a view out: it would be sent from the loading processes for nothing."""
@@ -66,6 +71,6 @@ def stream(
         whole = torch.tensor([not met for met in batch["damaged"]])
         if not whole.any():
             continue
-        with torch.no_grad(), torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS):
+        with torch.no_grad(), autocast(device, precision):
             output = network(batch["student"][whole].to(device, non_blocking=True))
         yield batch["index"][whole], output

@@ -51,6 +51,8 @@ class Classification(nn.Module):
         self.smoothing = smoothing
         self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
         self.ema = ModelEmaV3(network, ema_decay, use_warmup=True) if ema_decay is not None else None
+        if self.ema is not None:
+            self.ema.requires_grad_(False)  # processes that train together would wait for its gradients
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:

@@ -47,7 +47,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_row(f"the {MOST_CLASSES_SHOWN} worst of {len(known)} classes", "")
         known = sorted(known)[:MOST_CLASSES_SHOWN]
     for value, number in known:
-        count, other = max((count, -other) for other, count in enumerate(confusion[number]) if other != number)
+        others = ((count, -other) for other, count in enumerate(confusion[number]) if other != number)
+        count, other = max(others, default=(0, 0))  # a classifier may have a single class
         taken = f"{count} of {sum(confusion[number])} taken for {names[-other]}" if count else ""
         table.add_row(Text(names[number]), percent(value), Text(taken))
     return table

@@ -54,7 +54,7 @@ def run_demo(
     if values.get("init") is not None:
         raise MapetError("the demo compares with random weights; leave --init out, or use mapet pretrain")
     result = pretrain(values, out, resume=resume, console=console)
-    if result.steps < result.total_steps or not result.is_main:
+    if result.steps < result.total_steps:
         return result, None
     rows = measure_run(result, labels_per_class, finetuning, console)
     if rows is not None:
@@ -68,18 +68,24 @@ def measure_run(
     """Measure raw pixels, the untrained network and the pre-trained one on the run's own labelled data.
 
     The untrained network is probed with the very weights that pre-training began with, and fine-tuned from random ones
-    of the same kind; the rows differ in nothing else. Returns None if a fine-tuning was stopped.
+    of the same kind; the rows differ in nothing else. All processes call it, for they fine-tune together. Returns None
+    if a fine-tuning was stopped, and on any process but the main one.
     """
     config = result.config
     train, test = open_labelled(config.data, config.seed)
     view = PlainView((config.image_size, config.image_size), config.input_mean, config.input_std)
     pretrained = result.objective.backbone
     device = next(pretrained.parameters()).device
-    logger.info("measuring raw pixels")
-    rows = {"raw_pixels": probe_row(nn.Flatten(), train, test, view, channels=config.channels)}
+    rows: dict[str, Row] = {}
+
+    def probe(name: str, network: nn.Module) -> None:
+        if result.is_main:
+            logger.info("measuring %s: k-NN and linear probe", name)
+            rows[name] = probe_row(network, train, test, view, channels=config.channels)
+
+    probe("raw_pixels", nn.Flatten())
     for name, backbone in (("random_vit", initial_backbone(config).to(device)), ("pretrained_vit", pretrained)):
-        logger.info("measuring %s: k-NN and linear probe", name)
-        rows[name] = probe_row(backbone, train, test, view, channels=config.channels)
+        probe(name, backbone)
         for count in labels_per_class:
             labels = count * len(train.classes)
             values = {
@@ -87,8 +93,9 @@ def measure_run(
                 "reinit": name == "random_vit", "labels_per_class": count, **finetuning,
             }  # fmt: skip
             out = result.folder.root / "finetuned" / f"{name}-{labels}"
-            scores = finetune(values, out, resume=True, console=console).scores
-            if scores is None:  # stopped and saved; --resume takes it up there
+            tuned = finetune(values, out, resume=True, console=console)
+            if tuned.steps < tuned.total_steps:  # saved; --resume takes it up there
                 return None
-            rows[name][f"finetune_{labels}"] = scores.accuracy
-    return rows
+            if tuned.scores is not None:
+                rows[name][f"finetune_{labels}"] = tuned.scores.accuracy
+    return rows if result.is_main else None

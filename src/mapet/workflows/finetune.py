@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mapet.data import (
     few_per_class,
     fold_seed,
     open_labelled,
-    split,
+    share_per_class,
 )
 from mapet.engine import Record, RunFolder, agree, build_optimizer, on_main, replace_file
 from mapet.errors import MapetError
@@ -100,18 +100,20 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     _check_mixing(config, accelerator)
 
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
-    begun = agree(accelerator, folder.holds_checkpoint() and folder.exported.is_dir())
-    opened = main_first(accelerator, lambda: _open(config, str(folder.exported) if begun else config.model, train))
+    exported = folder.find_export()
+    begun = agree(accelerator, folder.holds_checkpoint() and exported is not None)
+    opened = main_first(accelerator, lambda: _open(config, str(exported) if begun else config.model, train))
+    view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and what the export says
     config = config.model_copy(
         update={
-            "image_size": opened.view.size,
-            "crop_pct": opened.view.crop_pct,
+            "image_size": view.size,
+            "crop_pct": view.crop_pct,
             "precision": accelerator.mixed_precision,
         }
     )
     augment = AugmentedView(
-        opened.view.size, opened.view.mean, opened.view.std, config.crop_min, config.flip, config.augment,
-        config.color_jitter, config.erasing,
+        view.size, view.mean, view.std, config.crop_min, config.flip, config.augment, config.color_jitter,
+        config.erasing,
     )  # fmt: skip
     objective = Classification(
         opened.network, len(train.classes), mixup=config.mixup, cutmix=config.cutmix, smoothing=config.smoothing,
@@ -136,7 +138,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
 
     def score(network: nn.Module) -> Scores:
         return score_classifier(
-            network, test, opened.view, opened.channels, device=device, batch_size=config.batch_size, workers=workers
+            network, test, view, opened.channels, device=device, batch_size=config.batch_size, workers=workers
         )
 
     def measure(trained: nn.Module) -> Iterator[tuple[str, float]]:
@@ -144,8 +146,8 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
         yield "eval_accuracy", score(trained.outcome).accuracy
 
     export = partial(
-        export_network, objective.outcome, mean=opened.view.mean, std=opened.view.std,
-        crop_pct=opened.view.crop_pct, classes=train.classes,
+        export_network, objective.outcome, mean=view.mean, std=view.std, crop_pct=view.crop_pct,
+        interpolation=view.interpolation, classes=train.classes,
     )  # fmt: skip
     job = Job(
         config, dataset, objective, optimizer, targets, _hash_labels(train), (folder.exported, export), _describe,
@@ -169,7 +171,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
 def labels_to_use(config: FinetuneConfig, train: ImageSet) -> ImageSet:
     """Return the labelled images that fine-tuning may see: all, a share of each class, or so many of each."""
     if config.label_share is not None:
-        return split(train, config.label_share, config.seed)[1]
+        return share_per_class(train, config.label_share, config.seed)
     if config.labels_per_class is not None:
         return few_per_class(train, config.labels_per_class, config.seed)
     return train

@@ -229,7 +229,9 @@ def _read_parts(init: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str | 
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise MapetError(f"{file} contains NaN or infinity (first {broken[0]!r}); take another source")
-    backbone = {name.removeprefix("backbone."): value for name, value in tensors.items() if "backbone." in name}
+    backbone = {
+        name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")
+    }
     return backbone, {name: tensors[name] for name in _PARTS}, None if file == converted else _tokenizer_hash(run)
 
 

@@ -32,7 +32,7 @@ from mapet.data import (
     load_batches,
     open_masked,
 )
-from mapet.engine import claimed_folder, explain_disk_errors, replace_file, replace_folder
+from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
 from mapet.errors import MapetError
 from mapet.evaluate import Confusion, HeadRecipe, build_head, predict_classes, train_head
 from mapet.inference import OpenModel, open_model
@@ -262,8 +262,8 @@ def _short_side(config: SegmentConfig, opened: OpenModel) -> int | None:
 
 
 def _write(result: dict[str, Any], head: nn.Module, examples: list[Example], folder: Path) -> None:
-    replace_file(folder / "results.json", json.dumps(result, indent=2) + "\n")
-    replace_file(folder / "results.md", segmentation_markdown(result))
+    (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "results.md").write_text(segmentation_markdown(result))
     tensors = {key: value.contiguous().cpu() for key, value in head.state_dict().items()}
     made_of = {key: str(result[key]) for key in ("head", "model", "classes", "image_size")}
     save_file(tensors, folder / "head.safetensors", metadata=made_of)

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainKeys)
 
+# Keys whose None is an answer, not "choose for me".
+NONE_IS_SAID = frozenset({"layer_scale", "layer_decay", "augment", "ema_decay", "label_share", "labels_per_class"})
+
 
 @dataclass(frozen=True)
 class Job:
@@ -99,7 +102,7 @@ def settle_config(config_class: type[Config], values: Mapping[str, Any], folder:
     began_with = make_config(config_class, saved, str(folder.config)).model_dump()
     free = free_keys(config_class)
     # "Choose for me" was answered when the run began, but for what may change.
-    kept = free - {"data"} | {"layer_scale"}
+    kept = free - {"data"} | NONE_IS_SAID
     given = {key: value for key, value in values.items() if value not in (None, "auto") or key in kept}
     config = make_config(config_class, {**began_with, **given})
     for key, now in config.model_dump().items():
