@@ -18,9 +18,8 @@ def add_parser(verbs: Any) -> None:
         description="Write features of images to a Parquet file, a row an image, in order. Memory does not grow with "
         "the number of images.",
     )
-    model = "a run folder, an exported folder, or a timm model name"
     data = "a folder of images, an image, a text file of paths, or a demo set"
-    add_job_flags(parser, EmbedConfig, "the file, ending in .parquet", data, model=model, out_metavar="FILE")
+    add_job_flags(parser, EmbedConfig, "the file, ending in .parquet", data, model=True, out_metavar="FILE")
     parser.set_defaults(run=run)
 
 

@@ -19,7 +19,6 @@ KINDS: dict[str, tuple[type[InferenceKeys], str]] = {
     "attentive": (AttentiveConfig, "train a classifier that attends to the frozen features of patches"),
     "classify": (ClassifyConfig, "measure a fine-tuned model's own classifier"),
 }
-MODEL = "a run folder, an exported folder, or a timm model name"
 DATA = "labelled images: a folder with one subfolder per class, perhaps below train and test (or val), or a demo set"
 
 
@@ -35,7 +34,7 @@ def add_parser(verbs: Any) -> None:
         kind = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         kind.add_argument("--json", action="store_true", help="print the results as JSON")
         add_job_flags(
-            kind, config_class, "a new folder for results.json, results.md and confusion.csv", DATA, model=MODEL,
+            kind, config_class, "a new folder for results.json, results.md and confusion.csv", DATA, model=True,
             needs_out=False,
         )  # fmt: skip
         kind.set_defaults(run=run)

@@ -24,7 +24,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_job_flags(
         parser, FinetuneConfig, "the run folder", "labelled images; may also stand in the recipe",
-        model="a run folder, an exported folder or a timm model name",
+        model=True,
     )  # fmt: skip
     parser.set_defaults(run=run)
 

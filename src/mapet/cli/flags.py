@@ -22,7 +22,7 @@ def add_job_flags(
     out: str,
     data: str = "images; may also stand in the recipe",
     *,
-    model: str | None = None,
+    model: bool = False,
     out_metavar: str = "FOLDER",
     needs_out: bool = True,
 ) -> None:
@@ -32,16 +32,16 @@ def add_job_flags(
         parser: of the verb.
         config_class: of the job.
         out, data: help for these two.
-        model: help for a model that stands before the images; None where it is a flag, or there is none.
+        model: whether one stands before the images.
         out_metavar: what ``--out`` takes.
         needs_out: whether it must be given.
     """
-    if model is not None:
-        parser.add_argument("model", nargs="?", help=model)
+    if model:
+        parser.add_argument("model", nargs="?", help=config_class.model_fields["model"].description)
     parser.add_argument("data", nargs="?", help=data)
     parser.add_argument("--out", required=needs_out, metavar=out_metavar, help=out)
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    add_config_flags(parser, config_class, positional=("data",) if model is None else ("model", "data"))
+    add_config_flags(parser, config_class, positional=("model", "data") if model else ("data",))
 
 
 def add_config_flags(

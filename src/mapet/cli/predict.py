@@ -21,10 +21,9 @@ def add_parser(verbs: Any) -> None:
         help="name the classes of images, by a fine-tuned model",
         description="Name the classes of images and their probabilities, a row an image, in order.",
     )
-    model = "a run folder, an exported folder, or a timm model name; with a classifier"
     data = "a folder of images, an image, a text file of paths, or a demo set"
     out = "a file ending in .csv, .jsonl or .parquet; left out, CSV is written to standard output"
-    add_job_flags(parser, PredictConfig, out, data, model=model, out_metavar="FILE", needs_out=False)
+    add_job_flags(parser, PredictConfig, out, data, model=True, out_metavar="FILE", needs_out=False)
     parser.set_defaults(run=run)
 
 

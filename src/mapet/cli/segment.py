@@ -24,7 +24,7 @@ def add_parser(kinds: Any) -> None:
     add_job_flags(
         parser, SegmentConfig, "a new folder for results.json, results.md, head.safetensors and predictions.png",
         "a folder with images/ and masks/, or ADE20K's; may also stand in the recipe",
-        model="a run folder, an exported folder, or a timm model name", needs_out=False,
+        model=True, needs_out=False,
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     parser.set_defaults(run=run)

@@ -121,11 +121,17 @@ def evaluate_probe(
 
 @torch.no_grad()
 def predict(heads: nn.Module, features: Features, training: Training) -> IntArray:
-    """Return ``(n, min(5, C))`` class indices by the first head, the likeliest first."""
-    guesses = [
-        heads(x)[:, 0].topk(min(MOST_GUESSES, len(features.classes))).indices.cpu()
-        for x, _ in training.in_order(features)
-    ]
+    """Return ``(n, min(5, C))`` class indices by the first head, the likeliest first.
+
+    Raises:
+        MapetError: if the head diverged.
+    """
+    guesses = []
+    for x, _ in training.in_order(features):
+        logits = heads(x)[:, 0]
+        if not logits.isfinite().all():
+            raise MapetError("the probe diverged when it was trained on all images; take a lower --lr")
+        guesses.append(logits.topk(min(MOST_GUESSES, len(features.classes))).indices.cpu())
     return torch.cat(guesses).numpy()
 
 

@@ -18,7 +18,7 @@ from mapet.config import ConvertConfig, make_config
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
 from mapet.errors import MapetError, nearest
 from mapet.export import export_network
-from mapet.inference.models import class_names
+from mapet.inference import class_names
 from mapet.models import (
     Blueprint,
     beit_blueprint,
@@ -28,7 +28,7 @@ from mapet.models import (
     recognise,
     upstream_blueprint,
 )
-from mapet.tokenizers.weights import check_fit
+from mapet.tokenizers import check_fit
 
 logger = logging.getLogger(__name__)
 

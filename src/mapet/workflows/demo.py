@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from mapet.data import PlainView, open_labelled
-from mapet.engine import replace_file
+from mapet.engine import RunFolder, replace_file
 from mapet.errors import MapetError
 from mapet.evaluate import Row, probe_row
 from mapet.workflows.finetune import finetune
@@ -93,7 +93,8 @@ def measure_run(
                 "reinit": name == "random_vit", "labels_per_class": count, **finetuning,
             }  # fmt: skip
             out = result.folder.root / "finetuned" / f"{name}-{labels}"
-            tuned = finetune(values, out, resume=True, console=console)
+            # What has begun knows its model, by a name that may have been another when the run lay elsewhere.
+            tuned = finetune({} if RunFolder(out).config.exists() else values, out, resume=True, console=console)
             if tuned.steps < tuned.total_steps:  # saved; --resume takes it up there
                 return None
             if tuned.scores is not None:

@@ -55,6 +55,18 @@ def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
     return accelerator
 
 
+def one_device(precision: str = "no") -> torch.device:
+    """Return the device of a command that runs in one process; see ``make_accelerator``.
+
+    Raises:
+        MapetError: if several processes were started, or the device lacks the precision.
+    """
+    accelerator = make_accelerator(precision)
+    if accelerator.num_processes > 1:
+        raise MapetError("this command runs in one process; start it without torchrun or accelerate launch")
+    return torch.device(accelerator.device)
+
+
 def _leave() -> None:
     """Leave the group of processes; else the first to exit aborts the others."""
     if dist.is_initialized():

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -35,14 +34,14 @@ from mapet.evaluate import (
 )
 from mapet.inference import OpenModel, open_model, read_tokens
 from mapet.report import Meter, write_results
-from mapet.workflows.device import count_workers
+from mapet.workflows.device import count_workers, one_device
 from mapet.workflows.training import check_out
 
 Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class Measurement:
     """What every evaluation works with: a model on its device, and where progress is shown."""
 
     config: InferenceKeys
@@ -74,7 +73,7 @@ class Job:
         return train, test
 
 
-def knn(config: KNNConfig, job: Job) -> Results:
+def knn(config: KNNConfig, job: Measurement) -> Results:
     """Classify by the nearest neighbours."""
     train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
     result = evaluate_knn(train, test, config.k, config.temperature, config.seed)
@@ -87,20 +86,20 @@ def knn(config: KNNConfig, job: Job) -> Results:
     }
 
 
-def linear(config: LinearConfig, job: Job) -> Results:
+def linear(config: LinearConfig, job: Measurement) -> Results:
     """Train linear heads."""
     train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
     return {"features": config.features, **_probe(fit_linear, config, job, train, test)}
 
 
-def attentive(config: AttentiveConfig, job: Job) -> Results:
+def attentive(config: AttentiveConfig, job: Measurement) -> Results:
     """Train heads that attend to the patches."""
     with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
         train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
         return _probe(fit_attentive, config, job, train, test)
 
 
-def classify(config: ClassifyConfig, job: Job) -> Results:
+def classify(config: ClassifyConfig, job: Measurement) -> Results:
     """Measure the model's own classifier, by the protocol of fine-tuning: a bicubic resize, then a crop."""
     images = open_test(config.data, job.opened.require_classes(), f"model {config.model!r}")
     view = replace(job.opened.view, interpolation="bicubic")
@@ -112,7 +111,7 @@ def classify(config: ClassifyConfig, job: Job) -> Results:
 
 
 # What is done with a model, by name: the configuration, and the work.
-KINDS: dict[str, tuple[type[InferenceKeys], Callable[[Any, Job], Results]]] = {
+KINDS: dict[str, tuple[type[InferenceKeys], Callable[[Any, Measurement], Results]]] = {
     "knn": (KNNConfig, knn),
     "linear": (LinearConfig, linear),
     "attentive": (AttentiveConfig, attentive),
@@ -140,7 +139,7 @@ def evaluate(
     """
     config_class, work = KINDS[kind]
     config = make_config(config_class, dict(values))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = one_device(config.precision)
     with ExitStack() as held:
         if out is not None:
             check_out(config.data, out)
@@ -154,7 +153,7 @@ def evaluate(
             seed=config.seed,
         )
         opened.network.to(device)
-        found = work(config, Job(config, opened, console or Console(stderr=True)))
+        found = work(config, Measurement(config, opened, console or Console(stderr=True)))
         results = {
             "kind": kind, "model": config.model, "data": config.data, "reinit": config.reinit, "seed": config.seed,
             "image_size": list(opened.view.size), **found,
@@ -165,7 +164,9 @@ def evaluate(
     return results
 
 
-def _probe(fit: Any, config: LinearConfig | AttentiveConfig, job: Job, train: Features, test: Features) -> Results:
+def _probe(
+    fit: Any, config: LinearConfig | AttentiveConfig, job: Measurement, train: Features, test: Features
+) -> Results:
     settings = grid(config.lr, config.weight_decay)
     probes: list[ProbeResult] = []
     for seed in range(config.seed, config.seed + config.seeds):

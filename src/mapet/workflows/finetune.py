@@ -188,7 +188,6 @@ def _check_mixing(config: FinetuneConfig, accelerator: Accelerator) -> None:
 
 def _open(config: FinetuneConfig, source: str, train: ImageSet) -> OpenModel:
     """Open the model with a fresh classifier for the classes of ``train``."""
-    torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     opened = open_model(
         source, classifier=True, image_size=config.image_size, crop_pct=config.crop_pct, reinit=config.reinit,
         seed=fold_seed(config.seed, Stream.WEIGHTS), drop_path=config.drop_path,

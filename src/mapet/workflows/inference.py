@@ -33,7 +33,7 @@ from mapet.inference import (
     stream,
 )
 from mapet.report import Meter
-from mapet.workflows.device import count_workers, make_accelerator
+from mapet.workflows.device import count_workers, one_device
 
 Output = TypeVar("Output")
 
@@ -68,7 +68,7 @@ def embed_images(values: Mapping[str, Any], out: str | Path, *, console: Console
         MapetError: for input that cannot work; nothing is left under ``out``.
     """
     config = make_config(EmbedConfig, dict(values))
-    device = _one_device(config.precision)
+    device = one_device(config.precision)
     with _new_table(out, (".parquet",)) as open_rows:
         images, opened = open_images(config.data), _open(config, device, classifier=False)
         read = partial(read_tokens, opened.network)
@@ -99,7 +99,7 @@ def predict_images(
         MapetError: for input that cannot work; nothing is left under ``out``.
     """
     config = make_config(PredictConfig, dict(values))
-    device = _one_device(config.precision)
+    device = one_device(config.precision)
     with _new_table(out, TABLES) as open_rows:
         images, opened = open_images(config.data), _open(config, device, classifier=True)
         classes = [encodable(name) for name in opened.require_classes()]
@@ -121,13 +121,6 @@ def _new_table(out: str | Path | TextIO, kinds: Collection[str]) -> Iterator[Cal
     kind, file = check_table(out, kinds), Path(out)
     with explain_disk_errors(file.parent), new_file(file) as fresh, ExitStack() as opened:
         yield lambda about: opened.enter_context(closing(TABLES[kind](fresh, about)))
-
-
-def _one_device(precision: str) -> torch.device:
-    accelerator = make_accelerator(precision)
-    if accelerator.num_processes > 1:
-        raise MapetError("this command runs in one process; start it without torchrun or accelerate launch")
-    return torch.device(accelerator.device)
 
 
 def _open(config: InferenceKeys, device: torch.device, *, classifier: bool) -> OpenModel:

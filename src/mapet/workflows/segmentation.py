@@ -37,7 +37,7 @@ from mapet.errors import MapetError
 from mapet.evaluate import Confusion, HeadRecipe, build_head, predict_classes, train_head
 from mapet.inference import OpenModel, open_model
 from mapet.report import Meter, draw_segmentation, segmentation_markdown
-from mapet.workflows.device import count_workers
+from mapet.workflows.device import count_workers, one_device
 from mapet.workflows.training import check_out
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def evaluate_segmentation(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Prepared:
     """What has been checked: the model, the two parts, and the pixels of each class in them, ``(K,)``."""
 
     config: SegmentConfig
@@ -95,7 +95,7 @@ class _Job:
         return len(self.train_pixels)
 
 
-def _prepare(config: SegmentConfig, console: Console) -> _Job:
+def _prepare(config: SegmentConfig, console: Console) -> _Prepared:
     train, test = open_masked(
         config.data,
         ignore_index=config.ignore_index,
@@ -109,7 +109,7 @@ def _prepare(config: SegmentConfig, console: Console) -> _Job:
         )
     opened = _open(config, config.seed)
     seen, tested = (_survey(part, config, what, console) for part, what in ((train, "training"), (test, "test")))
-    return _Job(config, opened, train, test, *_settle_classes(config, seen, tested))
+    return _Prepared(config, opened, train, test, *_settle_classes(config, seen, tested))
 
 
 def _settle_classes(config: SegmentConfig, seen: Tensor, tested: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def _settle_classes(config: SegmentConfig, seen: Tensor, tested: Tensor) -> tupl
 
 def _open(config: SegmentConfig, seed: int) -> OpenModel:
     opened = open_model(config.model, image_size=config.image_size, reinit=config.reinit, seed=seed)
-    opened.network.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+    opened.network.to(one_device(config.precision)).requires_grad_(False)
     return opened
 
 
@@ -165,7 +165,7 @@ def _padded(pixels: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(pixels, (0, size - len(pixels)))
 
 
-def _measure(job: _Job, console: Console) -> tuple[dict[str, Any], nn.Module, list[Example]]:
+def _measure(job: _Prepared, console: Console) -> tuple[dict[str, Any], nn.Module, list[Example]]:
     config = job.config
     runs, first_head, examples, confusions = [], None, [], []
     began, seconds = time.monotonic(), 0.0
@@ -213,7 +213,7 @@ def _mean(values: tuple[float | None, ...]) -> float | None:
     return fmean(known) if known else None
 
 
-def _train(job: _Job, opened: OpenModel, seed: int, console: Console) -> nn.Module:
+def _train(job: _Prepared, opened: OpenModel, seed: int, console: Console) -> nn.Module:
     config, view = job.config, opened.view
     crop = MaskedCrop(
         view.size, _short_side(config, opened), config.crop_min, config.flip, view.mean, view.std, view.interpolation
@@ -232,7 +232,7 @@ def _train(job: _Job, opened: OpenModel, seed: int, console: Console) -> nn.Modu
     return head
 
 
-def _evaluate(job: _Job, opened: OpenModel, head: nn.Module, console: Console) -> tuple[Confusion, list[Example]]:
+def _evaluate(job: _Prepared, opened: OpenModel, head: nn.Module, console: Console) -> tuple[Confusion, list[Example]]:
     config, view, count = job.config, opened.view, len(job.test)
     whole = MaskedWhole(view.size, _short_side(config, opened), view.mean, view.std, view.interpolation)
     batches = load_batches(
