@@ -51,7 +51,7 @@ def make_config(config_class: type[Config], values: dict[str, Any], origin: str 
         if first["type"] == "extra_forbidden":
             hint = nearest(key, config_class.model_fields) or "; see --help"
             raise MapetError(f"{origin} has the unknown key {key!r}{hint}") from None
-        if first["type"] == "missing":
+        if first["type"] == "missing" and key in config_class.model_fields:
             what = config_class.model_fields[key].description
             raise MapetError(f"{origin} lacks {key!r}: {what}") from None
         message = first["msg"].removeprefix("Value error, ")

@@ -34,7 +34,7 @@ class ConvertConfig(StrictConfig):
     )
     crop_pct: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,
         le=1,
         description="share of the resized image's side that the model sees; default: a classifier's 0.9 "
         "(mae: 0.875), 1 without a classifier",

@@ -9,8 +9,8 @@ from pydantic import Field
 from mapet.config.base import Common, StrictConfig
 from mapet.config.groups import InferenceKeys
 
-Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
-Decays = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
+Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e3)], ...], Field(min_length=1)]
+Decays = Annotated[tuple[Annotated[float, Field(ge=0, le=1e3)], ...], Field(min_length=1)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
@@ -70,5 +70,5 @@ class ClassifyConfig(InferenceKeys):
     """A classifier measured as it is."""
 
     crop_pct: float | None = Field(
-        0.9, gt=0, le=1, description="share of the resized image's side that the model sees; none: the model's own"
+        0.9, ge=0.01, le=1, description="share of the resized image's side that the model sees; none: the model's own"
     )

@@ -44,6 +44,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     lr: float | None = Field(
         None,
         gt=0,
+        le=1e3,
         description="peak learning rate; by default upstream's 5e-4 at batch 512, scaled by the square root of the "
         "batch size",
         json_schema_extra=Common,
@@ -62,7 +63,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     )
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
     crop_pct: float | None = Field(
-        0.9, gt=0, le=1, description="share of the resized image's side that is seen when the model is measured"
+        0.9, ge=0.01, le=1, description="share of the resized image's side that is seen when the model is measured"
     )
     crop_min: float = Field(0.08, gt=0, le=1, description="least share of the image that a random crop covers")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
@@ -90,7 +91,9 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     def _known_policy(cls, name: str | None) -> str | None:
         # timm passes over what it does not understand in such a name.
         if name is not None and not re.fullmatch(
-            r"(rand|augmix|original|originalr|v0|v0r|3a)(-(m|n|p|w|d|t|b|mstd|mmax|inc)\d+(\.\d+)?)*", name
+            r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?)*|augmix(-(m|w|d|a|b|mstd)\d+(\.\d+)?)*"
+            r"|(original|originalr|v0|v0r|3a)(-mstd\d+(\.\d+)?)?",
+            name,
         ):
             raise ValueError("none of timm's policies; take for instance rand-m9-mstd0.5-inc1, augmix-m5 or none")
         return name

@@ -70,9 +70,9 @@ class NetworkKeys(StrictConfig):
             value = (value, value)
         elif isinstance(value, str):
             parts = value.lower().split("x")
-            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
                 raise ValueError("write a number of pixels, or ROWSxCOLUMNS such as 192x256")
-            value = tuple(int(part) for part in parts)
+            value = tuple(int(part) for part in (parts * 2)[:2])
         return value
 
 
@@ -80,7 +80,7 @@ class ModelKeys(NetworkKeys):
     """A trained model, and how images are put into it."""
 
     crop_pct: float | None = Field(
-        None, gt=0, le=1, description="share of the resized image's side that the model sees; default: the model's"
+        None, ge=0.01, le=1, description="share of the resized image's side that the model sees; default: the model's"
     )
 
 
@@ -200,6 +200,7 @@ class TrainKeys(DataKeys):
     lr: float | None = Field(
         None,
         gt=0,
+        le=1e3,
         description="peak learning rate; by default the paper's 1.5e-3 at batch 2048, scaled by the square root "
         "of the batch size",
         json_schema_extra=Common,

@@ -65,7 +65,15 @@ class AugmentedView:
         crop, colour = self._stages
         pixels = F.to_pil_image(F.to_dtype(image, torch.uint8, scale=True)).convert("RGB")  # as timm's policies want it
         with seeded(draw.geometry):
-            augmented = from_pil(colour(crop(pixels)), len(self.mean))
+            cropped = crop(pixels)
+            try:
+                coloured = colour(cropped)
+            except ValueError as error:
+                # timm may ask for a posterisation to 0 bits: once a black image, since Pillow 13 an error.
+                if "bits" not in str(error):
+                    raise
+                coloured = cropped
+            augmented = from_pil(coloured, len(self.mean))
             student = F.normalize(F.to_dtype(augmented, torch.float32, scale=True), list(self.mean), list(self.std))
             return NOTHING, self._erase(student)
 

@@ -87,7 +87,7 @@ def new_file(target: Path) -> Iterator[Path]:
 def _claimed(target: Path, taken: Callable[[], bool], how: str = "") -> Iterator[None]:
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
-        if taken():
+        if taken() or target.is_symlink():  # one that leads nowhere is not there by itself
             raise MapetError(f"output {target} is there already{how}; choose another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
         Path(lock.lock_file).touch()  # where nothing can be written, the lock would seem to be taken

@@ -66,7 +66,8 @@ class RunFolder:
                 )
         else:
             # config.yaml is the first that a run writes of these, so without it they are somebody else's.
-            others = (self.root / "tokenizer.json", self.root / "header.json")  # of a tokenizer, of a token store
+            # Of a tokenizer, of a token store, of an exported model.
+            others = [self.root / name for name in ("tokenizer.json", "header.json", "config.json")]
             for path in (self.tokenizer, self.baseline, self.checkpoint.parent, self.exported, self.metrics, *others):
                 if path.exists():
                     raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")

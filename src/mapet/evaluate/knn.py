@@ -104,8 +104,9 @@ def classify(
     for chunk in torch.from_numpy(asked).split(max(1, CHUNK_BYTES // (8 * len(train)))):
         similarity = (_directions(chunk.numpy()) @ train.T).round(decimals=DECIMALS).clamp(-1, 1)
         nearest = (similarity - later).topk(max(neighbours)).indices
-        # exp(s / T) up to a factor that all votes share; a small T would overflow.
-        weights = ((similarity.gather(1, nearest) - 1) / temperature).exp()
+        # exp(s / T) up to a factor that all votes for an image share, so that the nearest counts 1 however small T is.
+        near = similarity.gather(1, nearest)
+        weights = ((near - near[:, :1]) / temperature).exp()
         for k in neighbours:
             votes = torch.zeros(len(chunk), count, dtype=torch.float64)
             votes.scatter_add_(1, votes_for[nearest[:, :k]], weights[:, :k])

@@ -34,10 +34,17 @@ def trace(opened: OpenModel) -> ExportedProgram:
 
 
 def write_program(opened: OpenModel, file: Path) -> None:
-    """Write a model's program; the archive's ``mapet.json`` holds what ``describe_inputs`` says."""
+    """Write a model's program; the archive's ``mapet.json`` holds what ``describe_inputs`` says.
+
+    Raises:
+        MapetError: if it cannot be traced or written.
+    """
     program = trace(opened)
-    with file.open("wb") as stream:
-        torch.export.save(program, stream, extra_files={INPUTS_FILE: json.dumps(describe_inputs(opened))})
+    try:
+        with file.open("wb") as stream:
+            torch.export.save(program, stream, extra_files={INPUTS_FILE: json.dumps(describe_inputs(opened))})
+    except RuntimeError as error:  # torch's archive writer, of a disk that is full
+        raise MapetError(f"the program cannot be written ({first_line(error)}); is the disk full?") from error
 
 
 def read_program(file: Path) -> nn.Module:

@@ -31,14 +31,18 @@ class CSVRows:
     """Comma-separated values below a line of the columns' names."""
 
     def __init__(self, file: TextIO) -> None:
-        self._file, self._writer, self._begun = file, csv.writer(file, lineterminator="\n"), False
+        self._file, self._begun = file, False
+        self._writer = csv.writer(file, lineterminator="\n")
+        # Python quotes a carriage return only where it is the end of a line; readers take it for one anyway.
+        self._quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
     def write(self, columns: Columns) -> None:
         """Append a batch of rows."""
         if not self._begun:
             self._writer.writerow(columns)
             self._begun = True
-        self._writer.writerows(zip(*columns.values(), strict=True))
+        for row in zip(*columns.values(), strict=True):
+            (self._quoting if any("\r" in str(value) for value in row) else self._writer).writerow(row)
         self._file.flush()
 
     def close(self) -> None:

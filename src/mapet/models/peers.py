@@ -23,7 +23,7 @@ MAE_LEFT_OUT = re.compile(r"mask_token|decoder_.*")
 
 def recognise(state: Mapping[str, Tensor]) -> str | None:
     """Return whose file this looks like: upstream, beit, beitv2 or mae; None for anybody else's."""
-    if "blocks.0.attn.kv.weight" in state:
+    if "blocks.0.attn.kv.weight" in state or "mask_positional_token" in state:
         return "upstream"
     if any(name.startswith("cls_pt_layers.") for name in state):
         return "beitv2"

@@ -19,6 +19,7 @@ from mapet.config import FinetuneConfig, config_to_yaml
 from mapet.data import (
     AugmentedView,
     Batch,
+    DamageTally,
     Draws,
     ImageSet,
     Stream,
@@ -138,7 +139,14 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
 
     def score(network: nn.Module) -> Scores:
         return score_classifier(
-            network, test, view, opened.channels, device=device, batch_size=config.batch_size, workers=workers
+            network,
+            test,
+            view,
+            opened.channels,
+            device=device,
+            batch_size=config.batch_size,
+            workers=workers,
+            tally=DamageTally(test, config.max_damaged),
         )
 
     def measure(trained: nn.Module) -> Iterator[tuple[str, float]]:

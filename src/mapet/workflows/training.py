@@ -97,6 +97,12 @@ def settle_config(config_class: type[Config], values: Mapping[str, Any], folder:
         return make_config(config_class, dict(values))
     saved = read_recipe(folder.config)
     lacking = [key for key in config_class.model_fields if key not in saved]
+    strange = [key for key in saved if key not in config_class.model_fields]
+    if lacking and strange:
+        raise MapetError(
+            f"{folder.root} holds the run of another command, whose configuration has {strange[0]!r}; continue it with "
+            "that, or choose another --out"
+        )
     if lacking:
         raise MapetError(f"{folder.config} lacks {lacking[0]!r}, so it was cut short or edited; restore it")
     began_with = make_config(config_class, saved, str(folder.config)).model_dump()
