@@ -86,6 +86,10 @@ def test_output_folders_that_cannot_be(digits: Path, tmp_path: Path, capsys: pyt
         assert f"output folder {out} cannot be written to" in said
 
 
+def test_what_the_system_refuses_is_a_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "File name too long" in refused(capsys, "pretrain", "--out", "x", "--config", "x" * 300)
+
+
 def test_flags_override_recipes(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("epochs: 50\nlr: 1.0e-4\nmodel_args: {depth: 1, embed_dim: 32}\n")

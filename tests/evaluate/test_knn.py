@@ -97,3 +97,9 @@ def test_more_neighbours_than_images(pixels: Parts) -> None:
     assert list(evaluate_knn(few, test).test) == [1, 5, 10, 20]
     with pytest.raises(MapetError, match=r"k = 60 .* there are 40 besides those held out.*--k 40 or less"):
         evaluate_knn(few, test, [60])
+
+
+def test_a_small_temperature_leaves_the_nearest(pixels: Parts) -> None:
+    train, test = pixels
+    nearest = classify(train.x, train.y, test.x, [1], TEMPERATURE, 10)[1][:, 0]
+    assert np.array_equal(classify(train.x, train.y, test.x, [20], 1e-9, 10)[20][:, 0], nearest)

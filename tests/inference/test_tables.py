@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapet import MapetError
-from mapet.inference import TABLES, check_table
+from mapet.inference import TABLES, CSVRows, check_table
 
 BATCHES: list[dict[str, Any]] = [
     {"key": ['a, "b".png', "c\nd.png"], "label": ["é", "0"], "probability": [0.5, 1.0]},
@@ -76,3 +76,12 @@ def test_parquet_without_pyarrow_is_refused_and_csv_is_not(monkeypatch: pytest.M
     assert check_table("x.csv", TABLES) == ".csv"
     with pytest.raises(MapetError, match=r"need pyarrow; install it with: pip install 'mapet\[parquet\]'"):
         check_table("x.parquet", TABLES)
+
+
+def test_a_carriage_return_in_a_name_does_not_end_a_row(tmp_path: Path) -> None:
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        rows = CSVRows(file)
+        rows.write({"key": ["a\rb.png", "c.png"], "label": ["x", "y"]})
+        rows.close()
+    with (tmp_path / "x.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["key", "label"], ["a\rb.png", "x"], ["c.png", "y"]]

@@ -21,7 +21,7 @@ from mapet.config import FinetuneConfig, make_config
 from mapet.data import few_per_class, open_labelled
 from mapet.evaluate import score_classifier
 from mapet.export import export_network
-from mapet.workflows import finetune
+from mapet.workflows import finetune, pretrain
 from mapet.workflows.demo import FINETUNING
 from mapet.workflows.finetune import labels_to_use
 
@@ -208,6 +208,10 @@ def refused(tmp_path: Path, values: dict[str, Any], says: str, **how: Any) -> No
         ({"image_size": 30}, "30 is not divisible by its patch size 7"),
         ({"model": "resnet10t", "reinit": True, "pool": "mean"}, "--pool is for Vision Transformers"),
         ({"model": "vgg11", "reinit": True, "drop_path": 0.1}, "'vgg11' has no stochastic depth; pass --drop-path 0"),
+        ({"augment": "rand-w7"}, "none of timm's policies"),
+        ({"lr": 1e300}, "lr = 1e[+]300: input should be less than or equal to"),
+        ({"image_size": [14]}, "image_size.1 = "),
+        ({"image_size": "0x38"}, "image_size"),
         ({"pool": "max"}, "pool = 'max'"),
         ({"data": "/no/where"}, "neither a folder with one subfolder per class"),
     ],
@@ -271,3 +275,12 @@ def test_a_kill_between_renames_leaves_the_export_to_resume_from(model: Path, di
     (out / "exported").rename(out / ".exported.old")
     assert finetune({}, out, resume=True, console=QUIET).steps == 2
     assert (out / "exported").is_dir()
+
+
+def test_a_run_of_another_command_is_not_continued(model: Path, digits: Path, tmp_path: Path) -> None:
+    values = {**PLAIN, "model": str(model), "data": str(digits), "batch_size": 8, "steps": 1}
+    finetune(values, tmp_path / "run", console=QUIET)
+    with pytest.raises(MapetError, match="holds the run of another command, whose configuration has"):
+        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
+    with pytest.raises(MapetError, match="holds 'config.json', but no run"):
+        finetune(values, model, console=QUIET)

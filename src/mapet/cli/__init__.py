@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -24,8 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb.add_parser(verbs)
     parsed = parser.parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
-    except MapetError as error:
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Who reads has enough, as `head` has; else Python would complain of it when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (MapetError, OSError) as error:  # of the system: a name too long, a disk or a pipe that is full
         print(f"mapet: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

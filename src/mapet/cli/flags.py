@@ -113,8 +113,8 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
 
 _TEXT_KEYS = frozenset(
     {
-        "check", "data", "eval_data", "file", "image_size", "init", "license", "model", "precision", "teacher", "teacher_weights",
-        "tokenizer", "tokens",
+        "check", "data", "eval_data", "file", "image_size", "init", "license", "model", "precision", "teacher",
+        "teacher_weights", "tokenizer", "tokens",
     }
 )  # fmt: skip
 

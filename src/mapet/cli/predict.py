@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import os
-import signal
 import sys
 from typing import Any
 
@@ -34,11 +32,6 @@ def run(parsed: argparse.Namespace) -> int:
 
     # File names may need Unicode, whatever the terminal speaks.
     out: Any = codecs.getwriter("utf-8")(sys.stdout.buffer) if parsed.out is None else parsed.out
-    try:
-        result = predict_images(given_values(parsed, PredictConfig), out, console=console)
-    except BrokenPipeError:
-        # Who reads has enough, as `head` has; else Python would complain of it when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    result = predict_images(given_values(parsed, PredictConfig), out, console=console)
     console.print(f"{result.describe()}: {parsed.out or 'standard output'}", soft_wrap=True, markup=False)
     return 0

@@ -44,7 +44,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     lr: float | None = Field(
         None,
         gt=0,
-        le=1e3,
+        le=1e30,
         description="peak learning rate; by default upstream's 5e-4 at batch 512, scaled by the square root of the "
         "batch size",
         json_schema_extra=Common,

@@ -200,7 +200,7 @@ class TrainKeys(DataKeys):
     lr: float | None = Field(
         None,
         gt=0,
-        le=1e3,
+        le=1e30,
         description="peak learning rate; by default the paper's 1.5e-3 at batch 2048, scaled by the square root "
         "of the batch size",
         json_schema_extra=Common,
