@@ -161,6 +161,12 @@ def test_it_is_measured_as_the_export_says(
         console=QUIET,
     )
     assert set(seen) == {mapet.load(tmp_path / "run").transform.view}
+    assert len(seen) == 1, "what the loop measured after its last step is the result"
+    before = (tmp_path / "run" / "results.json").read_text()
+    (tmp_path / "run" / "results.json").unlink()
+    finetune({}, tmp_path / "run", resume=True, console=QUIET)
+    assert len(seen) == 2
+    assert (tmp_path / "run" / "results.json").read_text() == before
 
 
 def test_a_random_network_is_another_and_seeded(model: Path, digits: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from mapet.data.augment import seeded
 from mapet.data.seeds import Draw
 
 
@@ -50,9 +51,7 @@ class MaskedCrop:
             resized = scaled_size((rows, columns), self.size, self.short_side)
             shown, shape = self.size[0] * self.size[1] / (resized[0] * resized[1]), self.size[1] / self.size[0]
         crop = RandomResizedCrop(1, scale=(self.crop_min * shown, shown), ratio=(shape * 3 / 4, shape * 4 / 3))
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which also queues seeds for devices not yet in use.
-            torch.default_generator.manual_seed(draw.geometry)
+        with seeded(draw.geometry):
             box = crop.make_params([stacked])
             mirrored = bool(torch.rand(()) < self.flip)
         image, ids = (

@@ -8,7 +8,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from mapet.data import Stream, fold_seed
+from mapet.data import Stream, fold_seed, seeded
 from mapet.evaluate.features import Features
 from mapet.evaluate.heads import Setting, Training, cross_entropy
 
@@ -51,8 +51,7 @@ class AttentiveHeads(nn.Module):
 
 def fit_attentive(features: Features, settings: Sequence[Setting], training: Training) -> AttentiveHeads:
     """Train an attentive head for every setting, by AdamW with a cosine, on the same batches of patches."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(fold_seed(training.seed, Stream.HEAD))
+    with seeded(fold_seed(training.seed, Stream.HEAD)):
         heads = AttentiveHeads(features.store.shape[-1], len(features.classes), len(settings)).to(training.device)
     groups = [
         {"params": list(head.parameters()), "lr": setting.lr, "weight_decay": setting.weight_decay}

@@ -30,11 +30,6 @@ class Scores:
     top5: float | None
     confusion: IntArray
 
-    @property
-    def per_class(self) -> dict[str, float | None]:
-        """Accuracy in 0..1 by the name of the true class; None for a class without test images."""
-        return per_class(self.confusion, self.classes)
-
 
 def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
     """Score guesses.

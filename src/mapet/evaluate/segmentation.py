@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from mapet.data import IGNORED, Batch, DamageTally, Stream, fold_seed
+from mapet.data import IGNORED, Batch, DamageTally, Stream, fold_seed, seeded
 from mapet.engine import warmup_cosine
 from mapet.errors import MapetError
 from mapet.inference import OpenModel, autocast, read_tokens
@@ -77,8 +77,8 @@ def build_head(kind: str, opened: OpenModel, classes: int, seed: int) -> nn.Modu
     """Return a fresh head of a kind of ``HEADS`` for a model, on its device, drawn from ``seed``."""
     sample = torch.zeros(1, opened.channels, *opened.view.size)
     width = patch_maps(opened, sample).shape[1]
-    torch.manual_seed(fold_seed(seed, Stream.HEAD))
-    return HEADS[kind](width, classes).to(opened.device)
+    with seeded(fold_seed(seed, Stream.HEAD)):
+        return HEADS[kind](width, classes).to(opened.device)
 
 
 def train_head(

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from mapet.config import FinetuneConfig, config_to_yaml
+from mapet.config import FinetuneConfig
 from mapet.data import (
     AugmentedView,
     Batch,
@@ -39,9 +39,9 @@ from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.evaluation import summarise
 from mapet.workflows.training import (
     Job,
+    begin_run,
     check_out,
     check_processes,
-    log_to,
     run_folder,
     run_job,
     settle_config,
@@ -123,13 +123,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     optimizer = build_optimizer(opened.network, config.peak_lr, config.weight_decay, config.beta2, config.layer_decay)
     objective.average_after(optimizer)
 
-    def begin() -> None:
-        folder.open(resume=resume)
-        log_to(folder.log)
-        if not folder.config.exists():
-            replace_file(folder.config, config_to_yaml(config))
-
-    on_main(accelerator, begin)
+    on_main(accelerator, lambda: begin_run(folder, config, resume))
     workers = count_workers(config.workers, train, device)
     dataset = ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed))
     labels = torch.tensor(train.labels)
@@ -149,9 +143,12 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
             tally=DamageTally(test, config.max_damaged),
         )
 
+    latest: list[Scores] = []
+
     def measure(trained: nn.Module) -> Iterator[tuple[str, float]]:
         assert isinstance(trained, Classification)
-        yield "eval_accuracy", score(trained.outcome).accuracy
+        latest[:] = [score(trained.outcome)]
+        yield "eval_accuracy", latest[0].accuracy
 
     export = partial(
         export_network, objective.outcome, mean=view.mean, std=view.std, crop_pct=view.crop_pct,
@@ -164,8 +161,8 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     outcome = run_job(job, folder, accelerator, workers, console)
 
     def conclude() -> Scores:
-        objective.eval()
-        scores = score(objective.outcome)
+        # The loop measures after its last step; a run that was finished before takes none.
+        scores = latest[0] if latest else score(objective.outcome)
         replace_file(folder.results, json.dumps(summarise([scores]), indent=1) + "\n")
         return scores
 

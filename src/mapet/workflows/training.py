@@ -142,6 +142,14 @@ def check_out(data: str, out: str | Path) -> None:
         )
 
 
+def begin_run(folder: RunFolder, config: TrainKeys, resume: bool) -> None:
+    """Open the folder of a run, log into it, and write down what it is made of, unless that stands there."""
+    folder.open(resume=resume)
+    log_to(folder.log)
+    if not folder.config.exists():
+        replace_file(folder.config, config_to_yaml(config))
+
+
 def log_to(file: Path) -> None:
     """Also write the package's log to a file, and to no other file any more."""
     package = logging.getLogger("mapet")

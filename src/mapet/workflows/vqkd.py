@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mapet.config import VQKDConfig, config_to_yaml
+from mapet.config import VQKDConfig
 from mapet.data import Batch, Draws, Stream, TrainView, ViewDataset, check_channels, fold_seed, open_images
-from mapet.engine import Record, RunFolder, build_optimizer, on_main, replace_file
+from mapet.engine import Record, RunFolder, build_optimizer, on_main
 from mapet.objectives import VQKDObjective
 from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
 from mapet.workflows.device import count_workers, main_first, make_accelerator
-from mapet.workflows.training import Job, check_out, check_processes, log_to, run_folder, run_job, settle_config
+from mapet.workflows.training import Job, begin_run, check_out, check_processes, run_folder, run_job, settle_config
 
 
 def train_vqkd(
@@ -63,13 +63,7 @@ def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) 
     targets = TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, tokenizer.grid)
     objective = VQKDObjective(tokenizer, targets.width, config.decoder_depth, config.ema_decay).to(device)
 
-    def begin() -> None:
-        folder.open(resume=resume)
-        log_to(folder.log)
-        if not folder.config.exists():
-            replace_file(folder.config, config_to_yaml(config))
-
-    on_main(accelerator, begin)
+    on_main(accelerator, lambda: begin_run(folder, config, resume))
     view = TrainView(
         config.image_size, targets.size, config.crop_min, config.flip, config.color_jitter,
         tuple(half), tuple(half),
