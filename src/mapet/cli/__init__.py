@@ -15,14 +15,14 @@ from mapet.errors import MapetError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     # Imported here so that the package's own import does not depend on the command line's parts.
-    from mapet.cli import bootstrap, convert, demo, embed, eval, export, finetune, predict, pretrain, tokenizer
+    from mapet.cli import bootstrap, compare, convert, demo, embed, eval, export, finetune, predict, pretrain, tokenizer
 
     parser = argparse.ArgumentParser(
         prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images."
     )
     parser.add_argument("--version", action="version", version=f"mapet {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (pretrain, finetune, eval, predict, embed, export, convert, tokenizer, bootstrap, demo):
+    for verb in (pretrain, compare, finetune, eval, predict, embed, export, convert, tokenizer, bootstrap, demo):
         verb.add_parser(verbs)
     parsed = parser.parse_args(arguments)
     try:

@@ -31,7 +31,7 @@ def add_parser(verbs: Any) -> None:
         own = kinds.add_parser(kind, help=text, description=f"Convert {text}.")
         own.add_argument("file", help=ConvertConfig.model_fields["file"].description)
         own.add_argument("--out", required=True, metavar="FOLDER", help="the folder, which is new")
-        add_config_flags(own, ConvertConfig, positional=("kind", "file"))
+        add_config_flags(own, ConvertConfig, left_out=("kind", "file"))
         own.add_argument("--json", action="store_true", help="print what came of it as JSON")
         own.set_defaults(run=run)
 

@@ -32,7 +32,7 @@ def add_parser(verbs: Any) -> None:
         form.add_argument("model", help=config_class.model_fields["model"].description)
         form.add_argument("--out", required=True, metavar=out, help="what to write; must not be there yet")
         form.add_argument("--json", action="store_true", help="print what came of it as JSON")
-        add_config_flags(form, config_class, positional=("model",))
+        add_config_flags(form, config_class, left_out=("model",))
         form.set_defaults(run=run)
 
 

@@ -41,19 +41,25 @@ def add_job_flags(
     parser.add_argument("data", nargs="?", help=data)
     parser.add_argument("--out", required=needs_out, metavar=out_metavar, help=out)
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    add_config_flags(parser, config_class, positional=("model", "data") if model else ("data",))
+    add_config_flags(parser, config_class, ("model", "data") if model else ("data",))
 
 
 def add_config_flags(
-    parser: argparse.ArgumentParser, config_class: type[StrictConfig], positional: Sequence[str] = ("data",)
+    parser: argparse.ArgumentParser,
+    config_class: type[StrictConfig],
+    left_out: Sequence[str] = ("data",),
+    title: str = "",
 ) -> None:
-    """Add a flag for every key of a configuration that is not ``positional``."""
-    common = parser.add_argument_group("common")
-    more = parser.add_argument_group("more")
+    """Add a flag for every key of a configuration, below a title if it is one of several.
+
+    Left out is for instance what is positional.
+    """
+    common = parser.add_argument_group(f"{title}common")
+    more = parser.add_argument_group(f"{title}more")
     fields = config_class.model_fields
     # What is particular to the command comes first.
     for key in sorted(fields, key=lambda key: key not in config_class.__annotations__):
-        if key in positional:
+        if key in left_out:
             continue
         field = fields[key]
         group = common if has_mark(config_class, key, "common") else more
@@ -61,7 +67,7 @@ def add_config_flags(
         shown = "" if default in (None, PydanticUndefined, False, {}) else f" (default: {_plain(default)})"
         text = f"{field.description}{shown}".replace("%", "%%")
         flag = f"--{key.replace('_', '-')}"
-        if key == "model_args":
+        if get_origin(field.annotation) is dict:
             group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
         elif _takes_several(field.annotation):
             group.add_argument(flag, dest=key, nargs="+", metavar=key.upper(), help=text)
@@ -82,18 +88,19 @@ def _plain(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -> dict[str, Any]:
-    """Return the recipe's values overridden by the flags that were given."""
+def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]) -> dict[str, Any]:
+    """Return the recipe's values overridden by the flags that were given, of one or several configurations."""
     values: dict[str, Any] = {}
     if getattr(parsed, "config", None) is not None:
         values = read_recipe(find_recipe(parsed.config))
-    for key, field in config_class.model_fields.items():
+    fields = {key: field for config_class in config_classes for key, field in config_class.model_fields.items()}
+    for key, field in fields.items():
         text = getattr(parsed, key, None)
         if text is None:
             continue
-        if key == "model_args":
+        if get_origin(field.annotation) is dict:
             before = values.get(key)
-            values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(item) for item in text)}
+            values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
         elif isinstance(text, list):
             values[key] = [_parse(part) for item in text for part in item.split(",")]
         elif isinstance(text, bool):
@@ -131,10 +138,10 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _pair(item: str) -> tuple[str, Any]:
+def _pair(flag: str, item: str) -> tuple[str, Any]:
     key, equals, value = item.partition("=")
     if not equals:
-        raise MapetError(f"--model-args takes KEY=VALUE, for instance depth=4, not {item!r}")
+        raise MapetError(f"--{flag.replace('_', '-')} takes KEY=VALUE, for instance depth=4, not {item!r}")
     return key, _parse(value)
 
 

@@ -1,6 +1,7 @@
 """Configurations: strict, typed, flat, every key documented. Needs neither torch nor timm."""
 
 from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
+from mapet.config.compare import CompareConfig
 from mapet.config.convert import ConvertConfig
 from mapet.config.evaluate import AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.config.export import ExportConfig, TimmExportConfig
@@ -15,6 +16,7 @@ __all__ = [
     "AttentiveConfig",
     "CheckConfig",
     "ClassifyConfig",
+    "CompareConfig",
     "ConvertConfig",
     "EmbedConfig",
     "EncodeConfig",

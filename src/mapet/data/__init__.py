@@ -85,6 +85,7 @@ __all__ = [
     "share_per_class",
     "split",
     "to_channels",
+    "train_and_test",
     "with_classes",
 ]
 

@@ -2,6 +2,7 @@
 
 from mapet.report.atlas import write_codebook_report
 from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, shortcomings
+from mapet.report.comparison import Comparison, Row, comparison_tables, write_comparison
 from mapet.report.figures import draw_curve, draw_layout, draw_tokens
 from mapet.report.progress import Baseline, Meter, ProgressSink
 from mapet.report.results import results_table, write_results
@@ -11,8 +12,11 @@ __all__ = [
     "Baseline",
     "CodebookReport",
     "CodebookStatistics",
+    "Comparison",
     "Meter",
     "ProgressSink",
+    "Row",
+    "comparison_tables",
     "draw_curve",
     "draw_layout",
     "draw_segmentation",
@@ -23,5 +27,6 @@ __all__ = [
     "segmentation_table",
     "shortcomings",
     "write_codebook_report",
+    "write_comparison",
     "write_results",
 ]

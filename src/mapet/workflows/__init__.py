@@ -1,6 +1,7 @@
 """Whole jobs, put together from the parts below: what the command line and Python users call."""
 
 from mapet.workflows.bootstrap import bootstrap
+from mapet.workflows.compare import compare
 from mapet.workflows.converting import convert
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
@@ -18,6 +19,7 @@ __all__ = [
     "RunResult",
     "bootstrap",
     "check_tokens",
+    "compare",
     "convert",
     "embed_images",
     "encode_images",

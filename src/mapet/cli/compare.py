@@ -1,0 +1,56 @@
+"""``mapet compare``: several objectives and tokenizers in one setting, and what each is worth."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from typing import Any
+
+from rich.console import Console
+
+from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.output import set_up_logging
+from mapet.config import CompareConfig, PretrainConfig
+
+# What is said of pre-training by the comparison, or makes no sense for several.
+LEFT_OUT = ("data", "eval_data", "eval_every", "init", "init_parts", "objective", "seed", "tokenizer", "tokens")
+
+
+def add_parser(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = verbs.add_parser(
+        "compare",
+        help="pre-train with several objectives and tokenizers, and measure what each is worth",
+        description="Pre-train with several objectives and tokenizers: the same network, images in the same order, "
+        "optimiser and budget; measure each; and write tables (Markdown, CSV), a picture and a page. What is not said "
+        "here is said as for pretrain, or by its recipe, and holds for all.",
+    )
+    parser.add_argument("data", nargs="?", help=CompareConfig.model_fields["data"].description)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the comparison's folder, each run below it")
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the comparison in --out, or extend it, or begin it"
+    )
+    add_config_flags(parser, CompareConfig)
+    add_config_flags(parser, PretrainConfig, LEFT_OUT, "pre-training, ")
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Compare."""
+    console = set_up_logging()
+    from mapet.report import comparison_tables
+    from mapet.workflows import compare
+
+    values = given_values(parsed, CompareConfig, PretrainConfig)
+    try:
+        comparison = compare(values, parsed.out, resume=parsed.resume)
+    except KeyboardInterrupt:
+        console.print(f"stopped; what is done is saved: --resume continues {parsed.out}", soft_wrap=True)
+        return 128 + signal.SIGINT
+    for table in comparison_tables(comparison):
+        Console().print(table)
+    for remark in comparison.remarks:
+        console.print(remark, soft_wrap=True)
+    console.print(f"tables and picture: {parsed.out}/report.html, results.md, results.csv", soft_wrap=True)
+    return 1 if comparison.failures else 0

@@ -1,0 +1,97 @@
+"""The configuration of a comparison of pre-trainings."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from mapet.config.base import Common, StrictConfig
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+Measure = Literal["knn", "linear", "attentive", "finetune"]
+
+
+class CompareConfig(StrictConfig):
+    """What differs between the cells of a comparison, and how they are measured.
+
+    All other keys of its recipe are those of pre-training, the same for every cell.
+    """
+
+    data: str = Field(
+        min_length=1,
+        description="labelled images: one subfolder per class, perhaps below train and test (or val), or a demo set; "
+        "the labels are for the measures alone",
+    )
+    objectives: Names = Field(
+        ("mapet", "pim", "mim", "random"),
+        description="objectives to compare; random: the network as it begins",
+        json_schema_extra=Common,
+    )
+    tokenizers: Names = Field(
+        ("pixels",),
+        description="what --tokenizer of pretrain takes; an objective that needs none is trained once",
+        json_schema_extra=Common,
+    )
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="instead of objectives: arms by name, each with the keys of pre-training in which it differs, as "
+        "half='{context_tokens: 8}'",
+    )
+    seeds: int = Field(3, ge=1, le=1000, description="repetitions, with the seeds 0, 1, ...", json_schema_extra=Common)
+    budget: Names = Field(
+        ("epochs",),
+        description="what the arms have equal: epochs, steps, flops or minutes, perhaps with how many of them as "
+        "flops=2e14; several make several tables. Default of epochs and steps: the recipe's; of flops and minutes: "
+        "what the first arm needs for that",
+        json_schema_extra=Common,
+    )
+    measures: Annotated[tuple[Measure, ...], Field(min_length=1)] = Field(
+        ("knn", "linear"),
+        description="how the outcome is measured: knn, linear, attentive, finetune",
+        json_schema_extra=Common,
+    )
+    knn: dict[str, Any] = Field(default_factory=dict, description="keys of mapet eval knn, as k=20")
+    linear: dict[str, Any] = Field(default_factory=dict, description="keys of mapet eval linear, as steps=500")
+    attentive: dict[str, Any] = Field(default_factory=dict, description="keys of mapet eval attentive, as steps=500")
+    finetune: dict[str, Any] = Field(
+        default_factory=dict, description="keys of mapet finetune, as labels_per_class=10 steps=100"
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        for budget in budgets:
+            kind, equals, amount = budget.partition("=")
+            if kind not in ("epochs", "steps", "flops", "minutes"):
+                raise ValueError(f"{budget!r} names no budget; take epochs, steps, flops or minutes")
+            number = _number(amount) if equals else 1.0
+            if number is None or not 0 < number < 1e30 or (kind in ("epochs", "steps") and number % 1):
+                raise ValueError(f"{budget!r} has no amount that can be spent; write for instance {kind}=4")
+        if len(set(budgets)) < len(budgets):
+            raise ValueError("a budget is named twice")
+        return budgets
+
+    @field_validator("objectives", "tokenizers", "measures")
+    @classmethod
+    def _no_twins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        twins = sorted({name for name in names if names.count(name) > 1})
+        if twins:
+            raise ValueError(f"{twins[0]!r} is named twice")
+        return names
+
+    @property
+    def differing(self) -> dict[str, dict[str, Any]]:
+        """The arms by name: the keys of pre-training in which each differs from the others."""
+        return dict(self.arms) or {name: {"objective": name} for name in self.objectives}
+
+    @property
+    def budgets(self) -> dict[str, tuple[str, float | None]]:
+        """By the name of a budget: its kind, and how much of it, if that was said."""
+        parts = {budget: budget.partition("=") for budget in self.budget}
+        return {budget: (kind, _number(amount)) for budget, (kind, _, amount) in parts.items()}
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", text) else None

@@ -1,0 +1,237 @@
+"""A cell of a comparison: one pre-training and its measures, in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from rich.console import Console
+
+from mapet.config import PretrainConfig, make_config
+from mapet.engine import RunFolder, replace_file, replace_folder
+from mapet.errors import MapetError
+from mapet.export import export_network
+from mapet.workflows.costs import step_seconds
+from mapet.workflows.evaluation import evaluate
+from mapet.workflows.finetune import finetune
+from mapet.workflows.pretrain import initial_backbone, pretrain
+from mapet.workflows.tokenizer import fit_tokenizer
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "random"  # in place of an objective: the network as it begins
+PATIENCE_S = 600  # for the process of a comparison that was killed, to save and end
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pre-training and its measures.
+
+    Attributes:
+        arm: the name of what is compared.
+        tokenizer: its name; "" where the objective needs none.
+        seed: of everything random.
+        values: of pre-training, by key, see ``PretrainConfig``; for the untrained network those of its backbone.
+        fit: how the tokenizer at ``values["tokenizer"]`` is fitted, see ``FitConfig``; None if it need not be.
+        flops: of one image, forward and backward.
+        root: the folder of the cell.
+        budgets: the names of those that it is trained under.
+        measures: what is measured, and how: the keys of ``mapet eval KIND`` and ``mapet finetune``.
+        data: labelled, for the measures.
+    """
+
+    arm: str
+    tokenizer: str
+    seed: int
+    values: Mapping[str, Any]
+    fit: Mapping[str, Any] | None
+    flops: float
+    root: Path
+    budgets: tuple[str, ...] = ()
+    measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data: str = ""
+
+    @property
+    def name(self) -> str:
+        """What is compared: arm and tokenizer."""
+        return f"{self.arm}, {self.tokenizer}" if self.tokenizer else self.arm
+
+    @property
+    def title(self) -> str:
+        """The cell in words."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained and measured in every way asked for."""
+        record = read_record(self.root)
+        return "cost" in record and all(measured_as(record, kind, keys) for kind, keys in self.measures.items())
+
+
+def folder_name(name: str, values: Mapping[str, Any], fingerprint: str) -> str:
+    """Return the name of the folder of a cell or a tokenizer.
+
+    It follows from all that decides the content, so with other settings or other images it is another.
+    """
+    digest = hashlib.sha256(json.dumps([values, fingerprint], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', name)[:80]}-{digest}"
+
+
+def read_record(root: Path) -> Record:
+    """Return what is known of the cell in a folder: its ``cost``, its measures by kind, or why it ``failed``."""
+    try:
+        record = json.loads((root / "cell.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise MapetError(f"{root / 'cell.json'} is damaged; remove the file, and the cell is finished anew")
+    return record
+
+
+def measured_as(record: Record, kind: str, keys: Mapping[str, Any]) -> bool:
+    """Whether a measure has been taken, in the way that is asked for."""
+    return kind in record and record[kind]["keys"] == dict(keys)
+
+
+def run_cell(cell: Cell) -> str | None:
+    """Finish a cell in a process of its own, so that what kills it kills nothing else, and memory is its own.
+
+    Returns:
+        why it failed, or None.
+
+    Raises:
+        KeyboardInterrupt: if it was stopped by a signal, and saved.
+    """
+    cell.root.mkdir(parents=True, exist_ok=True)
+    if cell.fit is not None and not Path(cell.values["tokenizer"]).exists() and (failure := _isolated(_fit, cell)):
+        return failure
+    return _isolated(_finish, cell)
+
+
+def _isolated(work: Callable[[Cell, Record], int | None], cell: Cell) -> str | None:
+    process = multiprocessing.get_context("spawn").Process(target=_in_process, args=(work, cell), name=cell.title)
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()  # saves what it has
+        process.join()
+        raise
+    code = process.exitcode or 0
+    if code < 0:
+        why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{why}"
+    if code > 128:
+        raise KeyboardInterrupt
+    return read_record(cell.root).get("failed", f"its process ended with status {code}") if code else None
+
+
+def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell) -> None:
+    """Do a cell's work in this process, and end it."""
+    # Ctrl-C reaches all processes of a terminal; the comparison passes on what is meant for this one.
+    if hasattr(os, "setsid"):
+        os.setsid()
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    with FileLock(cell.root / ".lock", timeout=PATIENCE_S):
+        record = read_record(cell.root)
+        record.pop("failed", None)
+        try:
+            stopped_by = work(cell, record)
+        except Exception as error:
+            if not isinstance(error, MapetError):
+                logger.exception("cell %s failed", cell.title)
+            record["failed"] = str(error) or type(error).__name__
+            _write(cell, record)
+            sys.exit(1)
+    sys.exit(128 + stopped_by if stopped_by else 0)
+
+
+def _fit(cell: Cell, record: Record) -> None:
+    """Fit the tokenizer that the cells of a seed have in common."""
+    assert cell.fit is not None
+    fit_tokenizer(cell.fit, cell.values["tokenizer"])
+
+
+def _finish(cell: Cell, record: Record) -> int | None:
+    """Do what is left to do; return the signal that ended it early, or None."""
+    console = Console(stderr=True)
+    run = RunFolder(cell.root / "run")
+    if "cost" not in record:
+        if cell.values["objective"] == UNTRAINED:
+            _export_untrained(cell, run)
+            record["cost"] = {"steps": 0, "flops": 0.0, "seconds": 0.0, "memory": 0}
+        else:
+            # What has begun knows its tokenizer, by a path that may have been another.
+            begun = {} if run.config.exists() else cell.values
+            result = pretrain(begun, run.root, resume=True, console=console)
+            if result.steps < result.total_steps:
+                return result.stopped_by
+            batch = result.config.batch_size
+            record["cost"] = {
+                "steps": result.steps,
+                "flops": cell.flops * result.steps * batch,
+                "seconds": step_seconds(run) * result.steps,
+                "memory": _peak_memory(),
+            }
+        _write(cell, record)
+    for kind, keys in cell.measures.items():
+        if measured_as(record, kind, keys):
+            continue
+        given = {"model": str(run.exported), "data": cell.data, "seed": cell.seed, **keys}
+        if kind == "finetune":
+            out = cell.root / folder_name("finetuned", keys, "")
+            tuned = finetune({} if RunFolder(out).config.exists() else given, out, resume=True, console=console)
+            if tuned.scores is None:
+                return tuned.stopped_by
+            accuracy = tuned.scores.accuracy
+        else:
+            accuracy = evaluate(kind, given, console=console)["accuracy"]
+        record[kind] = {"keys": dict(keys), "accuracy": accuracy}
+        _write(cell, record)
+    return None
+
+
+def _export_untrained(cell: Cell, run: RunFolder) -> None:
+    """Export the network that the other arms begin with."""
+    config = make_config(PretrainConfig, {key: value for key, value in cell.values.items() if key != "objective"})
+    export = partial(export_network, initial_backbone(config), mean=config.input_mean, std=config.input_std)
+    run.root.mkdir(parents=True, exist_ok=True)
+    replace_folder(run.exported, export)
+
+
+def _write(cell: Cell, record: Record) -> None:
+    replace_file(cell.root / "cell.json", json.dumps(record, indent=1) + "\n")
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process has held: on the GPU if it has one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _follow_parent() -> None:
+    """Stop when the comparison is killed: nobody waits for this any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,134 @@
+"""A comparison of pre-trainings: a grid of cells that differ in what is compared and in nothing else."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from mapet.config import CompareConfig, make_config, read_recipe
+from mapet.data import train_and_test
+from mapet.engine import RunFolder, explain_disk_errors, replace_file
+from mapet.errors import MapetError
+from mapet.report import Comparison, Row, write_comparison
+from mapet.workflows.cells import Cell, measured_as, read_record, run_cell
+from mapet.workflows.compare_plan import plan
+from mapet.workflows.training import check_out
+
+logger = logging.getLogger(__name__)
+
+# Keys of pre-training that make no sense for several.
+NOT_SHARED = ("tokens", "init", "init_parts", "eval_data", "eval_every")
+
+
+def compare(values: Mapping[str, Any], out: str | Path, *, resume: bool = False) -> Comparison:
+    """Pre-train with several objectives and tokenizers in one setting, and measure what each is worth.
+
+    Every cell is a run folder below ``out/cells``; a comparison that was killed continues where it was, and one that
+    is asked for more (seeds, arms, measures) does only what is new. Call it below ``if __name__ == "__main__"``: each
+    cell works in a process of its own.
+
+    Args:
+        values: configuration by key: those of ``CompareConfig``, and those of ``PretrainConfig`` for all cells alike.
+        out: the folder of the comparison.
+        resume: continue or extend the comparison in ``out``, or begin it if there is none.
+
+    Raises:
+        MapetError: for input that cannot work, before anything is trained. A cell that fails later is in the result.
+    """
+    root = Path(out)
+    with explain_disk_errors(root), _held(root):
+        asked = _settle(values, root, resume)
+        config = make_config(CompareConfig, {key: v for key, v in asked.items() if key in CompareConfig.model_fields})
+        check_out(config.data, root)
+        cells = plan(config, _shared(asked, config), root)
+        replace_file(root / "compare.yaml", yaml.safe_dump(asked, sort_keys=False))
+        return _run(cells, config, root)
+
+
+@contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """Hold the folder for this process."""
+    is_new = not root.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MapetError(
+            f"output folder {root} is in use by another process; wait for it or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new and not (root / "compare.yaml").exists():  # refused
+            shutil.rmtree(root)
+
+
+def _settle(values: Mapping[str, Any], root: Path, resume: bool) -> dict[str, Any]:
+    """Return the values; on resume they complete those the comparison began with."""
+    saved = root / "compare.yaml"
+    if not saved.exists():
+        if others := sorted(path.name for path in root.iterdir() if path.name not in (".lock", "times.json")):
+            raise MapetError(f"output folder {root} holds {others[0]!r}, but no comparison; choose another --out")
+        return dict(values)
+    if not resume:
+        raise MapetError(
+            f"output folder {root} holds a comparison; pass --resume to continue or extend it, or another --out"
+        )
+    return {**read_recipe(saved), **values}
+
+
+def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
+    """Return the values of pre-training that all cells have in common."""
+    shared = {key: value for key, value in values.items() if key not in CompareConfig.model_fields}
+    for key in NOT_SHARED:
+        if shared.get(key) is not None:
+            raise MapetError(f"{key!r} is for mapet pretrain; a comparison has no use for it, leave it out")
+    # A recipe of pre-training names one objective, one tokenizer and one seed.
+    for key in ("objective", "tokenizer", "seed"):
+        shared.pop(key, None)
+    folder = Path(config.data)
+    parts = train_and_test(folder) if folder.is_dir() else None
+    return {**shared, "data": str(parts[0]) if parts else config.data}
+
+
+def _run(cells: Sequence[Cell], asked: CompareConfig, root: Path) -> Comparison:
+    """Finish the cells one by one, and the table after each."""
+    failures: dict[str, str] = {}
+    for number, cell in enumerate(cells, 1):
+        if cell.is_done:
+            continue
+        logger.info("cell %d of %d: %s", number, len(cells), cell.title)
+        if (failure := run_cell(cell)) is not None:
+            failures[cell.title] = failure
+            logger.warning("cell %s failed: %s; the others go on", cell.title, failure)
+        _report(cells, failures, asked, root)
+    return _report(cells, failures, asked, root)
+
+
+def _report(cells: Sequence[Cell], failures: Mapping[str, str], asked: CompareConfig, root: Path) -> Comparison:
+    """Write the tables and pictures of what is finished so far."""
+    rows = tuple(row for cell in cells if (row := _row(cell)) is not None)
+    names = tuple(dict.fromkeys(cell.name for cell in cells))
+    comparison = Comparison(asked.data, asked.measures, asked.seeds, asked.budget, names, rows, dict(failures))
+    write_comparison(comparison, root)
+    return comparison
+
+
+def _row(cell: Cell) -> Row | None:
+    """Return what is known of a cell; None if it is not yet trained."""
+    record = read_record(cell.root)
+    if "cost" not in record:
+        return None
+    taken = [kind for kind, keys in cell.measures.items() if measured_as(record, kind, keys)]
+    measured = {kind: record[kind]["accuracy"] for kind in taken}
+    curve = [(line["epoch"], line["loss"]) for line in RunFolder(cell.root / "run").metric_lines()]
+    return Row(cell.name, cell.arm, cell.tokenizer, cell.seed, cell.budgets, record["cost"], measured, curve)

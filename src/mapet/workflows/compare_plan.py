@@ -1,0 +1,195 @@
+"""The plan of a comparison: its cells, and how long each is trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mapet.config import CompareConfig, FinetuneConfig, FitConfig, KMeansKeys, PretrainConfig, make_config
+from mapet.data import ImageSet, open_images, open_labelled
+from mapet.engine import replace_file
+from mapet.errors import MapetError, nearest
+from mapet.objectives import OBJECTIVES
+from mapet.workflows.cells import UNTRAINED, Cell, folder_name
+from mapet.workflows.costs import FREE, Cost, measure_cost, time_step
+from mapet.workflows.evaluation import KINDS
+from mapet.workflows.tokens import is_ready
+
+logger = logging.getLogger(__name__)
+
+# What must be the same for all arms, or is said otherwise.
+NOT_OF_AN_ARM = ("data", "epochs", "eval_data", "init", "seed", "steps", "tokens")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: an arm with a tokenizer.
+
+    Attributes:
+        arm: its name.
+        tokenizer: what ``--tokenizer`` takes; "" where the objective needs none.
+        values: of pre-training, but for the seed, the tokenizer, and the length that a budget gives.
+        cost: of an optimiser step.
+    """
+
+    arm: str
+    tokenizer: str
+    values: Mapping[str, Any]
+    cost: Cost
+
+    @property
+    def name(self) -> str:
+        """The two in words."""
+        return f"{self.arm}, {self.tokenizer}" if self.tokenizer else self.arm
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is more than the network as it begins."""
+        return bool(self.values["objective"] != UNTRAINED)
+
+    def steps(self, images: int, **length: int | None) -> int:
+        """Return the optimiser steps of a run over so many images, as long as its recipe says or as is said here."""
+        return _config(self.arm, {**self.values, **length}).resolve(images).total_steps(images)
+
+
+def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> Iterator[Variant]:
+    """Yield each arm with each of its tokenizers.
+
+    Args:
+        config: of the comparison.
+        shared: values of pre-training that all arms have in common.
+        images: how many there are to train on.
+
+    Raises:
+        MapetError: naming an arm that cannot work.
+    """
+    for arm, differing in config.differing.items():
+        for key in NOT_OF_AN_ARM:
+            if key in differing:
+                raise MapetError(f"arm {arm!r} has its own {key!r}, which must be the same for all; leave it out")
+        values = {"objective": "mapet", **shared, **differing}
+        own = values.pop("tokenizer", None)
+        objective = values["objective"]
+        if objective == UNTRAINED:
+            _config(arm, {key: value for key, value in values.items() if key != "objective"})
+            yield Variant(arm, "", values, FREE)
+            continue
+        if objective not in OBJECTIVES:
+            choice = [*OBJECTIVES, UNTRAINED]
+            hint = nearest(str(objective), choice) or f"; choose from {sorted(choice)}"
+            raise MapetError(f"unknown objective {objective!r}{hint}")
+        for tokenizer in (own,) if own else config.tokenizers:
+            resolved = _config(arm, values).resolve(images)
+            try:
+                cost = measure_cost(resolved, tokenizer, images)
+            except MapetError as error:
+                raise MapetError(f"arm {arm!r} cannot work: {error}") from error
+            yield Variant(arm, tokenizer, values, cost)
+
+
+def plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> list[Cell]:
+    """Return all cells, those of the first seed first, for the table to be complete early.
+
+    Args:
+        config: of the comparison.
+        shared: values of pre-training that all cells have in common.
+        root: the comparison's folder.
+
+    Raises:
+        MapetError: for what cannot work.
+    """
+    open_labelled(config.data)  # what cannot be measured need not be trained
+    images = open_images(shared["data"])
+    measures: dict[str, Mapping[str, Any]] = {kind: getattr(config, kind) for kind in config.measures}
+    for kind, keys in measures.items():
+        config_class = FinetuneConfig if kind == "finetune" else KINDS[kind][0]
+        make_config(config_class, {"model": "-", "data": config.data, "seed": 0, **keys}, f"{kind} of the comparison")
+    compared = list(variants(config, shared, len(images)))
+    lengths = _lengths(config, compared, len(images), root)
+    found: dict[Path, Cell] = {}
+    for seed in range(config.seeds):
+        for variant, steps_by_budget in zip(compared, lengths, strict=True):
+            for budget, steps in steps_by_budget.items():
+                cell = _cell(variant, seed, steps, images, root)
+                budgets = (*found[cell.root].budgets, budget) if cell.root in found else (budget,)
+                found[cell.root] = replace(cell, budgets=budgets, measures=measures, data=config.data)
+    return list(found.values())
+
+
+def _cell(variant: Variant, seed: int, steps: int, images: ImageSet, root: Path) -> Cell:
+    """Return a cell that is measured in no way yet."""
+    values = {**variant.values, "seed": seed, "steps": steps, "epochs": None}
+    identity = {**values, "tokenizer": variant.tokenizer}
+    fit: Mapping[str, Any] | None = None
+    if variant.tokenizer and not is_ready(variant.tokenizer):
+        fit = _fit_values(variant, seed)
+        values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
+        folder = root / "tokenizers" / folder_name(Path(variant.tokenizer).name, fit, images.fingerprint)
+        values["tokenizer"] = str(folder)
+    elif variant.tokenizer:
+        values["tokenizer"] = variant.tokenizer
+    name = "-".join(part for part in (variant.arm, Path(variant.tokenizer).name, f"seed{seed}") if part)
+    folder = root / "cells" / folder_name(name, identity, images.fingerprint)
+    return Cell(variant.arm, variant.tokenizer, seed, values, fit, variant.cost.flops, folder)
+
+
+def _fit_values(variant: Variant, seed: int) -> dict[str, Any]:
+    """Return how the tokenizer is fitted that all arms of a seed have in common; see ``FitConfig``."""
+    keys = [key for key in FitConfig.model_fields if key in variant.values]
+    given = {key: variant.values[key] for key in keys if key not in ("crop_min", "batch_size")}
+    crop_min = variant.values.get("crop_min", 0.2)
+    return {
+        **given, "teacher": variant.tokenizer, "seed": seed, "vocab_size": variant.cost.vocab_size,
+        "image_size": variant.cost.image_size, "patch_size": variant.cost.patch_size,
+        "crop_min": None if crop_min == 1 else crop_min,
+    }  # fmt: skip
+
+
+def _config(arm: str, values: Mapping[str, Any]) -> PretrainConfig:
+    return make_config(PretrainConfig, dict(values), f"arm {arm!r}")
+
+
+def _lengths(config: CompareConfig, compared: Sequence[Variant], images: int, root: Path) -> list[dict[str, int]]:
+    """Return the optimiser steps of each variant, by the names of budgets."""
+    trained = [variant for variant in compared if variant.is_trained]
+    if not trained:
+        raise MapetError("no arm is trained, so there is nothing to compare; name an objective")
+    first = trained[0]
+    prices = {"flops": {variant.name: variant.cost.step_flops for variant in trained}}
+    if any(kind == "minutes" for kind, _ in config.budgets.values()):
+        prices["minutes"] = _time_steps(trained, root)
+
+    def spend(variant: Variant, kind: str, amount: float | None) -> int:
+        """Return how many steps a variant makes of an amount of what a budget counts."""
+        if not variant.is_trained:
+            return 0
+        if kind in ("epochs", "steps"):
+            said = {} if amount is None else {"epochs": None, "steps": None, kind: int(amount)}
+            return variant.steps(images, **said)
+        price = prices[kind]
+        if amount is None:
+            amount = first.steps(images) * price[first.name]
+        return max(1, round(amount / price[variant.name]))
+
+    return [
+        {budget: spend(variant, kind, amount) for budget, (kind, amount) in config.budgets.items()}
+        for variant in compared
+    ]
+
+
+def _time_steps(trained: Sequence[Variant], root: Path) -> dict[str, float]:
+    """Return the minutes of a step, measured once: measured again they would be others, and so would the cells."""
+    file = root / "times.json"
+    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    keys = {variant.name: json.dumps([variant.tokenizer, variant.values], sort_keys=True) for variant in trained}
+    for variant in trained:
+        if keys[variant.name] not in known:
+            logger.info("timing %s", variant.name)
+            values = {**variant.values, **({"tokenizer": variant.tokenizer} if variant.tokenizer else {})}
+            known[keys[variant.name]] = time_step(values) / 60
+            replace_file(file, json.dumps(known, indent=1) + "\n")
+    return {name: known[key] for name, key in keys.items()}

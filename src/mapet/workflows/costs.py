@@ -1,0 +1,98 @@
+"""What an objective costs: counted in FLOPs, and timed."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mapet.config import PretrainConfig
+from mapet.engine import RunFolder
+from mapet.objectives import build_objective
+from mapet.workflows.pretrain import initial_backbone, pretrain
+from mapet.workflows.tokens import is_ready, ready_tokenizer, settle_vocab_size
+
+COUNTED_IMAGES = 2
+WARM_UP_STEPS, TIMED_STEPS = 5, 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pre-training costs, and what decides it.
+
+    Attributes:
+        flops: floating-point operations of one image, forward and backward, as torch counts them: the student's alone.
+        batch_size: images per optimiser step.
+        vocab_size: ids that its head tells apart.
+        image_size, patch_size: in pixels.
+    """
+
+    flops: float
+    batch_size: int
+    vocab_size: int
+    image_size: int
+    patch_size: int
+
+    @property
+    def step_flops(self) -> float:
+        """Floating-point operations of an optimiser step."""
+        return self.flops * self.batch_size
+
+
+def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
+    """Build what a run trains, and count the operations of one image.
+
+    Args:
+        config: of the run, resolved.
+        tokenizer: what ``--tokenizer`` takes; need not be fitted.
+        images: how many there are to fit it to.
+
+    Raises:
+        MapetError: if the objective, the network and the tokenizer do not go together.
+    """
+    backbone = initial_backbone(config)
+    rows, columns = backbone.patch_embed.grid_size
+    vocab_size = (
+        ready_tokenizer(tokenizer, config, (rows, columns)).vocab_size
+        if is_ready(tokenizer)
+        else settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
+    )
+    assert vocab_size is not None, "it is settled for a tokenizer that is to be fitted"
+    objective = build_objective(config.objective, backbone, vocab_size, config.context_tokens, config.order)
+    inputs = torch.zeros(COUNTED_IMAGES, config.channels, config.image_size, config.image_size)
+    ids = torch.zeros(COUNTED_IMAGES, rows * columns, dtype=torch.long)
+    # Torch does not count its fused attention for CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(inputs, ids)["loss"].backward()
+    return Cost(
+        counter.get_total_flops() / COUNTED_IMAGES, config.batch_size, vocab_size, config.image_size,
+        config.image_size // rows,
+    )  # fmt: skip
+
+
+FREE = Cost(0, 0, 0, 0, 0)  # of what is not trained
+
+
+def time_step(values: Mapping[str, Any]) -> float:
+    """Return the seconds of an optimiser step, all that belongs to it included, from a short run."""
+    with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
+        length = {"epochs": None, "steps": WARM_UP_STEPS + TIMED_STEPS, "checkpoint_every": 10**6, "log_every": 1}
+        pretrain({**values, **length}, Path(folder) / "run", console=Console(quiet=True))
+        return step_seconds(RunFolder(Path(folder) / "run"), first=WARM_UP_STEPS)
+
+
+def step_seconds(folder: RunFolder, first: int = 0) -> float:
+    """Return the median of the seconds that a run's optimiser steps took, from step ``first`` on."""
+    return statistics.median(
+        float(line["images"] / (line["step"] + 1) / line["images_per_s"])
+        for line in folder.metric_lines()
+        if line["step"] >= first
+    )
