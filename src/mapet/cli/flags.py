@@ -67,7 +67,7 @@ def add_config_flags(
         shown = "" if default in (None, PydanticUndefined, False, {}) else f" (default: {_plain(default)})"
         text = f"{field.description}{shown}".replace("%", "%%")
         flag = f"--{key.replace('_', '-')}"
-        if get_origin(field.annotation) is dict:
+        if _is_mapping(field.annotation):
             group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
         elif _takes_several(field.annotation):
             group.add_argument(flag, dest=key, nargs="+", metavar=key.upper(), help=text)
@@ -80,6 +80,10 @@ def add_config_flags(
 def _takes_several(annotation: object) -> bool:
     """Whether a key is a tuple of any length, or that or None."""
     return any(get_origin(kind) is tuple and ... in get_args(kind) for kind in (annotation, *get_args(annotation)))
+
+
+def _is_mapping(annotation: object) -> bool:
+    return get_origin(annotation) is dict
 
 
 def _plain(value: object) -> str:
@@ -98,7 +102,7 @@ def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]
         text = getattr(parsed, key, None)
         if text is None:
             continue
-        if get_origin(field.annotation) is dict:
+        if _is_mapping(field.annotation):
             before = values.get(key)
             values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
         elif isinstance(text, list):

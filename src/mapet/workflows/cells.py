@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 UNTRAINED = "random"  # in place of an objective: the network as it begins
 PATIENCE_S = 600  # for the process of a comparison that was killed, to save and end
 Record = dict[str, Any]
+# A comparison has seeds of its own.
+REPEATED = {"linear": {"seeds": 1}, "attentive": {"seeds": 1}}
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _finish(cell: Cell, record: Record) -> int | None:
     for kind, keys in cell.measures.items():
         if measured_as(record, kind, keys):
             continue
-        given = {"model": str(run.exported), "data": cell.data, "seed": cell.seed, **keys}
+        given = {"model": str(run.exported), "data": cell.data, "seed": cell.seed, **REPEATED.get(kind, {}), **keys}
         if kind == "finetune":
             out = cell.root / folder_name("finetuned", keys, "")
             tuned = finetune({} if RunFolder(out).config.exists() else given, out, resume=True, console=console)

@@ -82,7 +82,14 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
             choice = [*OBJECTIVES, UNTRAINED]
             hint = nearest(str(objective), choice) or f"; choose from {sorted(choice)}"
             raise MapetError(f"unknown objective {objective!r}{hint}")
-        for tokenizer in (own,) if own else config.tokenizers:
+        if not OBJECTIVES[objective].needs_ids:
+            if own:
+                raise MapetError(f"arm {arm!r} names a tokenizer, but objective {objective!r} needs none; leave it out")
+            tokenizers: Sequence[str] = ("",)
+            values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
+        else:
+            tokenizers = (own,) if own else config.tokenizers
+        for tokenizer in tokenizers:
             resolved = _config(arm, values).resolve(images)
             try:
                 cost = measure_cost(resolved, tokenizer, images)
@@ -122,7 +129,7 @@ def plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> list[C
 
 def _cell(variant: Variant, seed: int, steps: int, images: ImageSet, root: Path) -> Cell:
     """Return a cell that is measured in no way yet."""
-    values = {**variant.values, "seed": seed, "steps": steps, "epochs": None}
+    values = {**variant.values, "seed": seed, "steps": steps or None, "epochs": None}
     identity = {**values, "tokenizer": variant.tokenizer}
     fit: Mapping[str, Any] | None = None
     if variant.tokenizer and not is_ready(variant.tokenizer):

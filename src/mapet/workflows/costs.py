@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mapet.config import PretrainConfig
 from mapet.engine import RunFolder
-from mapet.objectives import build_objective
+from mapet.objectives import build_objective, find_objective
 from mapet.workflows.pretrain import initial_backbone, pretrain
 from mapet.workflows.tokens import is_ready, ready_tokenizer, settle_vocab_size
 
@@ -31,13 +31,13 @@ class Cost:
     Attributes:
         flops: floating-point operations of one image, forward and backward, as torch counts them: the student's alone.
         batch_size: images per optimiser step.
-        vocab_size: ids that its head tells apart.
+        vocab_size: ids that its head tells apart; None without ids.
         image_size, patch_size: in pixels.
     """
 
     flops: float
     batch_size: int
-    vocab_size: int
+    vocab_size: int | None
     image_size: int
     patch_size: int
 
@@ -52,7 +52,7 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
 
     Args:
         config: of the run, resolved.
-        tokenizer: what ``--tokenizer`` takes; need not be fitted.
+        tokenizer: what ``--tokenizer`` takes; need not be fitted. "" where the objective needs none.
         images: how many there are to fit it to.
 
     Raises:
@@ -60,18 +60,21 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
     """
     backbone = initial_backbone(config)
     rows, columns = backbone.patch_embed.grid_size
-    vocab_size = (
-        ready_tokenizer(tokenizer, config, (rows, columns)).vocab_size
-        if is_ready(tokenizer)
-        else settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
+    needs_ids = find_objective(config.objective).needs_ids
+    vocab_size = None
+    if needs_ids and is_ready(tokenizer):
+        vocab_size = ready_tokenizer(tokenizer, config, (rows, columns)).vocab_size
+    elif needs_ids:
+        vocab_size = settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
+    objective = build_objective(
+        config.objective, backbone, vocab_size, config.context_tokens, config.order, config.objective_args
     )
-    assert vocab_size is not None, "it is settled for a tokenizer that is to be fitted"
-    objective = build_objective(config.objective, backbone, vocab_size, config.context_tokens, config.order)
-    inputs = torch.zeros(COUNTED_IMAGES, config.channels, config.image_size, config.image_size)
-    ids = torch.zeros(COUNTED_IMAGES, rows * columns, dtype=torch.long)
+    inputs = [torch.zeros(COUNTED_IMAGES, config.channels, config.image_size, config.image_size)]
+    if needs_ids:
+        inputs.append(torch.zeros(COUNTED_IMAGES, rows * columns, dtype=torch.long))
     # Torch does not count its fused attention for CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        objective(inputs, ids)["loss"].backward()
+        objective(*inputs)["loss"].backward()
     return Cost(
         counter.get_total_flops() / COUNTED_IMAGES, config.batch_size, vocab_size, config.image_size,
         config.image_size // rows,
