@@ -174,3 +174,26 @@ def test_orders_and_masks_live_on_the_device() -> None:
     output = objective(images.float().cuda(), ids.cuda())
     assert output["logits"].is_cuda
     assert objective.draw_order(2, torch.device("cuda")).is_cuda
+
+
+@pytest.mark.parametrize("kind", [MaPeT, PIM])
+def test_fewer_targets_are_predicted_as_they_were_among_all(kind: type[MaPeT]) -> None:
+    """The cheaper form computes the first targets exactly as the full one, from fewer rows."""
+    whole = make(kind)
+    images, ids = batch(whole)
+    part = kind(whole.backbone, 11, targets_per_image=4).double().eval()
+    part.load_state_dict(whole.state_dict())
+    order = whole.draw_order(2, images.device)
+    first, all_of_them = part(images, ids, order), whole(images, ids, order)
+    assert first["logits"].shape[1] == 4
+    assert torch.allclose(first["logits"], all_of_them["logits"][:, :4], atol=1e-12)
+    assert torch.allclose(
+        first["loss"], F.cross_entropy(first["logits"].flatten(0, 1), ids.gather(1, order[:, 5:9] - 1).flatten())
+    )
+    assert len(part.mask) < len(whole.mask)
+
+
+def test_more_predictions_than_targets_are_refused() -> None:
+    backbone = make().backbone
+    with pytest.raises(MapetError, match="targets_per_image is 13, but an image has 12 targets"):
+        MaPeT(backbone, 11, targets_per_image=13)

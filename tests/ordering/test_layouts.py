@@ -13,7 +13,7 @@ def test_mapet_rows_see_every_position_exactly_once(tokens: int, context: int) -
     layout = permuted_layout(tokens, context, slots=True)
     targets = tokens - context
     assert layout.mask.shape == (tokens + 2 * targets, tokens + targets)
-    assert (layout.content, layout.targets, layout.copies) == (tokens, targets, 2)
+    assert (layout.content, layout.slots, layout.predicted) == (tokens, targets, targets)
     # Key k < N is the content of position k; key N + t is the bare position of target t.
     position_of_key = torch.cat([torch.arange(tokens), torch.arange(context, tokens)])
     seen = torch.zeros(len(layout.mask), tokens, dtype=torch.long)
@@ -44,11 +44,25 @@ def test_pim_is_mapet_without_slots(tokens: int, context: int) -> None:
     targets = tokens - context
     keep_rows = torch.cat([mapet[:tokens], mapet[-targets:]])
     assert torch.equal(pim.mask, keep_rows[:, :tokens])
-    assert (pim.content, pim.targets, pim.copies) == (tokens, targets, 1)
+    assert (pim.content, pim.slots, pim.predicted) == (tokens, 0, targets)
 
 
 def test_mim_sees_everything_and_predicts_from_the_masks() -> None:
     layout = masked_layout(10, 4)
     assert layout.mask.all()
     assert layout.mask.shape == (10, 10)
-    assert (layout.content, layout.targets, layout.copies) == (4, 6, 1)
+    assert (layout.content, layout.slots, layout.predicted) == (4, 0, 6)
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_fewer_predictions_leave_out_rows_and_change_none(slots: bool) -> None:
+    tokens, context, predicted = 17, 5, 4
+    whole, part = (permuted_layout(tokens, context, slots=slots, predicted=n) for n in (None, predicted))
+    content, bare = context + predicted, tokens - context if slots else 0
+    assert (part.content, part.slots, part.predicted) == (content, bare, predicted)
+    rows = [*range(content), *range(tokens, tokens + bare), *range(tokens + bare, tokens + bare + predicted)]
+    keys = [*range(content), *range(tokens, tokens + bare)]
+    assert torch.equal(part.mask, whole.mask[rows][:, keys])
+    # No row that is left sees what is left out.
+    others = [key for key in range(tokens) if key not in keys]
+    assert not whole.mask[rows][:, others].any()

@@ -15,7 +15,7 @@ from mapet.ordering import Layout
 
 
 class Output(TypedDict):
-    """What an objective returns: scalar ``loss`` and ``accuracy``, and ``logits`` ``(B, T, V)``."""
+    """What an objective returns: scalar ``loss`` and ``accuracy``, and ``logits`` ``(B, S, V)``."""
 
     loss: Tensor
     accuracy: Tensor
@@ -51,7 +51,7 @@ class LayoutObjective(Objective):
         super().__init__(backbone, context_tokens, order)
         self.vocab_size = vocab_size
         layout = self.make_layout(self.tokens, self.context_tokens)
-        self.content, self.copies = layout.content, layout.copies
+        self.content, self.slots, self.predicted = layout.content, layout.slots, layout.predicted
         self.register_buffer("mask", layout.mask, persistent=False)
         self.mask_token = mask_vector(backbone.embed_dim)
         self.head = token_head(backbone.embed_dim, vocab_size)
@@ -69,8 +69,8 @@ class LayoutObjective(Objective):
             order: ``(B, N)`` visiting orders; None draws them from the device's default generator.
 
         Returns:
-            ``loss``: mean cross-entropy over all targets, in nats. ``accuracy``: share of targets whose
-            most likely id is right. ``logits``: ``(B, T, V)`` in visiting order.
+            ``loss``: mean cross-entropy over the ``S`` targets that are predicted, in nats. ``accuracy``: share of them
+            whose most likely id is right. ``logits``: ``(B, S, V)`` in visiting order.
         """
         self.check_ids(images, token_ids)
         if order is None:
@@ -80,11 +80,11 @@ class LayoutObjective(Objective):
         x = self.embed(images, order, target_patches)
         for block in self.backbone.blocks[:-1]:
             x = block(x, attn_mask=self.mask)
-        # The predicting rows are the last T; in the last block nothing else is needed.
-        x = self.backbone.blocks[-1](x, attn_mask=self.mask[-self.targets :])
+        # The predicting rows are the last S; in the last block nothing else is needed.
+        x = self.backbone.blocks[-1](x, attn_mask=self.mask[-self.predicted :])
         logits = self.head(self.backbone.fc_norm(self.backbone.norm(x)))
 
-        target_ids = token_ids.gather(1, target_patches)
+        target_ids = token_ids.gather(1, target_patches[:, : self.predicted])
         loss = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten())
         accuracy = (logits.detach().argmax(dim=-1) == target_ids).float().mean()
         return {"loss": loss, "accuracy": accuracy, "logits": logits}
@@ -95,4 +95,4 @@ class LayoutObjective(Objective):
         content = gather_rows(self.embed_tokens(images), order[:, : self.content])
         positions = vit.pos_embed[:, -self.patches :].expand(len(images), -1, -1)
         bare = vit.pos_drop(self.mask_token + gather_rows(positions, target_patches))
-        return vit.norm_pre(torch.cat([content, *[bare] * self.copies], dim=1))  # type: ignore[no-any-return]
+        return vit.norm_pre(torch.cat([content, bare[:, : self.slots], bare[:, : self.predicted]], dim=1))  # type: ignore[no-any-return]

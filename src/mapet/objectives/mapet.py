@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from mapet.objectives.layout_objective import LayoutObjective
-from mapet.ordering import Layout, permuted_layout
+from mapet.objectives.permuted import PermutedObjective
 
 
-class MaPeT(LayoutObjective):
+class MaPeT(PermutedObjective):
     """Masked and permuted pre-training, Section 3 of the paper.
 
     For a random order ``z`` of the ``N`` tokens whose first ``c`` are the context, maximise
@@ -30,12 +29,7 @@ class MaPeT(LayoutObjective):
     ========================== ============================== ==============================================
 
     A linear head on the query rows gives the logits. Afterwards the mask vector and the head are dropped:
-    what remains is a plain ViT. The defaults are the paper's: 147 of 196 patches (75 %) are targets.
+    what remains is a plain ViT. The defaults are the paper's: 147 of 196 patches (75 %) are targets, all predicted.
     """
 
-    default_order = "random"
-    target_share = 147 / 196
-
-    def make_layout(self, tokens: int, context: int) -> Layout:
-        """Permuted, with position slots."""
-        return permuted_layout(tokens, context, slots=True)
+    sees_slots = True

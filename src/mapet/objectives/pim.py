@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from mapet.objectives.layout_objective import LayoutObjective
-from mapet.ordering import Layout, permuted_layout
+from mapet.objectives.permuted import PermutedObjective
 
 
-class PIM(LayoutObjective):
+class PIM(PermutedObjective):
     """MaPeT without position slots: a row knows nothing of the positions still to be visited.
 
     A baseline of the MaPeT paper (arXiv 2306.07346); order and share of targets are MaPeT's.
     """
 
-    default_order = "random"
-    target_share = 147 / 196
-
-    def make_layout(self, tokens: int, context: int) -> Layout:
-        """Permuted, without position slots."""
-        return permuted_layout(tokens, context, slots=False)
+    sees_slots = False

@@ -16,26 +16,24 @@ from torch import Tensor
 class Layout:
     """A constant attention pattern over the rows ``[content | slots | queries]``.
 
-    Keys and values are the first ``K`` rows: queries are never keys. Predictions are read from the
-    last ``targets`` rows.
+    Slots and queries are bare positions: mask vector + position of a target. Keys and values are the first ``K`` rows:
+    queries are never keys, unless there is nothing else to be seen of the targets. Predictions are read from the last
+    ``predicted`` rows.
 
     Attributes:
         mask: ``(R, K)`` boolean, true where row ``r`` may see key ``k``.
         content: how many of the rows are content: the first ``content`` tokens in visiting order.
-        targets: ``T``, how many tokens are predicted: the last ``T`` of the visiting order.
+        slots: how many are position slots, of all targets in visiting order, or none.
+        predicted: ``S``, how many are queries: of the first ``S`` targets in visiting order.
     """
 
     mask: Tensor
     content: int
-    targets: int
-
-    @property
-    def copies(self) -> int:
-        """How often the ``T`` bare positions (mask vector + position) stand behind the content rows."""
-        return (self.mask.shape[0] - self.content) // self.targets
+    slots: int
+    predicted: int
 
 
-def permuted_layout(tokens: int, context: int, *, slots: bool) -> Layout:
+def permuted_layout(tokens: int, context: int, *, slots: bool, predicted: int | None = None) -> Layout:
     """Two-stream attention: each target is predicted from the context and the targets before it.
 
     With ``slots``, every row sees each of the ``N`` positions exactly once, as content or as a bare
@@ -44,22 +42,26 @@ def permuted_layout(tokens: int, context: int, *, slots: bool) -> Layout:
 
     Args:
         tokens: ``N``, all tokens of an image, class and register tokens included.
-        context: ``c``, how many tokens are given; the other ``T = N - c`` are predicted one by one.
+        context: ``c``, how many tokens are given; the other ``T = N - c`` are targets.
         slots: whether positions of targets not yet visited can be seen.
+        predicted: ``S``, how many targets are predicted, one by one: the first in visiting order. The others are never
+            seen as content, which saves rows; their slots stay. None: all ``T``.
     """
     targets = tokens - context
-    row = torch.arange(tokens)[:, None]
-    key = torch.arange(tokens)[None, :]
-    target = torch.arange(targets)[:, None]
+    predicted = targets if predicted is None else predicted
+    content = context + predicted
+    row = torch.arange(content)[:, None]
+    key = torch.arange(content)[None, :]
+    target = torch.arange(predicted)[:, None]
     slot = torch.arange(targets)[None, :]
 
     content_sees_content = key <= row.clamp(min=context - 1)  # all of the context, then up to itself
     query_sees_content = key < context + target  # strictly before itself
     if not slots:
-        return Layout(torch.cat([content_sees_content, query_sees_content]), tokens, targets)
+        return Layout(torch.cat([content_sees_content, query_sees_content]), content, 0, predicted)
 
     content_sees_slots = slot > row - context  # later targets, for the context all
-    slot_sees_content = (key < context).expand(targets, tokens)
+    slot_sees_content = (key < context).expand(targets, content)
     slot_sees_slots = torch.ones(targets, targets, dtype=torch.bool)
     query_sees_slots = slot >= target  # itself and later targets
     mask = torch.cat(
@@ -69,9 +71,9 @@ def permuted_layout(tokens: int, context: int, *, slots: bool) -> Layout:
             torch.cat([query_sees_content, query_sees_slots], dim=1),
         ]
     )
-    return Layout(mask, tokens, targets)
+    return Layout(mask, content, targets, predicted)
 
 
 def masked_layout(tokens: int, context: int) -> Layout:
     """Masked image modelling: context and masked positions, all visible to each other (BEiT, 2106.08254)."""
-    return Layout(torch.ones(tokens, tokens, dtype=torch.bool), context, tokens - context)
+    return Layout(torch.ones(tokens, tokens, dtype=torch.bool), context, 0, tokens - context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,9 @@ def _draw_mask(objective: LayoutObjective, right: Any) -> None:
     mask = objective.mask.cpu().numpy()
     right.imshow(mask, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
     right.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)
-    slots = mask.shape[1] > objective.content
-    edges = [0, objective.content, *([objective.content + objective.targets] if slots else []), mask.shape[0]]
-    edges = sorted(set(edges))
-    names = ["content", *(["slots"] if slots else []), "queries"][: len(edges) - 1]
+    counts = {"content": objective.content, "slots": objective.slots, "queries": objective.predicted}
+    names = [name for name, count in counts.items() if count]
+    edges = [0, *accumulate(counts[name] for name in names)]
     for edge in edges[1:-1]:
         right.axhline(edge - 0.5, color=INK, linewidth=0.8)
         if edge < mask.shape[1]:
