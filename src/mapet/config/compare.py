@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, StrictConfig
 
@@ -24,9 +24,9 @@ class CompareConfig(StrictConfig):
         description="labelled images: one subfolder per class, perhaps below train and test (or val), or a demo set; "
         "the labels are for the measures alone",
     )
-    objectives: Names = Field(
+    objectives: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         ("mapet", "pim", "mim", "random"),
-        description="objectives to compare; random: the network as it begins",
+        description="objectives to compare, an arm each; random: the network as it begins",
         json_schema_extra=Common,
     )
     tokenizers: Names = Field(
@@ -36,8 +36,8 @@ class CompareConfig(StrictConfig):
     )
     arms: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="instead of objectives: arms by name, each with the keys of pre-training in which it differs, as "
-        "half='{context_tokens: 8}'",
+        description="further arms by name, or what an objective has of its own: the keys of pre-training in which it "
+        "differs, as half='{objective: mapet, context_tokens: 8}'",
     )
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, with the seeds 0, 1, ...", json_schema_extra=Common)
     budget: Names = Field(
@@ -81,10 +81,16 @@ class CompareConfig(StrictConfig):
             raise ValueError(f"{twins[0]!r} is named twice")
         return names
 
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> Self:
+        if not self.differing:
+            raise ValueError("there are neither objectives nor arms; name what is to be compared")
+        return self
+
     @property
     def differing(self) -> dict[str, dict[str, Any]]:
         """The arms by name: the keys of pre-training in which each differs from the others."""
-        return dict(self.arms) or {name: {"objective": name} for name in self.objectives}
+        return {name: {} for name in self.objectives} | dict(self.arms)
 
     @property
     def budgets(self) -> dict[str, tuple[str, float | None]]:

@@ -71,7 +71,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
         for key in NOT_OF_AN_ARM:
             if key in differing:
                 raise MapetError(f"arm {arm!r} has its own {key!r}, which must be the same for all; leave it out")
-        values = {"objective": "mapet", **shared, **differing}
+        values = {**shared, "objective": arm, **differing}  # the name may say it all
         own = values.pop("tokenizer", None)
         objective = values["objective"]
         if objective == UNTRAINED:
@@ -81,7 +81,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
         if objective not in OBJECTIVES:
             choice = [*OBJECTIVES, UNTRAINED]
             hint = nearest(str(objective), choice) or f"; choose from {sorted(choice)}"
-            raise MapetError(f"unknown objective {objective!r}{hint}")
+            raise MapetError(f"arm {arm!r} has the unknown objective {objective!r}{hint}")
         if not OBJECTIVES[objective].needs_ids:
             if own:
                 raise MapetError(f"arm {arm!r} names a tokenizer, but objective {objective!r} needs none; leave it out")

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import TINY
+
+from mapet import MapetError
+from mapet.workflows import compare
+
+VALUES = {**TINY, "objectives": ["mim", "random"], "seeds": 1, "steps": 4, "budget": ["steps"], "measures": ["knn"]}
+
+
+def written(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_comparison_is_extended_and_nothing_is_done_twice(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    found = compare({**VALUES, "data": str(digits)}, out)
+    assert [(row.name, row.seed) for row in found.rows] == [("mim, pixels", 0), ("random", 0)]
+    assert all(0 <= row.measured["knn"] <= 1 for row in found.rows)
+    mim, untrained = (row.cost for row in found.rows)
+    assert mim["steps"] == 4
+    assert mim["flops"] > 0
+    assert mim["seconds"] > 0
+    assert 2**28 < mim["memory"] < 2**34
+    assert untrained["flops"] == 0
+    assert [(row["arm"], row["budget"], row["steps"]) for row in written(out)] == [
+        ("mim", "steps", "4"), ("random", "steps", "0")
+    ]  # fmt: skip
+    page = (out / "report.html").read_text()
+    assert "mim, pixels" in page
+    assert "data:image/png;base64" in page
+    assert "One seed: there is no spread" in (out / "results.md").read_text()
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")}
+    assert len(times) == 2
+
+    with pytest.raises(MapetError, match="holds a comparison; pass --resume"):
+        compare({**VALUES, "data": str(digits)}, out)
+    found = compare(
+        {"measures": ["knn", "linear"], "linear": {"steps": 5, "lr": [0.3], "weight_decay": [1e-3]}}, out, resume=True
+    )
+    assert all(set(row.measured) == {"knn", "linear"} for row in found.rows)
+    assert [row.cost for row in found.rows] == [mim, untrained]
+    assert not any(row.curve == () for row in found.rows if row.arm == "mim")
+
+    # A third time there is nothing to be done.
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")}
+    assert compare({}, out, resume=True).rows == found.rows
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")} == times
+
+
+def test_a_cell_that_fails_stops_no_other_and_is_tried_again(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    arms = {"bold": {"objective": "mim", "lr": 1e30}}
+    found = compare({**VALUES, "objectives": [], "arms": {**arms, "mim": {}}, "data": str(digits)}, out)
+    assert [row.name for row in found.rows] == ["mim, pixels"]
+    (name,) = found.failures
+    assert name == "bold, pixels, seed 0"
+    assert "loss nan" in found.failures[name]
+    table = (out / "results.md").read_text()
+    assert "| bold, pixels | - |" in table
+    assert "Failed: bold, pixels, seed 0:" in table
+    assert compare({}, out, resume=True).failures.keys() == found.failures.keys()
+
+
+@pytest.mark.slow
+def test_killed_and_begun_again_it_ends_with_the_same_table(digits: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {**VALUES, "objectives": ["mapet", "mim", "random"], "steps": 300, "checkpoint_every": 5,
+                              "data": str(digits)}  # fmt: skip
+    whole = compare(values, tmp_path / "whole")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from mapet.workflows import compare\n"
+        f"if __name__ == '__main__':\n    compare({values!r}, {str(tmp_path / 'killed')!r}, resume=True)\n"
+    )
+    for number, sign in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+        process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+        awaited = "*/run/metrics.jsonl" if number < 2 else "mim*/run/metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "killed" / "cells").glob(awaited)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(sign)
+        process.wait(timeout=120)
+    found = compare({}, tmp_path / "killed", resume=True)
+    assert found.failures == {}
+    assert [(row.name, row.measured) for row in found.rows] == [(row.name, row.measured) for row in whole.rows]
+    assert [row.curve for row in found.rows] == [row.curve for row in whole.rows]
+    assert (
+        json.loads(next((tmp_path / "killed" / "cells").glob("mapet*/cell.json")).read_text())["cost"]["steps"] == 300
+    )
+
+
+def test_what_is_refused_leaves_nothing(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    for values, sentence in (
+        ({**VALUES, "data": str(digits), "tokens": "store"}, "'tokens' is for mapet pretrain"),
+        ({**VALUES, "data": str(digits / "class 0")}, "subfolder"),
+        ({**VALUES, "data": str(digits), "budget": ["hours"]}, "'hours' names no budget"),
+        ({**VALUES, "data": str(digits), "seeds": 0}, "seeds = 0"),
+    ):
+        with pytest.raises(MapetError, match=sentence):
+            compare(values, out)
+        assert not out.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("")
+    with pytest.raises(MapetError, match=r"holds 'letter.txt', but no comparison"):
+        compare({**VALUES, "data": str(digits)}, tmp_path / "mine")

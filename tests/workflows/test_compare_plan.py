@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import TINY
+
+from mapet import MapetError
+from mapet.config import CompareConfig
+from mapet.workflows.cells import Cell
+from mapet.workflows.compare_plan import plan
+
+SHARED = {**TINY, "steps": 40}
+DECODER = {"objective_args": {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}}
+
+
+def cells(folder: Path, root: Path = Path("out"), shared: dict[str, Any] = SHARED, **values: Any) -> list[Cell]:
+    config = CompareConfig(data=str(folder), **{"seeds": 1, "budget": ["steps"], **values})
+    return plan(config, {**shared, "data": str(folder)}, root)
+
+
+def test_every_arm_gets_every_tokenizer_and_seed_and_the_rest_is_the_same(digits: Path) -> None:
+    found = cells(digits, objectives=["mapet", "mim", "mae", "random"], arms={"mae": DECODER}, seeds=2,
+                  tokenizers=["pixels", "dinov2"][:1])  # fmt: skip
+    assert [(cell.name, cell.seed) for cell in found] == [
+        ("mapet, pixels", 0), ("mim, pixels", 0), ("mae", 0), ("random", 0),
+        ("mapet, pixels", 1), ("mim, pixels", 1), ("mae", 1), ("random", 1),
+    ]  # fmt: skip
+    assert len({cell.root for cell in found}) == 8
+    differing = ("objective", "objective_args", "tokenizer", "steps", "seed", "vocab_size")
+    rest = [{key: value for key, value in cell.values.items() if key not in differing} for cell in found]
+    assert all(values == rest[0] for values in rest)
+    mapet, mim, mae, _ = found[:4]
+    assert mapet.values["tokenizer"] == mim.values["tokenizer"] != found[4].values["tokenizer"]
+    assert mapet.fit == mim.fit
+    assert "tokenizer" not in mae.values
+
+
+def test_equal_flops_are_equal_and_cells_that_budgets_share_are_trained_once(digits: Path) -> None:
+    found = cells(digits, objectives=["mapet", "mim", "random"], budget=["steps", "flops", "epochs=2", "steps=7"])
+    by_name = {name: [cell for cell in found if cell.arm == name] for name in ("mapet", "mim", "random")}
+    assert [cell.values["steps"] for cell in by_name["mapet"]] == [40, 14, 7]  # 60 images, 8 at a time
+    assert by_name["mapet"][0].budgets == ("steps", "flops")
+    assert by_name["random"][0].budgets == ("steps", "flops", "epochs=2", "steps=7")
+    equal_steps, equal_flops = by_name["mim"][:2]
+    assert equal_steps.values["steps"] == 40
+    spent = [cell.flops * cell.values["steps"] for cell in (by_name["mapet"][0], equal_flops)]
+    assert spent[0] == pytest.approx(spent[1], rel=0.02)
+    # Rows of MaPeT and MIM: 17 + 2 * 12 against 17, and fewer in the last block.
+    assert 1.8 < by_name["mapet"][0].flops / equal_steps.flops < 2.6
+
+
+def test_flops_are_those_of_the_matrices(digits: Path) -> None:
+    (cell,) = cells(digits, objectives=["mim"], shared={**SHARED, "model_args": {
+        "embed_dim": 32, "depth": 1, "num_heads": 2}})  # fmt: skip
+    rows, predicted, width, hidden = 17, 6, 32, 128  # MIM: 6 of 16 patches
+    patches = 16 * 49 * width
+    attention = rows * width * 2 * width + predicted * width * width + 2 * predicted * rows * width
+    rest = predicted * (width * width + 2 * width * hidden + width * 16)
+    # Twice a multiplication and an addition, thrice for the backward pass; images need no gradient.
+    assert cell.flops == pytest.approx(2 * (3 * (attention + rest) + 2 * patches), rel=0.01)
+
+
+def test_other_settings_are_other_cells(digits: Path) -> None:
+    before, same, other = (
+        cells(digits, objectives=["mim"], shared={**SHARED, "lr": lr})[0] for lr in (1e-3, 1e-3, 2e-3)
+    )
+    assert before.root == same.root != other.root
+    assert cells(digits, objectives=["mim"], measures=["linear"])[0].root == before.root
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"objectives": ["mapett"]}, "arm 'mapett' has the unknown objective 'mapett'; did you mean 'mapet'"),
+        ({"objectives": ["mapet"], "arms": {"half": {"objective": "mapet", "context_tokens": 99}}},
+         "arm 'half' cannot work: context_tokens is 99"),
+        ({"arms": {"long": {"objective": "mim", "steps": 3}}}, "arm 'long' has its own 'steps'"),
+        ({"arms": {"odd": {"objective": "mim", "learning": 3}}}, "arm 'odd' has the unknown key 'learning'"),
+        ({"objectives": ["random"]}, "no arm is trained"),
+        ({"objectives": ["mim"], "arms": {"mae": {"tokenizer": "pixels", **DECODER}}}, "objective 'mae' needs none"),
+        ({"objectives": ["mim"], "measures": ["knn"], "knn": {"neighbours": 3}},
+         "knn of the comparison has the unknown key 'neighbours'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    digits: Path, values: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(MapetError, match=sentence):
+        cells(digits, **values)
+
+
+def test_minutes_are_measured_once(digits: Path, tmp_path: Path) -> None:
+    first = cells(digits, tmp_path, objectives=["mim"], budget=["minutes=0.05"])
+    assert (tmp_path / "times.json").exists()
+    again = cells(digits, tmp_path, objectives=["mim"], budget=["minutes=0.05"])
+    assert [cell.root for cell in again] == [cell.root for cell in first]
+    double = cells(digits, tmp_path, objectives=["mim"], budget=["minutes=0.1"])
+    assert double[0].values["steps"] == pytest.approx(2 * first[0].values["steps"], abs=1)
