@@ -23,9 +23,10 @@ def written(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_comparison_is_extended_and_nothing_is_done_twice(digits: Path, tmp_path: Path) -> None:
+def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    found = compare({**VALUES, "data": str(digits)}, out)
+    bold = {"bold": {"objective": "mim", "lr": 1e30}}
+    found = compare({**VALUES, "arms": bold, "data": str(digits)}, out)
     assert [(row.name, row.seed) for row in found.rows] == [("mim, pixels", 0), ("random", 0)]
     assert all(0 <= row.measured["knn"] <= 1 for row in found.rows)
     mim, untrained = (row.cost for row in found.rows)
@@ -34,43 +35,33 @@ def test_a_comparison_is_extended_and_nothing_is_done_twice(digits: Path, tmp_pa
     assert mim["seconds"] > 0
     assert 2**28 < mim["memory"] < 2**34
     assert untrained["flops"] == 0
+    assert [len(row.curve) for row in found.rows] == [4, 0]
+
+    assert list(found.failures) == ["bold, pixels, seed 0"]
+    assert "loss nan" in found.failures["bold, pixels, seed 0"]
     assert [(row["arm"], row["budget"], row["steps"]) for row in written(out)] == [
         ("mim", "steps", "4"), ("random", "steps", "0")
     ]  # fmt: skip
     page = (out / "report.html").read_text()
     assert "mim, pixels" in page
     assert "data:image/png;base64" in page
-    assert "One seed: there is no spread" in (out / "results.md").read_text()
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")}
-    assert len(times) == 2
+    table = (out / "results.md").read_text()
+    assert "One seed: there is no spread" in table
+    assert "| bold, pixels | - |" in table
+    assert "Failed: bold, pixels, seed 0: " in table
 
     with pytest.raises(MapetError, match="holds a comparison; pass --resume"):
         compare({**VALUES, "data": str(digits)}, out)
-    found = compare(
-        {"measures": ["knn", "linear"], "linear": {"steps": 5, "lr": [0.3], "weight_decay": [1e-3]}}, out, resume=True
-    )
-    assert all(set(row.measured) == {"knn", "linear"} for row in found.rows)
-    assert [row.cost for row in found.rows] == [mim, untrained]
-    assert not any(row.curve == () for row in found.rows if row.arm == "mim")
-
-    # A third time there is nothing to be done.
+    more = {"arms": {}, "measures": ["knn", "linear"], "linear": {"steps": 5, "lr": [0.3], "weight_decay": [1e-3]}}
+    extended = compare(more, out, resume=True)
+    assert not extended.failures
+    assert [row.cost for row in extended.rows] == [mim, untrained]
+    for row, before in zip(extended.rows, found.rows, strict=True):
+        assert row.measured["knn"] == before.measured["knn"]
+        assert 0 <= row.measured["linear"] <= 1
     times = {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")}
-    assert compare({}, out, resume=True).rows == found.rows
+    assert compare({}, out, resume=True).rows == extended.rows
     assert {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")} == times
-
-
-def test_a_cell_that_fails_stops_no_other_and_is_tried_again(digits: Path, tmp_path: Path) -> None:
-    out = tmp_path / "comparison"
-    arms = {"bold": {"objective": "mim", "lr": 1e30}}
-    found = compare({**VALUES, "objectives": [], "arms": {**arms, "mim": {}}, "data": str(digits)}, out)
-    assert [row.name for row in found.rows] == ["mim, pixels"]
-    (name,) = found.failures
-    assert name == "bold, pixels, seed 0"
-    assert "loss nan" in found.failures[name]
-    table = (out / "results.md").read_text()
-    assert "| bold, pixels | - |" in table
-    assert "Failed: bold, pixels, seed 0:" in table
-    assert compare({}, out, resume=True).failures.keys() == found.failures.keys()
 
 
 @pytest.mark.slow

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from mapet.report import Comparison, Row, comparison_tables, write_comparison
+
+COST = {"steps": 100, "flops": 2.5e12, "seconds": 60.0, "memory": 2**30}
+FREE = {"steps": 0, "flops": 0.0, "seconds": 0.0, "memory": 0}
+
+
+def row(name: str, seed: int, budgets: tuple[str, ...], accuracy: float) -> Row:
+    arm, _, tokenizer = name.partition(", ")
+    curve = [(step / 10, 3 - step / 100) for step in range(100)] if arm != "random" else []
+    return Row(name, arm, tokenizer, seed, budgets, COST if curve else FREE, {"knn": accuracy}, curve)
+
+
+def comparison(seeds: int = 2) -> Comparison:
+    rows = [row("mapet, a|b", seed, ("steps", "flops"), 0.5 + 0.1 * seed) for seed in range(seeds)]
+    rows += [row("random", seed, ("steps", "flops"), 0.25) for seed in range(seeds)]
+    rows += [row("mim, a|b", 0, ("flops",), 0.75)]
+    names = ("mapet, a|b", "mim, a|b", "random")
+    return Comparison(
+        "<digits>", ("knn", "linear"), seeds, ("steps", "flops"), names, tuple(rows), {"mim": "a <reason>"}
+    )
+
+
+def test_tables_hold_mean_and_spread_and_say_what_is_missing() -> None:
+    steps, flops = (
+        dict((cells[0], cells[1:]) for cells in comparison().cells(budget)) for budget in ("steps", "flops")
+    )
+    assert steps["mapet, a|b"] == ["55.0 +- 7.1", "-", "100", "2.5", "60", "1.00"]
+    assert steps["random"] == ["25.0 +- 0.0", "-", "-", "-", "-", "-"]
+    assert steps["mim, a|b"] == ["-"] * 6
+    assert flops["mim, a|b"][0] == "75.0 (1 of 2)"
+    assert [table.row_count for table in comparison_tables(comparison())] == [3, 3]
+
+
+def test_few_seeds_and_failures_are_remarked() -> None:
+    assert "One seed: there is no spread" in comparison(1).remarks[0]
+    two, three = ("\n".join(comparison(seeds).remarks) for seeds in (2, 3))
+    assert "Two seeds say little" in two
+    assert "Two seeds" not in three
+    assert "Failed: mim: a <reason>" in three
+
+
+def test_files_hold_what_was_found(tmp_path: Path) -> None:
+    write_comparison(comparison(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "comparison.png", "report.html"}
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["budget"], line["arm"], line["tokenizer"], line["seed"], line["knn"]) for line in lines][:3] == [
+        ("steps", "mapet", "a|b", "0", "0.5"),
+        ("steps", "mapet", "a|b", "1", "0.6"),
+        ("steps", "random", "", "0", "0.25"),
+    ]  # fmt: skip
+    assert "| mapet, a\\|b | 55.0 +- 7.1 |" in (tmp_path / "results.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;digits&gt;" in page
+    assert "<digits>" not in page
+    assert "a &lt;reason&gt;" in page
