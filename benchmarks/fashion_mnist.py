@@ -14,8 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
-from mapet.cli.flags import find_recipe
-from mapet.config import read_recipe
+from mapet.cli.recipes import load_recipe
 from mapet.evaluate import Row
 from mapet.workflows import run_demo
 from mapet.workflows.demo import FINETUNING
@@ -27,7 +26,7 @@ FEW = {**FINETUNING, "steps": 150, "batch_size": 64, "flip": 0.5, "crop_min": 0.
 def measure(seed: int, out: Path) -> dict[str, Row]:
     results = out / "results.json"
     if not results.exists():
-        values = read_recipe(find_recipe("fashion_mnist_tiny")) | {"seed": seed}
+        values = load_recipe("fashion_mnist_tiny") | {"seed": seed}
         began = time.perf_counter()
         run_demo(values, out, labels_per_class=(LABELS_PER_CLASS,), finetuning=FEW, resume=True)
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s, pre-training and measuring")

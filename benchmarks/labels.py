@@ -16,8 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
-from mapet.cli.flags import find_recipe
-from mapet.config import read_recipe
+from mapet.cli.recipes import load_recipe
 from mapet.workflows import finetune
 
 EPOCHS = {0.01: 60, 0.1: 15, 1.0: 3}  # by share of the labels; about as long as each takes to level off
@@ -27,7 +26,7 @@ ARMS = {"random-init ViT": True, "pre-trained ViT": False}
 def accuracy(run: str, seed: int, share: float, reinit: bool, out: Path) -> float:
     results = out / "results.json"
     if not results.exists():
-        values = read_recipe(find_recipe("finetune_fashion_mnist")) | {
+        values = load_recipe("finetune_fashion_mnist") | {
             "model": run, "seed": seed, "reinit": reinit, "epochs": EPOCHS[share], "eval_every": 1000,
             "label_share": share if share < 1 else None, "precision": "no",
         }  # fmt: skip

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mapet.ordering import ORDERS, blockwise_order, cell_order, random_order
+from mapet.ordering import ORDERS, blockwise_order, cell_order, random_order, spiral_order
 from mapet.ordering.orders import draw_blocks
 
 CPU = torch.device("cpu")
@@ -112,3 +112,12 @@ def test_every_cell_is_masked_equally_often() -> None:
     order = cell_order(5000, (6, 6), 1, 20, generator(), CPU)
     share = torch.zeros(5000, 36).scatter_(1, order[:, -20:] - 1, 1.0).view(5000, 3, 2, 3, 2).mean((0, 2, 4))
     assert (share - 20 / 36).abs().max() < 0.03  # 4 standard deviations
+
+
+def test_a_spiral_goes_round_the_middle_and_then_around_that() -> None:
+    order = spiral_order(2, (4, 4), 1, 12, None, CPU)[0] - 1
+    assert set(order[1:5].tolist()) == {5, 6, 9, 10}
+    ring = [divmod(patch, 4) for patch in order[5:].tolist()]
+    steps = [abs(a - c) + abs(b - d) for (a, b), (c, d) in zip(ring, [*ring[1:], ring[0]], strict=True)]
+    assert steps == [1] * 12  # each beside the one before it, and the last beside the first
+    assert spiral_order(1, (3, 3), 0, 6, None, CPU)[0, 0] == 4

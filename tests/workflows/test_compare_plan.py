@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import TINY
 
 from mapet import MapetError
+from mapet.cli.recipes import RECIPES, load_recipe
 from mapet.config import CompareConfig
 from mapet.workflows.cells import Cell
 from mapet.workflows.compare_plan import plan
@@ -98,3 +99,21 @@ def test_minutes_are_measured_once(digits: Path, tmp_path: Path) -> None:
     assert [cell.root for cell in again] == [cell.root for cell in first]
     double = cells(digits, tmp_path, objectives=["mim"], budget=["minutes=0.1"])
     assert double[0].values["steps"] == pytest.approx(2 * first[0].values["steps"], abs=1)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("**/compare*.yaml")) + sorted(RECIPES.glob("ablations/*.yaml")),
+                         ids=lambda path: path.stem)  # fmt: skip
+def test_a_plan_can_be_made_of_the_recipes(path: Path, digits: Path) -> None:
+    name = path.relative_to(RECIPES).with_suffix("").as_posix()
+    assert path.read_text().startswith(f"# mapet compare --config {name} --out ")
+    values = {**load_recipe(name), "vocab_size": 16}
+    own = {key: values.pop(key) for key in CompareConfig.model_fields if key in values}
+    shared = {key: value for key, value in values.items() if key not in ("objective", "tokenizer")}
+    for arm in own.get("arms", {}).values():
+        arm.pop("vocab_size", None)  # the digits have patches for 16
+        arm.pop("tokenizer", None)
+        arm.pop("teacher_stage", None)
+        arm.pop("teacher_size", None)
+    config = CompareConfig(**{**own, "data": str(digits)})
+    found = plan(config, {**shared, "batch_size": 8, "data": str(digits)}, Path("out"))
+    assert len(found) >= 3 * len(config.differing)

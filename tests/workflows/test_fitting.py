@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.conftest import TINY
 
 from mapet import MapetError, load_tokenizer
-from mapet.cli.flags import find_recipe
+from mapet.cli.recipes import find_recipe
 from mapet.config import FitConfig, KMeansKeys, make_config, read_recipe
 from mapet.engine import claimed_folder
 from mapet.workflows import fit_tokenizer, pretrain, report_on_tokenizer

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.conftest import TINY
 
 from mapet import MapetError
-from mapet.cli.flags import find_recipe
+from mapet.cli.recipes import find_recipe
 from mapet.config import (
     FinetuneConfig,
     FitConfig,
@@ -338,6 +338,8 @@ def test_real_photographs_through_real_features(photographs: Path, mobilenet_wei
 
 @pytest.mark.parametrize("path", sorted(find_recipe("demo").parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid_and_begin_with_their_command(path: Path) -> None:
+    if path.stem.startswith("compare"):
+        pytest.skip("a plan is made of it in test_compare_plan.py")
     first = path.read_text().splitlines()[0]
     kinds: dict[str, type[StrictConfig]] = {
         "demo": PretrainConfig, "eval": SegmentConfig, "finetune": FinetuneConfig, "pretrain": PretrainConfig,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic_core import PydanticUndefined
 
-from mapet.config import StrictConfig, has_mark, read_recipe
-from mapet.errors import MapetError, nearest
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+from mapet.cli.recipes import load_recipe, one_length
+from mapet.config import StrictConfig, has_mark
+from mapet.errors import MapetError
 
 
 def add_job_flags(
@@ -96,7 +94,7 @@ def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]
     """Return the recipe's values overridden by the flags that were given, of one or several configurations."""
     values: dict[str, Any] = {}
     if getattr(parsed, "config", None) is not None:
-        values = read_recipe(find_recipe(parsed.config))
+        values = load_recipe(parsed.config)
     fields = {key: field for config_class in config_classes for key, field in config_class.model_fields.items()}
     for key, field in fields.items():
         text = getattr(parsed, key, None)
@@ -113,13 +111,8 @@ def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]
             optional = field.default is None
             as_text = key in _TEXT_KEYS and not (optional and text == "none")
             values[key] = text if as_text else _parse(text)
-    if "steps" in values and "epochs" in values:
-        # A flag overrides the recipe's way of saying how long.
-        if getattr(parsed, "steps", None) is not None and getattr(parsed, "epochs", None) is None:
-            del values["epochs"]
-        elif getattr(parsed, "epochs", None) is not None and getattr(parsed, "steps", None) is None:
-            del values["steps"]
-    return values
+    steps, epochs = (getattr(parsed, key, None) is not None for key in ("steps", "epochs"))
+    return one_length(values, "steps" if steps and not epochs else "epochs" if epochs and not steps else None)
 
 
 _TEXT_KEYS = frozenset(
@@ -147,16 +140,3 @@ def _pair(flag: str, item: str) -> tuple[str, Any]:
     if not equals:
         raise MapetError(f"--{flag.replace('_', '-')} takes KEY=VALUE, for instance depth=4, not {item!r}")
     return key, _parse(value)
-
-
-def find_recipe(name: str) -> Path:
-    """Return the path of a recipe: a file, or the name of one that comes with the package."""
-    if Path(name).is_file():
-        return Path(name)
-    own = {path.stem: path for path in RECIPES.glob("*.yaml")}
-    if name in own:
-        return own[name]
-    raise MapetError(
-        f"recipe {name!r} is neither a file nor one of the package's recipes ({', '.join(sorted(own))})"
-        f"{nearest(name, own)}"
-    )

@@ -60,7 +60,8 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     )
     order: str | None = Field(
         None,
-        description="how targets are chosen and visited: random, blockwise, cells, raster; default: the objective's",
+        description="how targets are chosen and visited: random, blockwise, cells, raster, spiral; default: the "
+        "objective's",
     )
     objective_args: dict[str, int | float | bool | str] = Field(
         default_factory=dict, description="further arguments of the objective, as decoder_depth=2 of mae"

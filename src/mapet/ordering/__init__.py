@@ -1,7 +1,7 @@
 """Orders (who is visited when) and layouts (who may see whom): pure functions of sizes and a generator."""
 
 from mapet.ordering.layouts import Layout, masked_layout, permuted_layout
-from mapet.ordering.orders import ORDERS, blockwise_order, cell_order, random_order, raster_order
+from mapet.ordering.orders import ORDERS, blockwise_order, cell_order, random_order, raster_order, spiral_order
 
 __all__ = [
     "ORDERS",
@@ -12,4 +12,5 @@ __all__ = [
     "permuted_layout",
     "random_order",
     "raster_order",
+    "spiral_order",
 ]

@@ -44,6 +44,17 @@ def raster_order(
     return _with_prefix(patches.expand(batch, -1), prefix)
 
 
+def spiral_order(
+    batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device
+) -> Tensor:
+    """Ring by ring from the middle outwards, the same for every image."""
+    rows, columns = (torch.arange(side, device=device, dtype=torch.float64) - (side - 1) / 2 for side in grid)
+    ring = torch.maximum(rows.abs()[:, None], columns.abs()[None, :]).flatten()
+    angle = torch.atan2(rows[:, None].expand(grid), columns[None, :].expand(grid)).flatten()
+    patches = (ring * 20 + angle).argsort(stable=True)  # rings are at least a half apart, angles less than 2 pi
+    return _with_prefix(patches.expand(batch, -1), prefix)
+
+
 def blockwise_order(
     batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device
 ) -> Tensor:
@@ -137,4 +148,5 @@ ORDERS: dict[str, OrderFunction] = {
     "blockwise": blockwise_order,
     "cells": cell_order,
     "raster": raster_order,
+    "spiral": spiral_order,
 }
