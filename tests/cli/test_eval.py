@@ -137,7 +137,7 @@ def test_features_by_name(model: Path, digits: Path, capsys: pytest.CaptureFixtu
     }
     assert found["pooled"] == found["class"] != found["mean"] != found["class+mean"]
     convnet = ["knn", "resnet18", str(digits), "--reinit", "--image-size", "32"]
-    assert "which this model lacks" in refused(capsys, *convnet, "--features", "class")
+    assert "need a class token, which resnet18 lacks" in refused(capsys, *convnet, "--features", "class")
 
 
 def test_a_classifier_is_matched_by_name(
@@ -238,3 +238,13 @@ def test_damaged_images_are_named_and_counted(model: Path, digits: Path, tmp_pat
     assert found["train_images"] + found["test_images"] == 59
     assert "skipped damaged image class 4/2.png" in captured.err
     assert "--max-damaged" in refused(capsys, "knn", str(model), str(tmp_path / "d"), "--max-damaged", "0.01")
+
+
+def test_networks_without_patches(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (str(digits), "--reinit", "--workers", "0", "--image-size", "224", "--batch-size", "4")
+    assert printed(capsys, "knn", "levit_128s", *command)["features"] == "pooled"
+    for kind, more in (("attentive", ()), ("knn", ("--features", "mean"))):
+        assert "need a grid of patches, which levit_128s lacks" in refused(capsys, kind, "levit_128s", *command, *more)
+    assert "cannot take images of 28 x 28 pixels" in refused(
+        capsys, "linear", "mixer_s32_224", *command, "--image-size", "28"
+    )

@@ -48,7 +48,8 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_and_half_lines_passed_over(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(5)]
-    folder.metrics.write_text("\n".join([*lines, "rubbish", "5"]) + '\n{"step": 5, "lo')
+    edited = ['{"step": "1"}', '{"step": 1.5}', '{"loss": 1}', '{"step": 1, "loss": "x"}', "[1]", '{"step": NaN}']
+    folder.metrics.write_text("\n".join([*lines, "rubbish", "5", *edited]) + '\n{"step": 5, "lo')
     assert [line["step"] for line in folder.metric_lines()] == [0, 1, 2, 3, 4]
     folder.forget_metrics_from(3)
     assert folder.metrics.read_text().splitlines() == lines[:3]

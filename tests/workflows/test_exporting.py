@@ -208,6 +208,7 @@ def test_the_card_of_what_is_no_run(run: Path, tmp_path: Path) -> None:
     for absent in ("Configuration", "Citation", "loss"):
         assert absent not in card.text
     export_model("timm", {"model": str(run), "reinit": True, "check_images": 3}, tmp_path / "random")
+    assert json.loads((tmp_path / "random" / "config.json").read_text())["pretrained_cfg"]["tag"] == "untrained"
     card = ModelCard.load(tmp_path / "random" / "README.md")
     assert "random parameters" in card.text
     assert "loss" not in card.text, "the run's figures are not those of random weights"

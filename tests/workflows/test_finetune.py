@@ -65,7 +65,7 @@ def test_what_is_exported_is_the_classifier(model: Path, digits: Path, tmp_path:
     loaded = mapet.load(run)
     assert loaded.classes == tuple(f"class {digit}" for digit in range(10))
     network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
-    assert network.pretrained_cfg["crop_pct"] == 0.9
+    assert (network.pretrained_cfg["crop_pct"], network.pretrained_cfg["tag"]) == (0.9, "finetuned")
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(network(images), loaded.model(images))
     kept = load_file(run / "checkpoints" / "last" / "objective.safetensors")
@@ -216,7 +216,15 @@ def refused(tmp_path: Path, values: dict[str, Any], says: str, **how: Any) -> No
         ({"model": "vgg11", "reinit": True, "drop_path": 0.1}, "'vgg11' has no stochastic depth; pass --drop-path 0"),
         ({"augment": "rand-w7"}, "none of timm's policies"),
         ({"lr": 1e300}, "lr = 1e[+]300: input should be less than or equal to"),
-        ({"image_size": [14]}, "image_size.1 = "),
+        ({"image_size": [14]}, "lacks 'image_size.1'"),
+        (
+            {"model": "resnet10t", "reinit": True, "batch_size": 1},
+            "'resnet10t' has batch norm.*take a larger --batch-size",
+        ),
+        (
+            {"model": "resnet10t", "reinit": True, "accumulate": 8},
+            "has batch norm, .* but it would see one at a time; .* smaller --accumulate",
+        ),
         ({"image_size": "0x38"}, "image_size"),
         ({"pool": "max"}, "pool = 'max'"),
         ({"data": "/no/where"}, "neither a folder with one subfolder per class"),

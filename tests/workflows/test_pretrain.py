@@ -89,6 +89,7 @@ def test_the_exported_backbone_is_the_trained_one(digits: Path, tmp_path: Path) 
     exported = timm.create_model(f"local-dir:{tmp_path / 'run' / 'exported'}", pretrained=True).eval()
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(exported(images), result.objective.backbone.eval()(images))
+    assert exported.pretrained_cfg["tag"] == "mapet", "the weights are not timm's"
 
 
 @pytest.mark.parametrize("objective", ["pim", "mim", "raster"])
@@ -172,7 +173,8 @@ def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: 
         ("config.yaml", "data: x\n", "config.yaml lacks '.+', so it was cut short or edited"),
         ("checkpoints/last/state.json", "{}", "cannot be read"),
         ("baseline.json", '{"unigram', None),
-        ("metrics.jsonl", "rubbish\n5\n", None),
+        ("checkpoints/last/state.json", '{"step": 2, "made_from": {}}', "state.json lacks 'made_from.images'"),
+        ("metrics.jsonl", 'rubbish\n5\n{"step": "1"}\n{"step": 0}\n', None),
     ],
 )
 def test_damaged_files_of_a_run(file: str, damage: str, says: str | None, digits: Path, tmp_path: Path) -> None:
@@ -182,6 +184,14 @@ def test_damaged_files_of_a_run(file: str, damage: str, says: str | None, digits
         assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).baseline.entropy > 1
         return
     with pytest.raises(MapetError, match=says):
+        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
+
+
+def test_a_step_beyond_the_end_is_refused(digits: Path, tmp_path: Path) -> None:
+    run(digits, tmp_path / "run", steps=2)
+    file = tmp_path / "run" / "checkpoints" / "last" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 3}))
+    with pytest.raises(MapetError, match="checkpoints/last cannot be read .state.json says step 3 of 2"):
         pretrain({}, tmp_path / "run", resume=True, console=QUIET)
 
 

@@ -46,9 +46,11 @@ def run(parsed: argparse.Namespace) -> int:
         print(json.dumps({"folder": parsed.out, **result}))
         return 0
     what = f"classifier of {result['classes']} classes" if result["classes"] else "network without a classifier"
+    assumed = " (assumed: the file does not tell; else say --num-heads)" if result["num_heads_assumed"] else ""
     more = ", mask vector and head beside it" if result["pretraining"] else ""
     console.print(
-        f"{result['architecture']}, {what}, {result['image_size']} px{more}: {parsed.out}\n"
+        f"{result['architecture']}, {what}, {result['image_size']} px, {result['num_heads']} attention heads{assumed}"
+        f"{more}: {parsed.out}\n"
         f'use it: timm.create_model("local-dir:{parsed.out}", pretrained=True)',
         soft_wrap=True,
         markup=False,

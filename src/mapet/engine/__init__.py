@@ -1,6 +1,13 @@
 """The engine: loop, checkpoints, optimiser, run folder."""
 
-from mapet.engine.checkpoint import read_checkpoint, read_state, write_checkpoint
+from mapet.engine.checkpoint import (
+    MadeFrom,
+    State,
+    damaged_checkpoint,
+    read_checkpoint,
+    read_state,
+    write_checkpoint,
+)
 from mapet.engine.files import claimed_folder, new_file, recover_folder, replace_file, replace_folder
 from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, on_main, train
 from mapet.engine.optimizer import build_optimizer
@@ -12,10 +19,12 @@ from mapet.engine.stop import StopRequest
 __all__ = [
     "Evaluator",
     "JsonLines",
+    "MadeFrom",
     "Plan",
     "Record",
     "RunFolder",
     "Sink",
+    "State",
     "StopRequest",
     "Targets",
     "TensorBoard",
@@ -23,6 +32,7 @@ __all__ = [
     "agree",
     "build_optimizer",
     "claimed_folder",
+    "damaged_checkpoint",
     "explain_disk_errors",
     "new_file",
     "on_main",

@@ -110,7 +110,7 @@ class RunFolder:
             self.lock.release()
 
     def metric_lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole lines of metrics.jsonl; a last line cut short by a kill is passed over."""
+        """Yield the whole lines of metrics.jsonl, numbers by name; a last line cut short by a kill is passed over."""
         if not self.metrics.exists():
             return
         with self.metrics.open(errors="replace") as lines:
@@ -118,16 +118,26 @@ class RunFolder:
                 if line.endswith("\n"):
                     try:
                         record = json.loads(line)
-                        int(record["step"])
-                    except (ValueError, TypeError, KeyError):
-                        logger.warning("passed over line %d of %s, which is damaged", number, self.metrics)
-                    else:
+                    except ValueError:
+                        record = None
+                    if _is_record(record):
                         yield record
+                    else:
+                        logger.warning("passed over line %d of %s, which is damaged", number, self.metrics)
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will compute again."""
         kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
         replace_file(self.metrics, "".join(kept))
+
+
+def _is_record(content: object) -> bool:
+    """Whether a line of metrics.jsonl is a step's numbers by name."""
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("step"), int)
+        and all(isinstance(value, int | float | None) for value in content.values())
+    )
 
 
 @contextmanager

@@ -9,7 +9,15 @@ from mapet.evaluate.knn import KNNResult, evaluate_knn
 from mapet.evaluate.linear import fit_linear
 from mapet.evaluate.metrics import Scores, per_class, score
 from mapet.evaluate.rows import Row, probe_row
-from mapet.evaluate.segmentation import HEADS, Confusion, HeadRecipe, build_head, predict_classes, train_head
+from mapet.evaluate.segmentation import (
+    HEADS,
+    Confusion,
+    HeadRecipe,
+    build_head,
+    patch_maps,
+    predict_classes,
+    train_head,
+)
 
 __all__ = [
     "HEADS",
@@ -29,6 +37,7 @@ __all__ = [
     "fit_attentive",
     "fit_linear",
     "grid",
+    "patch_maps",
     "per_class",
     "predict_classes",
     "probe_evaluator",

@@ -71,7 +71,7 @@ def read_run(source: str | Path) -> RunRecord | None:
     if not folder.config.is_file():
         return None
     try:
-        images = read_state(folder.checkpoint)["made_from"].get("images")
+        images = read_state(folder.checkpoint).made_from.images
     except MapetError:  # the checkpoint may have been removed to save space
         images = None
     records = list(folder.metric_lines())
@@ -154,7 +154,8 @@ def _facts(opened: OpenModel, run: RunRecord | None) -> list[tuple[str, str]]:
             epochs = f", {epoch:.4g} epochs" if isinstance(epoch, int | float) else ""
             facts.append(("length", f"{run.last['step'] + 1:,} steps{epochs}"))
         facts += [(AVERAGED.get(key, key), f"{value:.4g}") for key, value in run.metrics.items()]
-        facts += [(what, f"{run.baseline[key]:.4g}") for key, what in BLIND.items() if key in run.baseline]
+        blind = {what: run.baseline.get(key) for key, what in BLIND.items()}
+        facts += [(what, f"{value:.4g}") for what, value in blind.items() if isinstance(value, int | float)]
     facts.append(("exported by", f"mapet {__version__}, torch {torch.__version__}, timm {timm.__version__}"))
     return facts
 

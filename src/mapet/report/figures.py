@@ -47,7 +47,7 @@ def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline, path: Path
         ("unigram entropy", "chance: most frequent id"),
         strict=True,
     ):
-        values = np.array([record[key] for record in records], dtype=float)
+        values = np.array([record.get(key) for record in records], dtype=float)
         panel.plot(steps, values, color=FAINT, linewidth=0.8, label="per step")
         window = max(1, len(values) // 50)
         if window > 1:

@@ -58,8 +58,12 @@ class Measurement:
             "tally": DamageTally(images, self.config.max_damaged),
         }
 
-    def extract(self, choose: Callable[[Tensor], Tensor], folder: Path | None = None) -> tuple[Features, Features]:
-        """Return the features of the training and the test images; with a folder they are kept there."""
+    def extract(self, kind: str, folder: Path | None = None) -> tuple[Features, Features]:
+        """Return features of a kind of the training and the test images; with a folder they are kept there."""
+
+        def choose(images: Tensor) -> Tensor:
+            return read_tokens(self.opened.network, images).choose(kind)
+
         found = []
         parts = open_labelled(self.config.data, self.config.seed)
         for part, images, least in zip(("training", "test"), parts, (2, 1), strict=True):
@@ -75,7 +79,7 @@ class Measurement:
 
 def knn(config: KNNConfig, job: Measurement) -> Results:
     """Classify by the nearest neighbours."""
-    train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
+    train, test = job.extract(config.features)
     result = evaluate_knn(train, test, config.k, config.temperature, config.seed)
     return {
         **_described([result.scores], train, test),
@@ -88,14 +92,14 @@ def knn(config: KNNConfig, job: Measurement) -> Results:
 
 def linear(config: LinearConfig, job: Measurement) -> Results:
     """Train linear heads."""
-    train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
+    train, test = job.extract(config.features)
     return {"features": config.features, **_probe(fit_linear, config, job, train, test)}
 
 
 def attentive(config: AttentiveConfig, job: Measurement) -> Results:
     """Train heads that attend to the patches."""
     with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
-        train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
+        train, test = job.extract("patches", Path(folder))
         return _probe(fit_attentive, config, job, train, test)
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mapet.config import FinetuneConfig
 from mapet.data import (
@@ -104,6 +105,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     exported = folder.find_export()
     begun = agree(accelerator, folder.holds_checkpoint() and exported is not None)
     opened = main_first(accelerator, lambda: _open(config, str(exported) if begun else config.model, train))
+    _check_batch_norm(config, accelerator, opened.network)
     view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and what the export says
     config = config.model_copy(
         update={
@@ -152,7 +154,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
 
     export = partial(
         export_network, objective.outcome, mean=view.mean, std=view.std, crop_pct=view.crop_pct,
-        interpolation=view.interpolation, classes=train.classes,
+        interpolation=view.interpolation, classes=train.classes, tag="finetuned",
     )  # fmt: skip
     job = Job(
         config, dataset, objective, optimizer, targets, _hash_labels(train), (folder.exported, export), _describe,
@@ -188,6 +190,15 @@ def _check_mixing(config: FinetuneConfig, accelerator: Accelerator) -> None:
         raise MapetError(
             f"mixup and cutmix pair the images of a batch, so {config.batch_size // parts} at a time is odd; take "
             f"--batch-size {config.batch_size + parts}, or --mixup 0 --cutmix 0"
+        )
+
+
+def _check_batch_norm(config: FinetuneConfig, accelerator: Accelerator, network: nn.Module) -> None:
+    alone = config.batch_size == accelerator.num_processes * config.accumulate
+    if alone and any(isinstance(part, _BatchNorm) for part in network.modules()):
+        raise MapetError(
+            f"model {config.model!r} has batch norm, which compares images, but it would see one at a time; take a "
+            "larger --batch-size, or a smaller --accumulate"
         )
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -18,7 +16,7 @@ from mapet.config import PretrainConfig, read_recipe
 from mapet.engine import RunFolder, read_state
 from mapet.errors import MapetError
 from mapet.inference import open_model
-from mapet.models import use_layouts
+from mapet.models import check_pretraining, read_tensors, use_layouts
 from mapet.objectives import LayoutObjective
 from mapet.tokenstore import TokenStore
 from mapet.workflows.converting import PRETRAINING_FILE
@@ -94,7 +92,9 @@ def inherit(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, of_source in (("mean", opened.view.mean), ("std", opened.view.std)):
             if values.get(key) is None:
                 values[key] = of_source
-    return values | (_of_run(values, RunFolder(init)) if values.get("init_parts") == "all" else {})
+    if values.get("init_parts") != "all":
+        return values
+    return values | _of_run(values, RunFolder(init))
 
 
 def _of_run(values: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
@@ -193,7 +193,9 @@ def read_start(config: PretrainConfig) -> Start:
     """
     assert config.init is not None
     opened = open_model(config.init, image_size=(config.image_size, config.image_size))
-    weights, tokenizer_hash = opened.network.state_dict(), None
+    network: Any = opened.network
+    weights, tokenizer_hash = network.state_dict(), None
+    embedding = weights["patch_embed.proj.weight"]
     pretraining: dict[str, Tensor] = {}
     if config.init_parts == "all":
         if config.tokens is None and not is_ready(config.tokenizer or "pixels"):
@@ -201,15 +203,24 @@ def read_start(config: PretrainConfig) -> Start:
                 f"init_parts all takes over the head of {config.init!r}, which predicts the ids of the tokenizer that "
                 "it was trained with; name that with --tokenizer or --tokens, or take --init-parts backbone"
             )
-        own, pretraining, tokenizer_hash = _read_parts(config.init)
+        own, pretraining, tokenizer_hash = _read_parts(config.init, embedding.shape[0])
+        side = network.pretrained_cfg["input_size"][-1]  # before it was resized
+        if own and side != config.image_size:
+            raise MapetError(
+                f"init {config.init!r} was pre-trained at {side} px, this run is to be at {config.image_size} px: the "
+                "head would predict ids of another grid; leave --image-size out, or take --init-parts backbone"
+            )
         weights = own or weights  # of one moment with the head
-    embedding = weights["patch_embed.proj.weight"]
+        embedding = weights["patch_embed.proj.weight"]
     weights |= {"patch_embed.proj.weight": adapt_input_conv(config.channels, embedding, base_chans=opened.channels)}
     return Start(config.init, weights, pretraining, tokenizer_hash)
 
 
-def _read_parts(init: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str | None]:
-    """Return what a run or a converted folder has of backbone, mask vector and head, and the tokenizer's hash."""
+def _read_parts(init: str, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor], str | None]:
+    """Return what a run or a converted folder has of backbone, mask vector and head, and the tokenizer's hash.
+
+    The network's tokens are of ``width`` channels.
+    """
     run, converted = RunFolder(init), Path(init.removeprefix("local-dir:")) / PRETRAINING_FILE
     file = converted if converted.is_file() else run.checkpoint / "objective.safetensors"
     if not file.is_file():
@@ -217,28 +228,33 @@ def _read_parts(init: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str | 
             f"init {init!r} holds no mask vector and head; name a pre-training run or a folder made by mapet convert "
             "upstream, or take --init-parts backbone"
         )
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise MapetError(f"{file} cannot be read ({error}); take --init-parts backbone, or another source") from error
+    tensors, _ = read_tensors(file)
     lacking = [name for name in _PARTS if name not in tensors]
     if lacking:
         raise MapetError(
             f"{file} is not of a pre-training run, for it lacks {lacking[0]!r}; take --init-parts backbone"
         )
+    strange = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if strange:
+        raise MapetError(f"{file} holds {strange[0]!r} as integers, not floats; take another source")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise MapetError(f"{file} contains NaN or infinity (first {broken[0]!r}); take another source")
     backbone = {
         name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")
     }
-    return backbone, {name: tensors[name] for name in _PARTS}, None if file == converted else _tokenizer_hash(run)
+    parts = {name: tensors[name] for name in _PARTS}
+    try:
+        check_pretraining(parts, width)
+    except MapetError as error:
+        raise MapetError(f"{file} does not fit its network: {error}; take --init-parts backbone") from error
+    return backbone, parts, None if file == converted else _tokenizer_hash(run)
 
 
 def _tokenizer_hash(run: RunFolder) -> str:
     """Return the content hash of the tokenizer that a run was trained with."""
     store = read_recipe(run.config).get("tokens")
     if store is not None:
-        with TokenStore.open(store) as opened:
+        with TokenStore.open(str(store)) as opened:
             return opened.header.tokenizer_hash
-    return str(read_state(run.checkpoint)["made_from"]["targets"])
+    return read_state(run.checkpoint).made_from.targets

@@ -143,7 +143,9 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         lambda: measure_baseline(_some_ids(source, dataset, config, workers), source.vocab_size, folder.baseline),
     )
     on_main(accelerator, lambda: _draw_start(objective, source, dataset, config, folder))
-    export = partial(export_network, objective.backbone, mean=config.input_mean, std=config.input_std)
+    export = partial(
+        export_network, objective.backbone, mean=config.input_mean, std=config.input_std, tag=config.objective
+    )
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     job = Job(
         config, dataset, objective, optimizer, source, source.content_hash, (folder.exported, export),

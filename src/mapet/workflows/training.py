@@ -20,14 +20,17 @@ from mapet.data import DamageTally, StepSampler, ViewDataset, load_batches
 from mapet.engine import (
     Evaluator,
     JsonLines,
+    MadeFrom,
     Plan,
     Record,
     RunFolder,
     Sink,
+    State,
     StopRequest,
     Targets,
     TensorBoard,
     Trainee,
+    damaged_checkpoint,
     explain_disk_errors,
     read_checkpoint,
     read_state,
@@ -177,12 +180,12 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     config, objective, images = job.config, job.objective, job.dataset.images
     main = accelerator.is_main_process
     optimizer = job.optimizer
-    made_from = {
-        "images": len(images),
-        "fingerprint": images.fingerprint,
-        "targets": job.targets_hash,
-        "processes": accelerator.num_processes,
-    }
+    made_from = MadeFrom(
+        images=len(images),
+        fingerprint=images.fingerprint,
+        targets=job.targets_hash,
+        processes=accelerator.num_processes,
+    )
     first_step, damaged = _continue(job, folder, made_from, accelerator)
     plan = _plan(job, len(images), first_step)
     tally = DamageTally(images, config.max_damaged, damaged)
@@ -204,7 +207,7 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
         tally.indices.update(gather_object(sorted(tally.indices)))  # waits for every process
         if main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {"step": done, "made_from": made_from, "damaged": sorted(tally.indices), "scaler": scaler}
+            state = State(step=done, made_from=made_from, damaged=sorted(tally.indices), scaler=scaler)
             # The product first: where the last checkpoint is, its product is too.
             replace_folder(*job.product)
             replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
@@ -237,33 +240,37 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     return Outcome(steps, plan.total_steps, stop.signal)
 
 
-def _continue(
-    job: Job, folder: RunFolder, made_from: Mapping[str, Any], accelerator: Accelerator
-) -> tuple[int, list[int]]:
+def _continue(job: Job, folder: RunFolder, made_from: MadeFrom, accelerator: Accelerator) -> tuple[int, list[int]]:
     """Load the last checkpoint, if there is one; return the steps done and the images known to be damaged."""
     if not folder.checkpoint.exists():
         return 0, []
-    before = read_state(folder.checkpoint)["made_from"]
-    if before["fingerprint"] != made_from["fingerprint"]:
+    before = read_state(folder.checkpoint).made_from
+    if before.fingerprint != made_from.fingerprint:
         raise MapetError(
-            f"'data' changed since the run in {folder.root} began: it had {before['images']} images, now there are "
-            f"{made_from['images']}, or some have other names; restore it, or start another run with another --out"
+            f"'data' changed since the run in {folder.root} began: it had {before.images} images, now there are "
+            f"{made_from.images}, or some have other names; restore it, or start another run with another --out"
         )
-    if before["targets"] != made_from["targets"]:
+    if before.targets != made_from.targets:
         raise MapetError(
             f"{job.targets_name} is not what the run in {folder.root} began with, so its targets mean something else; "
             "restore it, or start another run with another --out"
         )
-    if before["processes"] != made_from["processes"]:
+    if before.processes != made_from.processes:
         logger.warning(
             "the run began with %d processes and goes on with %d: with the same images in the same order, but other "
             "visiting orders",
-            before["processes"], made_from["processes"],
+            before.processes, made_from.processes,
         )  # fmt: skip
     state = read_checkpoint(folder.checkpoint, job.objective, job.optimizer)
+    total = job.config.total_steps(before.images)
+    if state.step > total:
+        raise damaged_checkpoint(folder.checkpoint, ValueError(f"state.json says step {state.step} of {total}"))
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["step"], state["damaged"]
+        try:
+            accelerator.scaler.load_state_dict(state.scaler or {})
+        except (KeyError, RuntimeError) as error:  # it lacks an entry
+            raise damaged_checkpoint(folder.checkpoint, error) from error
+    return state.step, state.damaged
 
 
 def _plan(job: Job, images: int, first_step: int) -> Plan:
