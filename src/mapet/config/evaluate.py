@@ -13,6 +13,8 @@ Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e3)], ...], Field(min_l
 Decays = Annotated[tuple[Annotated[float, Field(ge=0, le=1e3)], ...], Field(min_length=1)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
+KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
+
 
 class FeatureKeys(InferenceKeys):
     """Which features are judged."""
@@ -45,7 +47,7 @@ class KNNConfig(FeatureKeys):
         description="numbers of neighbours; chosen from on held-out training images",
         json_schema_extra=Common,
     )
-    temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
+    temperature: float = Field(KNN_TEMPERATURE, gt=0, description="neighbours vote with exp(similarity / temperature)")
 
 
 class LinearConfig(HeadKeys, FeatureKeys):

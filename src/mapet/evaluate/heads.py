@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -37,7 +37,7 @@ class Training:
         device: where.
         steps: optimiser steps; None: 2,000, or ten passes over the images if that is more.
         batch_size: images a step, or all if they are fewer.
-        show: is told how many steps are done.
+        show: is told how many steps are done, of twice as many in ``evaluate_probe``.
     """
 
     seed: int
@@ -106,6 +106,9 @@ def evaluate_probe(
     Raises:
         MapetError: if every head diverged.
     """
+    # Equally long, so that what is chosen suits what it is chosen for.
+    steps = training.steps_for(len(train))
+    training = replace(training, steps=steps)
     rest, kept = (train.subset(indices) for indices in hold_out(train.y, training.seed))
     accuracy, loss = _measure(fit(rest, settings, training), kept, training)
     if not loss.isfinite().any():
@@ -115,7 +118,8 @@ def evaluate_probe(
     # Of equally accurate heads the surer one.
     best = min(range(len(settings)), key=lambda i: (-float(accuracy[i]), float(loss[i])))
     held_out = {setting: max(0.0, float(value)) for setting, value in zip(settings, accuracy, strict=True)}
-    guesses = predict(fit(train, [settings[best]], training), test, training)
+    last = replace(training, show=lambda done: training.show(steps + done))
+    guesses = predict(fit(train, [settings[best]], last), test, training)
     return ProbeResult(settings[best], held_out, score(test.y, guesses, train.classes))
 
 
