@@ -63,6 +63,12 @@ class LinearConfig(HeadKeys, FeatureKeys):
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps; default: 2000, or 300 passes if that is less, or 10 passes if that is more",
+        json_schema_extra=Common,
+    )
     lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from")
     weight_decay: Decays = Field((0.01,), description="weight decays to choose from")
     probe_batch: int = Field(256, ge=1, description="images per step of the probe")

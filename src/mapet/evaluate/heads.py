@@ -16,7 +16,7 @@ from mapet.errors import MapetError
 from mapet.evaluate.features import Features, hold_out
 from mapet.evaluate.metrics import MOST_GUESSES, IntArray, Scores, score
 
-LEAST_STEPS, LEAST_PASSES = 2000, 10
+USUAL_STEPS, LEAST_PASSES = 2000, 10
 PREDICTED_AT_A_TIME = 1024
 
 
@@ -37,6 +37,7 @@ class Training:
         device: where.
         steps: optimiser steps; None: 2,000, or ten passes over the images if that is more.
         batch_size: images a step, or all if they are fewer.
+        most_passes: over few images, for which 2,000 steps would be more; None: they are taken.
         show: is told how many steps are done, of twice as many in ``evaluate_probe``.
     """
 
@@ -44,11 +45,15 @@ class Training:
     device: torch.device
     steps: int | None = None
     batch_size: int = 512
+    most_passes: int | None = None
     show: Callable[[int], None] = lambda done: None
 
     def steps_for(self, images: int) -> int:
         """Optimiser steps for so many images."""
-        return self.steps or max(LEAST_STEPS, LEAST_PASSES * images // self.batch_size)
+        steps = USUAL_STEPS
+        if self.most_passes is not None:
+            steps = min(steps, self.most_passes * images // min(self.batch_size, images))
+        return self.steps or max(steps, LEAST_PASSES * images // self.batch_size)
 
     def batches(self, features: Features) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the ``(features, labels)`` of every step, on the device; each pass shows every image once."""

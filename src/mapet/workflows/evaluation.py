@@ -20,6 +20,7 @@ from mapet.config import AttentiveConfig, ClassifyConfig, InferenceKeys, KNNConf
 from mapet.data import DamageTally, ImageSet, open_labelled, open_test
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
 from mapet.evaluate import (
+    MOST_PASSES,
     Features,
     ProbeResult,
     Scores,
@@ -100,7 +101,7 @@ def attentive(config: AttentiveConfig, job: Measurement) -> Results:
     """Train heads that attend to the patches."""
     with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
         train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
-        return _probe(fit_attentive, config, job, train, test)
+        return _probe(fit_attentive, config, job, train, test, MOST_PASSES)
 
 
 def classify(config: ClassifyConfig, job: Measurement) -> Results:
@@ -177,12 +178,17 @@ def evaluate(
 
 
 def _probe(
-    fit: Any, config: LinearConfig | AttentiveConfig, job: Measurement, train: Features, test: Features
+    fit: Any,
+    config: LinearConfig | AttentiveConfig,
+    job: Measurement,
+    train: Features,
+    test: Features,
+    most_passes: int | None = None,
 ) -> Results:
     settings = grid(config.lr, config.weight_decay)
     probes: list[ProbeResult] = []
     for seed in range(config.seed, config.seed + config.seeds):
-        training = Training(seed, job.opened.device, config.steps, config.probe_batch)
+        training = Training(seed, job.opened.device, config.steps, config.probe_batch, most_passes)
         steps, number = training.steps_for(len(train)), seed - config.seed + 1
         with Meter(job.console, f"probe, seed {number} of {config.seeds}", 2 * steps) as meter:
 

@@ -129,7 +129,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     )
     source, config = _token_source(config, draft, start, images, folder, resume, accelerator, workers, console)
     if start is not None:
-        on_main(accelerator, lambda: record_origin(folder, start.name))
+        on_main(accelerator, partial(record_origin, folder, start.name))
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, bool(config.mirror))
     dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
