@@ -38,7 +38,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
         512,
         ge=1,
         description="images per optimiser step, over all devices; if not given, fewer for fewer than 5,120 images, so "
-        "that an epoch has ten steps",
+        "that an epoch has ten steps or more",
         json_schema_extra=Common,
     )
     lr: float | None = Field(

@@ -198,7 +198,7 @@ class TrainKeys(DataKeys):
         256,
         ge=1,
         description="images per optimiser step, over all devices; if not given, fewer for fewer than 2,560 images, so "
-        "that an epoch has ten steps",
+        "that an epoch has ten steps or more",
         json_schema_extra=Common,
     )
     epochs: int | None = Field(None, ge=1, description="passes over the data; default: see --steps",
