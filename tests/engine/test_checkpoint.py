@@ -12,7 +12,11 @@ from mapet import MaPeT, MapetError
 from mapet.engine import MadeFrom, State, build_optimizer, read_checkpoint, write_checkpoint
 
 STATE = State(
-    step=3, made_from=MadeFrom(images=9, fingerprint="f", targets="t", processes=1), damaged=[4], scaler={"scale": 2.0}
+    total_steps=9,
+    step=3,
+    made_from=MadeFrom(images=9, fingerprint="f", targets="t", processes=1),
+    damaged=[4],
+    scaler={"scale": 2.0},
 )
 
 

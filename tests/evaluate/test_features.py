@@ -90,6 +90,6 @@ def test_a_fifth_of_every_class_is_held_out() -> None:
     again, other = hold_out(y, seed=3), hold_out(y, seed=4)
     assert np.array_equal(again[1], held_out)
     assert not np.array_equal(other[1], held_out)
-    assert [len(part) for part in hold_out(np.array([0, 0, 1, 1]), seed=2**40)] == [2, 2]
+    assert [len(part) for part in hold_out(np.array([0, 0, 1, 1]), seed=2**40)] == [2, 2], "one each of small classes"
     with pytest.raises(MapetError, match="single training image"):
         hold_out(np.array([0, 1, 2]), seed=0)

@@ -25,7 +25,8 @@ from torch import Tensor
 from mapet import MapetError
 from mapet.data import open_images
 from mapet.export import export_network
-from mapet.workflows import export_model, pretrain
+from mapet.workflows import export_model, finetune, pretrain
+from mapet.workflows.demo import FINETUNING
 
 OUTPUTS = {"timm": "model", "onnx": "model.onnx", "torch": "model.pt2"}
 CLASSES = ("crack", "dent", "whole | sound")
@@ -278,3 +279,39 @@ def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "needs the package onnxscript: pip install 'mapet[onnx]'" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_a_classifier_says_how_it_was_pre_trained(run: Path, digits: Path, tmp_path: Path) -> None:
+    """Also after a second fine-tuning, and when the runs before it are gone."""
+    source, first, second = tmp_path / "photos", tmp_path / "first", tmp_path / "second"
+    shutil.copytree(run, source)
+    values = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "data": str(digits)}
+    finetune({**values, "model": str(source / "exported")}, first, console=Console(quiet=True))
+    finetune({**values, "model": str(first)}, second, console=Console(quiet=True))
+    finetune({**values, "model": str(source), "reinit": True}, tmp_path / "random", console=Console(quiet=True))
+    shutil.rmtree(source)
+    cards = {}
+    for name, tuned in (("one", first), ("two", second), ("three", tmp_path / "random")):
+        export_model("timm", {"model": str(tuned), "check_images": 3}, tmp_path / name)
+        cards[name] = ModelCard.load(tmp_path / name / "README.md").text
+    facts = (
+        f"| before that, photos | the images of {digits.name} (60), objective mapet, tokenizer pixels, 4 steps, 0.5714 "
+        "epochs |"
+    )
+    assert facts in cards["one"]
+    assert facts in cards["two"]
+    assert f"| before that, first | the images of {digits.name} (50), 1 steps, 0.1667 epochs |" in cards["two"]
+    said = f"after `photos`, which was trained by the objective `mapet` on the images of {digits.name}."
+    assert said in cards["one"]
+    heading = "## Configuration of the run photos, which came before\n\n```yaml\n"
+    assert yaml.safe_load(cards["two"].split(heading)[1].split("```")[0])["objective"] == "mapet"
+    assert "before" not in cards["three"], "random weights have no past"
+    assert str(tmp_path) not in cards["two"]
+
+
+def test_continued_pre_training_remembers_where_it_began(run: Path, digits: Path, tmp_path: Path) -> None:
+    values = {"init": str(run), "data": str(digits), "steps": 1, "batch_size": 8, "vocab_size": 16, "workers": 0}
+    pretrain(values, tmp_path / "more", console=Console(quiet=True))
+    export_model("timm", {"model": str(tmp_path / "more"), "check_images": 3}, tmp_path / "card")
+    card = ModelCard.load(tmp_path / "card" / "README.md").text
+    assert f"| before that, {run.name} | the images of {digits.name} (60), objective mapet" in card

@@ -23,7 +23,7 @@ from mapet.evaluate import score_classifier
 from mapet.export import export_network
 from mapet.workflows import finetune, pretrain
 from mapet.workflows.demo import FINETUNING
-from mapet.workflows.finetune import labels_to_use
+from mapet.workflows.labels import labels_to_use
 
 QUIET = Console(quiet=True)
 PLAIN: dict[str, Any] = {**FINETUNING, "workers": 0}

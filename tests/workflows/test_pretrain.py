@@ -84,6 +84,13 @@ def test_a_run_folder_holds_everything(digits: Path, tmp_path: Path) -> None:
     assert config["precision"] != "auto"
 
 
+def test_few_images_need_no_batch_size_and_a_resumed_run_keeps_its_own(digits: Path, tmp_path: Path) -> None:
+    values = {key: value for key, value in TINY.items() if key not in ("batch_size", "lr")}
+    result = pretrain({**values, "data": str(digits), "steps": 1}, tmp_path / "run", console=QUIET)
+    assert (result.config.batch_size, result.config.lr) == (4, pytest.approx(1.875e-4))
+    assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).config == result.config
+
+
 def test_the_exported_backbone_is_the_trained_one(digits: Path, tmp_path: Path) -> None:
     result = run(digits, tmp_path / "run", steps=3)
     exported = timm.create_model(f"local-dir:{tmp_path / 'run' / 'exported'}", pretrained=True).eval()

@@ -13,6 +13,8 @@ Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e3)], ...], Field(min_l
 Decays = Annotated[tuple[Annotated[float, Field(ge=0, le=1e3)], ...], Field(min_length=1)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
+KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
+
 
 class FeatureKeys(InferenceKeys):
     """Which features are judged."""
@@ -45,7 +47,7 @@ class KNNConfig(FeatureKeys):
         description="numbers of neighbours; chosen from on held-out training images",
         json_schema_extra=Common,
     )
-    temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
+    temperature: float = Field(KNN_TEMPERATURE, gt=0, description="neighbours vote with exp(similarity / temperature)")
 
 
 class LinearConfig(HeadKeys, FeatureKeys):
@@ -61,6 +63,12 @@ class LinearConfig(HeadKeys, FeatureKeys):
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps; default: 2000, or 300 passes if that is less, or 10 passes if that is more",
+        json_schema_extra=Common,
+    )
     lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from")
     weight_decay: Decays = Field((0.01,), description="weight decays to choose from")
     probe_batch: int = Field(256, ge=1, description="images per step of the probe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import ClassVar, Literal, Self
 
@@ -10,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, Free
 from mapet.config.groups import ModelKeys, TrainKeys
+from mapet.errors import MapetError
 
 
 class FinetuneConfig(TrainKeys, ModelKeys):
@@ -38,7 +38,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
         512,
         ge=1,
         description="images per optimiser step, over all devices; if not given, fewer for fewer than 5,120 images, so "
-        "that an epoch has ten steps",
+        "that an epoch has ten steps or more",
         json_schema_extra=Common,
     )
     lr: float | None = Field(
@@ -46,7 +46,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
         gt=0,
         le=1e30,
         description="peak learning rate; by default upstream's 5e-4 at batch 512, scaled by the square root of the "
-        "batch size",
+        "batch size, of 32 images at least",
         json_schema_extra=Common,
     )
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
@@ -106,15 +106,23 @@ class FinetuneConfig(TrainKeys, ModelKeys):
 
     @property
     def peak_lr(self) -> float:
-        """The given peak learning rate, or upstream's scaled by the square root of the batch size."""
-        return self.lr if self.lr is not None else 5e-4 * math.sqrt(self.batch_size / 512)
+        """The given peak learning rate, or upstream's scaled to the batch size."""
+        return self.lr if self.lr is not None else 5e-4 * self.lr_scale(512)
 
-    def resolve(self, images: int) -> Self:
+    @property
+    def images_together(self) -> int:
+        """What the size of a micro-batch must be a multiple of: mixup and cutmix pair images."""
+        return 2 if self.mixup or self.cutmix else 1
+
+    def resolve(self, images: int, processes: int = 1) -> Self:
         """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
-        whole = self
-        if "batch_size" not in self.model_fields_set and images < 10 * self.batch_size:
-            power_of_two = 1 << max(1, (images // 10).bit_length() - 1)
-            whole = self.model_copy(update={"batch_size": power_of_two})
-        config = super(FinetuneConfig, whole).resolve(images)
+        config = super().resolve(images, processes)
+        parts = processes * self.accumulate
+        together = config.batch_size // parts
+        if together % self.images_together:
+            raise MapetError(
+                f"mixup and cutmix pair the images of a batch, so {together} at a time is odd; take --batch-size "
+                f"{config.batch_size + parts}, or --mixup 0 --cutmix 0"
+            )
         epochs = config.total_steps(images) // (images // config.batch_size)
         return config.model_copy(update={"eval_every": self.eval_every or max(1, epochs // 10)})

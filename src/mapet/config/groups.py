@@ -15,6 +15,10 @@ Pixels = Annotated[int, Field(ge=1)]
 NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
 
+# Of defaults: the steps that a batch leaves an epoch, and the batch below which the learning rate falls no further.
+LEAST_STEPS_PER_EPOCH, LEAST_SCALED_BATCH = 10, 32
+
+
 class DataKeys(StrictConfig):
     """Which images, and how they are read."""
 
@@ -191,7 +195,11 @@ class TrainKeys(DataKeys):
     default_epochs: ClassVar[int] = 300
 
     batch_size: int = Field(
-        256, ge=1, description="images per optimiser step, over all devices", json_schema_extra=Common
+        256,
+        ge=1,
+        description="images per optimiser step, over all devices; if not given, fewer for fewer than 2,560 images, so "
+        "that an epoch has ten steps or more",
+        json_schema_extra=Common,
     )
     epochs: int | None = Field(None, ge=1, description="passes over the data; default: see --steps",
                                json_schema_extra=Common)  # fmt: skip
@@ -202,7 +210,7 @@ class TrainKeys(DataKeys):
         gt=0,
         le=1e30,
         description="peak learning rate; by default the paper's 1.5e-3 at batch 2048, scaled by the square root "
-        "of the batch size",
+        "of the batch size, of 32 images at least",
         json_schema_extra=Common,
     )
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
@@ -226,40 +234,68 @@ class TrainKeys(DataKeys):
     def _check_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
-        if self.batch_size % self.accumulate:
+        if "batch_size" in self.model_fields_set and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         return self
 
     @property
     def peak_lr(self) -> float:
-        """The given peak learning rate, or the paper's scaled by the square root of the batch size.
+        """The given peak learning rate, or the paper's scaled to the batch size."""
+        return self.lr if self.lr is not None else 1.5e-3 * self.lr_scale(2048)
+
+    def lr_scale(self, published_batch: int) -> float:
+        """Return what multiplies the learning rate that was published for another batch size.
 
         Adam's steps do not grow with the gradient, so noise, not size, sets the rate: hence the root
         (Malladi et al., 2205.10287) where the linear rule belongs to SGD.
         """
-        return self.lr if self.lr is not None else 1.5e-3 * math.sqrt(self.batch_size / 2048)
+        return math.sqrt(max(self.batch_size, LEAST_SCALED_BATCH) / published_batch)
 
-    def resolve(self, images: int) -> Self:
+    @property
+    def images_together(self) -> int:
+        """What the size of a micro-batch must be a multiple of."""
+        return 1
+
+    def resolve(self, images: int, processes: int = 1) -> Self:
         """Fill in what has a default depending on other values, so that a saved file says it all.
 
         Args:
             images: size of the data set.
+            processes: that train together.
 
         Raises:
-            MapetError: if a batch is larger than the data set.
+            MapetError: if a batch is larger than the data set, or cannot be shared out evenly.
         """
-        if self.batch_size > images:
+        parts = processes * self.accumulate
+        shared = f"among {processes} processes with {self.accumulate} micro-batches each"
+        if images < parts * self.images_together:
             raise MapetError(
-                f"batch size {self.batch_size} is larger than the data set of {images} images; "
-                f"pass --batch-size {images} or less"
+                f"{images} images are too few to be shared out {shared}, {self.images_together} at a time; add images, "
+                "or take fewer processes and micro-batches"
             )
+        batch_size = self.batch_size
+        if "batch_size" not in self.model_fields_set:
+            batch_size = self._default_batch(images, parts * self.images_together)
+        if batch_size > images:
+            raise MapetError(
+                f"batch size {batch_size} is larger than the data set of {images} images; pass --batch-size {images} "
+                "or less"
+            )
+        if batch_size % parts:
+            raise MapetError(f"batch size {batch_size} cannot be divided {shared}; take a multiple of {parts}")
+        config = self.model_copy(update={"batch_size": batch_size})
         epochs = self.epochs if self.epochs is not None or self.steps is not None else self.default_epochs
         update = {
             "epochs": epochs,
-            "lr": self.peak_lr,
-            "checkpoint_every": self.checkpoint_every or images // self.batch_size,
+            "lr": config.peak_lr,
+            "checkpoint_every": self.checkpoint_every or images // batch_size,
         }
-        return self.model_copy(update=update)
+        return config.model_copy(update=update)
+
+    def _default_batch(self, images: int, unit: int) -> int:
+        """Return the multiple of ``unit`` nearest below what leaves ten steps an epoch, and at least one."""
+        power_of_two = 1 << max(1, (images // LEAST_STEPS_PER_EPOCH).bit_length() - 1)
+        return max(1, min(self.batch_size, power_of_two, images) // unit) * unit
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps of the whole run."""

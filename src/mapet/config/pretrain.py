@@ -100,6 +100,6 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         """Per-channel deviation of the student's input."""
         return self.std or ((0.229, 0.224, 0.225) if self.channels == 3 else (0.226,))
 
-    def resolve(self, images: int) -> Self:
+    def resolve(self, images: int, processes: int = 1) -> Self:
         """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
-        return super().resolve(images).model_copy(update={"mean": self.input_mean, "std": self.input_std})
+        return super().resolve(images, processes).model_copy(update={"mean": self.input_mean, "std": self.input_std})

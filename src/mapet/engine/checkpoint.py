@@ -49,12 +49,14 @@ class State(_Strict):
 
     Attributes:
         step: optimiser steps done.
+        total_steps: of the whole run.
         made_from: what the run trains on.
         damaged: indices of images that cannot be read.
         scaler: state of fp16's gradient scaler; None in other precisions.
     """
 
     step: Count
+    total_steps: Count
     made_from: MadeFrom
     damaged: list[Count]
     scaler: dict[str, float | int] | None

@@ -6,6 +6,7 @@ metrics.jsonl        a line per logged step
 tensorboard/         the same as TensorBoard events
 tokenizer/           the fitted tokenizer
 baseline.json        what can be had without looking at the images
+origin.json          what the run says of itself that this one began with
 checkpoints/last/    everything needed to continue
 exported/            the backbone, for timm
 figures/             pictures
@@ -45,6 +46,7 @@ class RunFolder:
         self.tensorboard = self.root / "tensorboard"
         self.tokenizer = self.root / "tokenizer"
         self.baseline = self.root / "baseline.json"
+        self.origin = self.root / "origin.json"
         self.checkpoint = self.root / "checkpoints" / "last"
         self.exported = self.root / "exported"
         self.figures = self.root / "figures"
@@ -138,6 +140,13 @@ def _is_record(content: object) -> bool:
         and isinstance(content.get("step"), int)
         and all(isinstance(value, int | float | None) for value in content.values())
     )
+
+
+def run_of(model: str | Path) -> RunFolder | None:
+    """Return the run that a model is: its folder, or the one whose ``exported/`` is named; None if it is of no run."""
+    folder = Path(str(model).removeprefix("local-dir:"))
+    places = [folder, folder.parent] if folder.name == "exported" else [folder]
+    return next((run for run in map(RunFolder, places) if run.config.is_file()), None)
 
 
 @contextmanager

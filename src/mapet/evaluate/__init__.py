@@ -1,6 +1,6 @@
 """What a network is worth: k-NN, linear and attentive probes, classification, segmentation."""
 
-from mapet.evaluate.attentive import fit_attentive
+from mapet.evaluate.attentive import MOST_PASSES, fit_attentive
 from mapet.evaluate.classifier import score_classifier
 from mapet.evaluate.during import probe_evaluator
 from mapet.evaluate.features import Features, extract_features
@@ -21,6 +21,7 @@ from mapet.evaluate.segmentation import (
 
 __all__ = [
     "HEADS",
+    "MOST_PASSES",
     "Confusion",
     "Features",
     "HeadRecipe",

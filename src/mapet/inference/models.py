@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 
 from mapet.data import PlainView, check_channels
-from mapet.engine import RunFolder
+from mapet.engine import RunFolder, read_state
 from mapet.errors import MapetError, nearest
 from mapet.inference.exported import check_exported, check_types
 from mapet.tokenizers import hash_content
+
+logger = logging.getLogger(__name__)
 
 # What networks raise for images that do not fit.
 _SIZE_ERRORS = AssertionError, ValueError, RuntimeError, TypeError, IndexError, ArithmeticError
@@ -69,7 +72,7 @@ def open_model(
     seed: int = 0,
     drop_path: float = 0.0,
 ) -> OpenModel:
-    """Open a model with its weights, on the CPU.
+    """Open a model with its weights, on the CPU; of a run that has not finished a warning says how far it is.
 
     Args:
         source: a run folder (its ``exported/`` is taken), an exported folder, or a timm model name, perhaps with
@@ -119,6 +122,8 @@ def open_model(
         config["interpolation"] if config["interpolation"] in known else "bicubic",
         config.get("crop_mode") == "squash",
     )
+    if not reinit:
+        _warn_of_unfinished(RunFolder(Path(str(source).removeprefix("local-dir:"))))
     return OpenModel(str(source), network, view, channels, class_names(network))
 
 
@@ -147,6 +152,19 @@ def _timm_name(source: str) -> str:
             f"{lacking[0]!r}"
         )
     return f"local-dir:{folder}"
+
+
+def _warn_of_unfinished(run: RunFolder) -> None:
+    """Say how far a run is, unless it has finished or nothing tells."""
+    try:
+        state = read_state(run.checkpoint)
+    except MapetError:  # no run, or its checkpoint was removed to save space
+        return
+    if state.step < state.total_steps:
+        logger.warning(
+            "run %s has not finished: its weights are those after step %d of %d (%d %%)",
+            run.root, state.step, state.total_steps, 100 * state.step // state.total_steps,
+        )  # fmt: skip
 
 
 def _create(name: str, source: str, **arguments: Any) -> Any:

@@ -51,7 +51,7 @@ from mapet.workflows.tokens import (
     settle_vocab_size,
     unfitted_tokenizer,
 )
-from mapet.workflows.training import Job, check_out, check_processes, log_to, run_folder, run_job, settle_config
+from mapet.workflows.training import Job, check_out, log_to, record_origin, run_folder, run_job, settle_config
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,6 @@ def pretrain(
 def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console) -> RunResult:
     check_channels(config.channels)
     accelerator = make_accelerator(config.precision, config.accumulate)
-    check_processes(config, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     images = main_first(accelerator, lambda: open_images(config.data))
     check_out(config.data, folder.root)
@@ -113,7 +112,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     evaluators = _evaluators(config, workers)
 
     # Built once without a tokenizer: what cannot work is refused before anything is fitted or written.
-    config = config.resolve(len(images))
+    config = config.resolve(len(images), accelerator.num_processes)
     backbone, start = initial_backbone(config), None
     if config.init is not None and not agree(accelerator, folder.holds_checkpoint()):
         start = main_first(accelerator, lambda: read_start(config))
@@ -129,6 +128,8 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         }
     )
     source, config = _token_source(config, draft, start, images, folder, resume, accelerator, workers, console)
+    if start is not None:
+        on_main(accelerator, partial(record_origin, folder, start.name))
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, bool(config.mirror))
     dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from mapet.engine import (
     write_checkpoint,
 )
 from mapet.errors import MapetError
+from mapet.export import read_origin
 from mapet.report import ProgressSink
 
 logger = logging.getLogger(__name__)
@@ -123,16 +125,6 @@ def settle_config(config_class: type[Config], values: Mapping[str, Any], folder:
     return config
 
 
-def check_processes(config: TrainKeys, accelerator: Accelerator) -> None:
-    """Refuse a batch that cannot be shared out evenly."""
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
-        raise MapetError(
-            f"batch size {config.batch_size} cannot be divided among {accelerator.num_processes} processes with "
-            f"{config.accumulate} micro-batches each; take a multiple of {parts}"
-        )
-
-
 def check_out(data: str, out: str | Path) -> None:
     """Refuse an output folder without a name, or inside the image folder."""
     if not str(out):
@@ -151,6 +143,12 @@ def begin_run(folder: RunFolder, config: TrainKeys, resume: bool) -> None:
     log_to(folder.log)
     if not folder.config.exists():
         replace_file(folder.config, config_to_yaml(config))
+
+
+def record_origin(folder: RunFolder, model: str) -> None:
+    """Keep what the run says of itself that ``model`` is of: it may be gone by the time somebody asks."""
+    if not folder.origin.exists() and (origin := read_origin(model)) is not None:
+        replace_file(folder.origin, json.dumps(origin, indent=1) + "\n")
 
 
 def log_to(file: Path) -> None:
@@ -207,7 +205,10 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
         tally.indices.update(gather_object(sorted(tally.indices)))  # waits for every process
         if main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = State(step=done, made_from=made_from, damaged=sorted(tally.indices), scaler=scaler)
+            state = State(
+                step=done, total_steps=plan.total_steps, made_from=made_from, damaged=sorted(tally.indices),
+                scaler=scaler,
+            )  # fmt: skip
             # The product first: where the last checkpoint is, its product is too.
             replace_folder(*job.product)
             replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
