@@ -232,10 +232,11 @@ atexit.register(_end_workers)
 
 def ignore_stops(worker: int) -> None:
     """Leave it to the main process to end a loading process."""
-    # Ctrl-C reaches every process of a terminal, SLURM's SIGTERM every process of a job. The main one decides when
-    # to stop, and until then needs batches; workers end with it by themselves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and hanging up reach every process of a terminal, SLURM's SIGTERM every process of a job. The main one
+    # decides when to stop, and until then needs batches; workers end with it by themselves.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

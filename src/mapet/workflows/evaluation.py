@@ -18,6 +18,7 @@ from torch import Tensor
 from mapet.config import AttentiveConfig, ClassifyConfig, InferenceKeys, KNNConfig, LinearConfig, make_config
 from mapet.data import DamageTally, ImageSet, open_labelled, open_test
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
+from mapet.errors import MapetError
 from mapet.evaluate import (
     Features,
     ProbeResult,
@@ -94,7 +95,13 @@ def linear(config: LinearConfig, job: Measurement) -> Results:
 
 def attentive(config: AttentiveConfig, job: Measurement) -> Results:
     """Train heads that attend to the patches."""
-    with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="mapet-")
+    except OSError as error:
+        raise MapetError(
+            f"no temporary folder can be made for the features ({error.strerror}); set TMPDIR to one on a disk with room"
+        ) from error
+    with temporary as folder:
         train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
         return _probe(fit_attentive, config, job, train, test)
 
