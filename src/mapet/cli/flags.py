@@ -31,9 +31,11 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, strange: Sequence[str]) -> NoReturn:
         """Raise MapetError for arguments that are not known."""
-        first = next((argument for argument in strange if argument.startswith("-")), None)
-        hint = nearest(first.partition("=")[0], self._option_string_actions) if first else ""
-        self.error(f"unrecognized arguments: {' '.join(strange)}{hint}")
+        flag = next((argument.partition("=")[0] for argument in strange if argument.startswith("-")), "")
+        raise MapetError(
+            f"unrecognized arguments: {' '.join(strange)}; see {self.prog} --help"
+            f"{nearest(flag, self._option_string_actions, most=1)}"
+        )
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:

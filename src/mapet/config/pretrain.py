@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, Free
 from mapet.config.groups import Count, InputKeys, KMeansKeys, Pixels, TrainKeys, ViewKeys
+
+MOST_MODEL_ARGUMENT = 2**14  # a depth or a width
 
 
 class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
@@ -73,6 +75,14 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         json_schema_extra=Free,
     )
     eval_every: Count = Field(10, description="epochs between evaluations (and one at the end)", json_schema_extra=Free)
+
+    @field_validator("model_args")
+    @classmethod
+    def _no_absurd_sizes(cls, arguments: dict[str, int | float | bool | str]) -> dict[str, int | float | bool | str]:
+        for name, value in arguments.items():
+            if isinstance(value, int) and value > MOST_MODEL_ARGUMENT:
+                raise ValueError(f"{name} is {value}; take at most {MOST_MODEL_ARGUMENT}")
+        return arguments
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

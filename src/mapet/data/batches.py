@@ -7,9 +7,11 @@ import logging
 import multiprocessing.util
 import random
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypedDict
 
 import torch
@@ -237,6 +239,13 @@ def ignore_stops(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.excepthook = _silent_when_left
+
+
+def _silent_when_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a main process that stopped while a batch was handed over to it; that is not the worker's news."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

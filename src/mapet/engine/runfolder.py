@@ -66,7 +66,7 @@ class RunFolder:
         # Looked for last, for another process of this run may be making it.
         if foreign and not self.config.exists():
             raise MapetError(
-                f"output folder {self.root} holds {foreign[0]!r}, but no run; choose a new or an empty folder with --out"
+                f"output folder {self.root} holds {foreign[0]!r}, but no run; choose a new or empty folder with --out"
             )
 
     def open(self, *, resume: bool) -> None:

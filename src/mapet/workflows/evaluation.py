@@ -99,7 +99,7 @@ def attentive(config: AttentiveConfig, job: Measurement) -> Results:
         temporary = tempfile.TemporaryDirectory(prefix="mapet-")
     except OSError as error:
         raise MapetError(
-            f"no temporary folder can be made for the features ({error.strerror}); set TMPDIR to one on a disk with room"
+            f"no temporary folder can be made for the features ({error.strerror}); set TMPDIR to a disk with room"
         ) from error
     with temporary as folder:
         train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
