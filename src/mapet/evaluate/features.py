@@ -129,7 +129,7 @@ def _on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
         return np.memmap(file, np.float16, "r+", shape=shape)
     except OSError as error:
         raise MapetError(
-            f"the features take {needed / 2**30:.1f} GiB in the temporary folder {file.parent}, which cannot hold them "
+            f"the features take {needed / 2**30:.2g} GiB in the temporary folder {file.parent}, which cannot hold them "
             f"({error.strerror}); set TMPDIR to a larger disk, or take a smaller --image-size"
         ) from error
 

@@ -63,9 +63,7 @@ def bootstrap(
     root = Path(out)
     foreign = sorted(path.name for path in root.glob("*") if not re.fullmatch(r"round\d+", path.name))
     if foreign:
-        raise MapetError(
-            f"output folder {root} holds {foreign[0]!r}, no round; choose a new folder with --out"
-        )
+        raise MapetError(f"output folder {root} holds {foreign[0]!r}, no round; choose a new folder with --out")
     results: list[RunResult] = []
     for number in range(rounds + 1):
         asked = dict(values)
