@@ -79,6 +79,11 @@ def test_bad_folders(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     said = refused(capsys, "pretrain", str(digits), *out, "--config", str(tmp_path / "recipe.yaml"))
     assert "unknown key 'epoch'; did you mean 'epochs'" in said
     assert not (tmp_path / "run").exists()
+    # Before the images are looked for.
+    for command in (["pretrain", "/no/images"], ["finetune", "m", "/no/images"]):
+        assert f"output folder {tmp_path} holds 'empty', but no run" in refused(
+            capsys, *command, "--out", str(tmp_path)
+        )
 
 
 def test_output_folders_that_cannot_be(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_a_killed_run_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     assert same[0] == same[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_polite_stop_is_saved_and_resumed(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
     """As SLURM and a terminal send it: to the whole process group, the loading workers included."""
     out = tmp_path / "run"
