@@ -80,7 +80,7 @@ def test_bad_folders(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "unknown key 'epoch'; did you mean 'epochs'" in said
     assert not (tmp_path / "run").exists()
     # Before the images are looked for.
-    for command in (["pretrain", "/no/images"], ["finetune", "m", "/no/images"]):
+    for command in (["pretrain", "/none"], ["finetune", "m", "/none"]):
         assert f"output folder {tmp_path} holds 'empty', but no run" in refused(
             capsys, *command, "--out", str(tmp_path)
         )
