@@ -8,7 +8,20 @@ import pytest
 import yaml
 
 from mapet import MapetError
-from mapet.config import FinetuneConfig, PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
+from mapet.config import (
+    EmbedConfig,
+    FinetuneConfig,
+    FitConfig,
+    LinearConfig,
+    PretrainConfig,
+    SegmentConfig,
+    StrictConfig,
+    VQKDConfig,
+    config_to_yaml,
+    free_keys,
+    make_config,
+    read_recipe,
+)
 
 
 def test_unknown_key_names_the_nearest() -> None:
@@ -36,6 +49,43 @@ def test_unknown_key_names_the_nearest() -> None:
 def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(MapetError, match=says):
         make_config(PretrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "key", "most", "too_much"),
+    [
+        (PretrainConfig, "image_size", 4096, 7000),
+        (PretrainConfig, "batch_size", 65536, 10_000_000),
+        (PretrainConfig, "epochs", 1_000_000, 10**12),
+        (PretrainConfig, "steps", 10**9, 10**12),
+        (PretrainConfig, "lr", 1e3, 1e300),
+        (PretrainConfig, "weight_decay", 1e3, 1e300),
+        (PretrainConfig, "vocab_size", 2**20, 10**9),
+        (PretrainConfig, "sample_gib", 2**20, 1e308),
+        (PretrainConfig, "model_args", {"depth": 2**14}, {"depth": 10**9}),
+        (FinetuneConfig, "image_size", (4096, 4096), (7000, 224)),
+        (FinetuneConfig, "lr", 1e3, 1e300),
+        (FinetuneConfig, "batch_size", 65536, 10_000_000),
+        (SegmentConfig, "lr", 1e3, 1e300),
+        (SegmentConfig, "short_side", 2**14, 100_000),
+        (SegmentConfig, "batch_size", 65536, 10_000_000),
+        (LinearConfig, "seeds", 100, 10**9),
+        (LinearConfig, "probe_batch", 65536, 10_000_000),
+        (EmbedConfig, "batch_size", 65536, 10_000_000),
+        (FitConfig, "patch_size", 4096, 100_000),
+        (VQKDConfig, "depth", 1000, 10**9),
+    ],
+)
+def test_absurd_sizes_are_refused_and_large_ones_are_not(
+    config_class: type[StrictConfig], key: str, most: object, too_much: object
+) -> None:
+    fields = config_class.model_fields
+    needed = {name: "x" for name in ("model", "data", "teacher") if name in fields and fields[name].is_required()}
+    if config_class is FitConfig:
+        needed["image_size"] = 4096  # type: ignore[assignment]
+    assert getattr(make_config(config_class, {**needed, key: most}), key) == most
+    with pytest.raises(MapetError, match=f"{key}.*(less than or equal to|take at most)"):
+        make_config(config_class, {**needed, key: too_much})
 
 
 def test_learning_rate_is_the_papers_scaled_by_the_root_of_the_batch() -> None:

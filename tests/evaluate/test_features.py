@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def test_a_disk_without_room_is_refused_before_it_is_full(digits: Path, tmp_path
     with pytest.raises(MapetError, match=r"GiB in the temporary folder .* set TMPDIR"):
         extract(digits, lambda batch: torch.zeros(1).expand(len(batch), 1 << 45), file=tmp_path / "features")
     assert not (tmp_path / "features").exists()
+
+
+def test_a_limit_on_file_sizes_is_met_before_the_work(digits: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(MapetError, match=f"in the temporary folder {tmp_path}, .*File too large.*; set TMPDIR"):
+            extract(digits, file=tmp_path / "features")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_fifth_of_every_class_is_held_out() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,17 @@ def test_refusals(form: str, out: str, values: dict[str, Any], says: str, run: P
         export_model(form, {"model": str(run), **values}, tmp_path / out if out else "")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["there", "there/model.onnx"]
     assert (tmp_path / "there" / "model.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("form", "name"), [("timm", "vit"), ("torch", "vit.pt2")])
+def test_a_full_disk_is_one_sentence(form: str, name: str, run: Path, digits: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch's archive writer would take it down."""
+    command = [sys.executable, "-m", "mapet", "export", form, str(run), "--check", str(digits), "--out"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    failed = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, preexec_fn=limit)
+    assert failed.returncode == 2
+    assert f"cannot write to {tmp_path}: a file grew over the size limit" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:

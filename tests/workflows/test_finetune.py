@@ -138,6 +138,8 @@ def test_a_share_leaves_nothing_of_small_classes_out(digits: Path) -> None:
     whole = open_labelled(str(digits))[0].subset([0, 5, 6, 7, 8])  # one of the first class, four of the second
     config = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 0.1})
     found = [labels_to_use(config.model_copy(update={"label_share": share}), whole) for share in (0.1, 0.6, 0.9)]
+    everything = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 1})
+    assert labels_to_use(everything, whole).keys == whole.keys
     assert [images.labels for images in found] == [(0, 1), (0, 1, 1), (0, 1, 1, 1, 1)]
     assert set(found[0].keys) < set(found[1].keys) < set(found[2].keys)
 

@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     assert same[0] == same[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_polite_stop_is_saved_and_resumed(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
     """As SLURM and a terminal send it: to the whole process group, the loading workers included."""
     out = tmp_path / "run"
@@ -293,9 +293,18 @@ def test_a_fitted_tokenizer_is_taken_from_its_folder(digits: Path, tmp_path: Pat
     assert first.objective.vocab_size == again.objective.vocab_size == 16
 
 
-def test_a_loss_that_is_not_a_number_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match=r"step \d+: loss nan.*lower --lr"):
-        run(digits, tmp_path / "run", steps=200, lr=1e30, clip_grad=1e30, warmup=0.0, checkpoint_every=1)
+def test_a_run_that_diverges_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match=r"step \d+: loss .*the gradients overflowed.*lower --lr"):
+        run(
+            digits,
+            tmp_path / "run",
+            steps=200,
+            lr=1e3,
+            weight_decay=1e3,
+            clip_grad=1e30,
+            warmup=0.0,
+            checkpoint_every=1,
+        )
     weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "objective.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 

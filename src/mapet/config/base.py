@@ -56,6 +56,8 @@ def make_config(config_class: type[Config], values: dict[str, Any], origin: str 
             what = f": {field.description}" if field and field.description else ""
             raise MapetError(f"{origin} lacks {key!r}{what}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "string_unicode":
+            message = "not valid UTF-8; rename it, or link to it by another name"
         message = message[0].lower() + message[1:]
         where = f"{key} = {first['input']!r}: " if key else ""
         raise MapetError(f"{origin} is wrong: {where}{message}") from None

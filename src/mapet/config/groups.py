@@ -10,7 +10,15 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from mapet.config.base import Common, Free, StrictConfig
 from mapet.errors import MapetError
 
-Pixels = Annotated[int, Field(ge=1)]
+# Upper bounds are far above what is of use, and below what would fail late, or overflow.
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+BatchSize = Annotated[int, Field(ge=1, le=2**16)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Epochs = Annotated[int, Field(ge=1, le=10**6)]
+VocabSize = Annotated[int, Field(ge=2, le=2**20)]
+LearningRate = Annotated[float, Field(gt=0, le=1e3)]
+LeastRate = Annotated[float, Field(ge=0, le=1e3)]
+WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 # YAML reads a bare no as false.
 NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
@@ -99,14 +107,14 @@ class PrecisionKeys(StrictConfig):
 class InferenceKeys(ModelKeys, PrecisionKeys, DataKeys):
     """A trained model applied to images, in order."""
 
-    batch_size: int = Field(256, ge=1, description="images at a time", json_schema_extra=Common)
+    batch_size: BatchSize = Field(256, description="images at a time", json_schema_extra=Common)
 
 
 class PatchKeys(StrictConfig):
     """The student's grid."""
 
-    image_size: int = Field(224, ge=1, description="side of the student's input in pixels", json_schema_extra=Common)
-    patch_size: int = Field(16, ge=1, description="side of the student's patches in pixels", json_schema_extra=Common)
+    image_size: Pixels = Field(224, description="side of the student's input in pixels", json_schema_extra=Common)
+    patch_size: Pixels = Field(16, description="side of the student's patches in pixels", json_schema_extra=Common)
 
 
 class TokenizerKeys(DataKeys):
@@ -131,8 +139,8 @@ class TeacherKeys(StrictConfig):
         description="where to cut the teacher: a stage's or block's number (timm; -1: the last) or a node's name "
         "(torchvision)",
     )
-    teacher_size: int | None = Field(
-        None, ge=1, description="side of the teacher's input in pixels; default: --image-size"
+    teacher_size: Pixels | None = Field(
+        None, description="side of the teacher's input in pixels; default: --image-size"
     )
     teacher_weights: str | None = Field(
         None,
@@ -144,21 +152,19 @@ class TeacherKeys(StrictConfig):
 class KMeansKeys(TeacherKeys):
     """How a codebook is fitted by k-means."""
 
-    vocab_size: int | None = Field(
+    vocab_size: VocabSize | None = Field(
         None,
-        ge=2,
         description="ids of a tokenizer to be fitted; default: as many as the data supports, up to 8192 (pixels: 1024)",
     )
     contrast: bool = Field(True, description="k-pixels: normalise each patch to mean 0, variance 1")
     spherical: bool = Field(False, description="k-means by direction: features are scaled to length 1")
-    kmeans_iterations: int = Field(20, ge=1, description="iterations of k-means")
-    kmeans_restarts: int = Field(1, ge=1, description="runs of k-means, of which the best is kept")
-    points_per_centroid: int | None = Field(
+    kmeans_iterations: int = Field(20, ge=1, le=10**4, description="iterations of k-means")
+    kmeans_restarts: int = Field(1, ge=1, le=1000, description="runs of k-means, of which the best is kept")
+    points_per_centroid: Count | None = Field(
         None,
-        ge=1,
         description="patches sampled for each id; default: up to 256, fewer where k-means would take hours",
     )
-    sample_gib: float = Field(4.0, gt=0, description="most memory for the sampled patches, in GiB")
+    sample_gib: float = Field(4.0, gt=0, le=2**20, description="most memory for the sampled patches, in GiB")
 
     def check_teacher(self, name: str | None) -> None:
         """Raise ValueError if something is said of a teacher that there is not."""
@@ -194,41 +200,38 @@ class TrainKeys(DataKeys):
 
     default_epochs: ClassVar[int] = 300
 
-    batch_size: int = Field(
+    batch_size: BatchSize = Field(
         256,
-        ge=1,
         description="images per optimiser step, over all devices; if not given, fewer for fewer than 2,560 images, so "
         "that an epoch has ten steps or more",
         json_schema_extra=Common,
     )
-    epochs: int | None = Field(None, ge=1, description="passes over the data; default: see --steps",
+    epochs: Epochs | None = Field(None, description="passes over the data; default: see --steps",
                                json_schema_extra=Common)  # fmt: skip
-    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs; without both 300 epochs",
+    steps: Count | None = Field(None, description="optimiser steps, instead of --epochs; without both 300 epochs",
                               json_schema_extra=Common)  # fmt: skip
-    lr: float | None = Field(
+    lr: LearningRate | None = Field(
         None,
-        gt=0,
-        le=1e30,
         description="peak learning rate; by default the paper's 1.5e-3 at batch 2048, scaled by the square root "
         "of the batch size, of 32 images at least",
         json_schema_extra=Common,
     )
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
-    warmup_lr: float = Field(1e-6, ge=0, description="learning rate at the first step")
+    min_lr: LeastRate = Field(1e-5, description="learning rate at the end of the cosine")
+    warmup_lr: LeastRate = Field(1e-6, description="learning rate at the first step")
     warmup: float = Field(10 / 300, ge=0, lt=1, description="share of the run that warms up")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's weight decay")
+    weight_decay: WeightDecay = Field(0.05, description="AdamW's weight decay")
     beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second beta (the first is 0.9)")
-    clip_grad: float = Field(3.0, gt=0, description="largest gradient norm; above it gradients are scaled down")
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step; saves memory")
+    clip_grad: float = Field(
+        3.0, gt=0, le=1e30, description="largest gradient norm; above it gradients are scaled down"
+    )
+    accumulate: BatchSize = Field(1, description="micro-batches per optimiser step; saves memory")
     precision: Annotated[Literal["auto", "no", "bf16", "fp16"], NoIsAWord] = Field(
         "auto", description="mixed precision; auto: bf16 where the device has it fast, else no"
     )
-    checkpoint_every: int | None = Field(
-        None, ge=1, description="optimiser steps between checkpoints; default: one epoch", json_schema_extra=Free
+    checkpoint_every: Count | None = Field(
+        None, description="optimiser steps between checkpoints; default: one epoch", json_schema_extra=Free
     )
-    log_every: int = Field(
-        1, ge=1, description="optimiser steps between lines of metrics.jsonl", json_schema_extra=Free
-    )
+    log_every: Count = Field(1, description="optimiser steps between lines of metrics.jsonl", json_schema_extra=Free)
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:

@@ -53,26 +53,35 @@ class RunFolder:
         self.results = self.root / "results.json"
         self.lock: FileLock | None = None
 
+    def check(self) -> None:
+        """Refuse a folder that is neither absent, nor empty, nor a run's.
+
+        Raises:
+            MapetError: for a file, or a folder of other things.
+        """
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise MapetError(f"output {self.root} is a file; choose a folder with --out")
+        # What a run that was refused may leave.
+        foreign = sorted({path.name for path in self.root.iterdir()} - {".lock", ".writable", self.log.name})
+        # Looked for last, for another process of this run may be making it.
+        if foreign and not self.config.exists():
+            raise MapetError(
+                f"output folder {self.root} holds {foreign[0]!r}, but no run; choose a new or empty folder with --out"
+            )
+
     def open(self, *, resume: bool) -> None:
         """Create the folder, or accept an existing run to be resumed.
 
         Raises:
-            MapetError: if it cannot be written to, is a file, or holds a run that is not to be resumed.
+            MapetError: if it cannot be written to, holds other things, or a run that is not to be resumed.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise MapetError(f"output {self.root} is a file; choose a folder with --out")
-        if self.config.exists():
-            if not resume:
-                raise MapetError(
-                    f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
-                )
-        else:
-            # config.yaml is the first that a run writes of these, so without it they are somebody else's.
-            # Of a tokenizer, of a token store, of an exported model.
-            others = [self.root / name for name in ("tokenizer.json", "header.json", "config.json")]
-            for path in (self.tokenizer, self.baseline, self.checkpoint.parent, self.exported, self.metrics, *others):
-                if path.exists():
-                    raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")
+        self.check()
+        if self.config.exists() and not resume:
+            raise MapetError(
+                f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
+            )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"

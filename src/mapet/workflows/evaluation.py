@@ -19,6 +19,7 @@ from torch import Tensor
 from mapet.config import AttentiveConfig, ClassifyConfig, InferenceKeys, KNNConfig, LinearConfig, make_config
 from mapet.data import DamageTally, ImageSet, open_labelled, open_test
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
+from mapet.errors import MapetError
 from mapet.evaluate import (
     MOST_PASSES,
     Features,
@@ -103,7 +104,13 @@ def linear(config: LinearConfig, job: Measurement) -> Results:
 
 def attentive(config: AttentiveConfig, job: Measurement) -> Results:
     """Train heads that attend to the patches."""
-    with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="mapet-")
+    except OSError as error:
+        raise MapetError(
+            f"no temporary folder can be made for the features ({error.strerror}); set TMPDIR to a disk with room"
+        ) from error
+    with temporary as folder:
         train, test = job.extract("patches", Path(folder))
         return _probe(fit_attentive, config, job, train, test, MOST_PASSES)
 

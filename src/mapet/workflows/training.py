@@ -87,9 +87,14 @@ class Job:
 
 @contextmanager
 def run_folder(out: str | Path) -> Iterator[RunFolder]:
-    """Give the folder of a run, let go of it at the end, and put the system's refusals into one sentence."""
+    """Give the folder of a run, let go of it at the end, and put the system's refusals into one sentence.
+
+    Raises:
+        MapetError: at once if the folder holds other things than a run.
+    """
     folder = RunFolder(out)
     with explain_disk_errors(folder.root):
+        folder.check()
         try:
             yield folder
         finally:
