@@ -100,16 +100,17 @@ def inherit(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | (_of_run(values, RunFolder(init)) if values.get("init_parts") == "all" else {})
 
 
-def _of_run(values: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+def _of_run(values: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Return a source run's objective and tokenizer, where nothing else is asked for."""
     found: dict[str, Any] = {}
-    if values.get("tokenizer") is None and values.get("tokens") is None and folder.tokenizer.is_dir():
-        found["tokenizer"] = str(folder.tokenizer)
     if "objective" not in values and folder.config.is_file():
         recorded = read_recipe(folder.config)
         found["objective"] = recorded.get("objective", "mapet")
         if "objective_args" not in values:
             found["objective_args"] = recorded.get("objective_args", {})
+    needs_ids = find_objective(str((values | found).get("objective", "mapet"))).needs_ids
+    if needs_ids and values.get("tokenizer") is None and values.get("tokens") is None and folder.tokenizer.is_dir():
+        found["tokenizer"] = str(folder.tokenizer)
     return found
 
 
