@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mapet.ordering import ORDERS, blockwise_order, random_order
+from mapet.ordering import ORDERS, blockwise_order, cell_order, random_order
 from mapet.ordering.orders import draw_blocks
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_orders_are_permutations_that_begin_with_the_prefix(name: str, grid: tup
     assert torch.equal(order[:, :prefix], torch.arange(prefix).expand(6, -1))
 
 
-@pytest.mark.parametrize("name", ["random", "blockwise"])
+@pytest.mark.parametrize("name", ["random", "blockwise", "cells"])
 def test_orders_come_from_the_generator_alone(name: str) -> None:
     first, again, other = (ORDERS[name](4, (8, 8), 1, 30, generator(seed), CPU) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -82,3 +82,33 @@ def test_blocks_have_beits_statistics() -> None:
     assert abs(sizes[0].mean() - sizes[1].mean()) < 0.3
     assert abs(edges(ours).float().mean() - edges(theirs).float().mean()) < 0.8
     assert (ours.float().mean(0) - theirs.float().mean(0)).abs().max() < 0.05
+
+    def targets(order: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(3000, 196).scatter_(1, order[:, -75:], 1.0).view(3000, 14, 14)
+
+    blocks, uniform = (targets(f(3000, (14, 14), 0, 75, generator(), CPU)) for f in (blockwise_order, random_order))
+    assert edges(blocks).float().mean() < 0.6 * edges(uniform).float().mean()  # filled up, and still in blocks
+
+
+@pytest.mark.parametrize(("side", "least"), [(7, 4), (14, 16), (28, 64)])
+def test_the_least_block_is_the_same_share_of_any_grid(side: int, least: int) -> None:
+    """With no room for more than one block each image's mask is that block: about 16 of 196 patches, rounded sides."""
+    masks = draw_blocks(500, (side, side), least, generator(), CPU)
+    areas = masks.sum((1, 2))
+    assert areas.max() <= least
+    assert areas.float().mean() > 0.8 * least
+
+
+@pytest.mark.parametrize(("cell", "targets"), [(1, 30), (2, 24), (3, 17), (5, 24), (7, 20)])
+def test_cells_are_whole_but_for_one(cell: int, targets: int) -> None:
+    order = cell_order(40, (6, 6), 1, targets, generator(), CPU, cell=cell)
+    masked = torch.zeros(40, 36, dtype=torch.bool).scatter_(1, order[:, -targets:] - 1, True).view(40, 6, 6)
+    for image in masked:
+        tiles = [image[r : r + cell, c : c + cell] for r in range(0, 6, cell) for c in range(0, 6, cell)]
+        assert sum(0 < int(tile.sum()) < tile.numel() for tile in tiles) <= 1
+
+
+def test_every_cell_is_masked_equally_often() -> None:
+    order = cell_order(5000, (6, 6), 1, 20, generator(), CPU)
+    share = torch.zeros(5000, 36).scatter_(1, order[:, -20:] - 1, 1.0).view(5000, 3, 2, 3, 2).mean((0, 2, 4))
+    assert (share - 20 / 36).abs().max() < 0.03  # 4 standard deviations

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mapet.objectives import OBJECTIVES
+from mapet.objectives import OBJECTIVES, build_objective
 from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
 
 
@@ -22,7 +22,7 @@ def picture(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_layouts(name: str, tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
-    draw_layout(OBJECTIVES[name](tiny_vit(), 9), tmp_path / "layout.png")
+    draw_layout(build_objective(name, tiny_vit(), 9), tmp_path / "layout.png")
     picture(tmp_path / "layout.png")
 
 
@@ -40,4 +40,6 @@ def test_token_maps_colour_by_id(channels: int, tmp_path: Path) -> None:
 def test_curves_of_any_length(steps: int, tmp_path: Path) -> None:
     records = [{"step": step, "loss": 4 / (1 + step), "accuracy": 0.1} for step in range(steps)]
     draw_curve(records, Baseline(entropy=3.0, chance=0.2), tmp_path / "curve.png")
-    picture(tmp_path / "curve.png")
+    whole = picture(tmp_path / "curve.png")
+    draw_curve([{"step": line["step"], "loss": line["loss"]} for line in records], None, tmp_path / "pixels.png")
+    assert picture(tmp_path / "pixels.png").shape[1] < whole.shape[1]  # no panel for ids

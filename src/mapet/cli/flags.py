@@ -114,7 +114,7 @@ def add_config_flags(
         shown = "" if default in (None, PydanticUndefined, False, {}) else f" (default: {_plain(default)})"
         text = f"{field.description}{shown}".replace("%", "%%")
         flag = f"--{key.replace('_', '-')}"
-        if key == "model_args":
+        if _is_mapping(field.annotation):
             group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
         elif _takes_several(field.annotation):
             group.add_argument(flag, dest=key, nargs="+", metavar=key.upper(), help=text)
@@ -127,6 +127,10 @@ def add_config_flags(
 def _takes_several(annotation: object) -> bool:
     """Whether a key is a tuple of any length, or that or None."""
     return any(get_origin(kind) is tuple and ... in get_args(kind) for kind in (annotation, *get_args(annotation)))
+
+
+def _is_mapping(annotation: object) -> bool:
+    return get_origin(annotation) is dict
 
 
 def _plain(value: object) -> str:
@@ -144,9 +148,9 @@ def given_values(parsed: argparse.Namespace, config_class: type[StrictConfig]) -
         text = getattr(parsed, key, None)
         if text is None:
             continue
-        if key == "model_args":
+        if _is_mapping(field.annotation):
             before = values.get(key)
-            values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(item) for item in text)}
+            values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
         elif isinstance(text, list):
             values[key] = [_parse(part) for item in text for part in item.split(",")]
         elif isinstance(text, bool):
@@ -184,10 +188,10 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _pair(item: str) -> tuple[str, Any]:
+def _pair(flag: str, item: str) -> tuple[str, Any]:
     key, equals, value = item.partition("=")
     if not equals:
-        raise MapetError(f"--model-args takes KEY=VALUE, for instance depth=4, not {item!r}")
+        raise MapetError(f"--{flag.replace('_', '-')} takes KEY=VALUE, for instance depth=4, not {item!r}")
     return key, _parse(value)
 
 

@@ -42,7 +42,12 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         description="a token store of these images (mapet tokenizer encode), instead of tokenizing at each step",
         json_schema_extra=Common,
     )
-    objective: str = Field("mapet", description="mapet, pim, mim or raster", json_schema_extra=Common)
+    objective: str = Field(
+        "mapet",
+        description="mapet, pim, mim, raster or cae, which predict ids of a tokenizer; mae or simmim, which predict "
+        "pixels and take no tokenizer",
+        json_schema_extra=Common,
+    )
 
     patch_size: Pixels | None = Field(None, description="side of a patch in pixels; default: the model's")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
@@ -57,7 +62,11 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         description="tokens given, class and register tokens included; default: the objective's (mapet: a quarter)",
     )
     order: str | None = Field(
-        None, description="how targets are chosen and visited: random, blockwise, raster; default: the objective's"
+        None,
+        description="how targets are chosen and visited: random, blockwise, cells, raster; default: the objective's",
+    )
+    objective_args: dict[str, int | float | bool | str] = Field(
+        default_factory=dict, description="further arguments of the objective, as decoder_depth=2 of mae"
     )
     views: int | None = Field(
         None,

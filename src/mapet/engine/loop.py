@@ -23,8 +23,8 @@ from mapet.errors import MapetError
 
 Result = TypeVar("Result")
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
-# What a batch is to be trained towards, on the device: visual token ids, or whatever the objective takes.
-Targets = Callable[[Batch], Tensor]
+# What a batch is to be trained towards, on the device: whatever the objective takes beside the images, if anything.
+Targets = Callable[[Batch], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Trainee:
             self.tally.add(batch["damaged"])
             student = batch["student"].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.objective):
-                output = self.objective(student, self.targets(batch))
+                output = self.objective(student, *self.targets(batch))
                 for name, value in output.items():
                     if value.ndim == 0:
                         sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate

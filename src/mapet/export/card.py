@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 # Of a record of metrics.jsonl: how the run went, not what came of it.
 BOOKKEEPING = frozenset({"step", "epoch", "images", "lr", "grad_norm", "images_per_s", "data_wait", "damaged"})
 LAST_RECORDS = 100
-AVERAGED = {key: f"{key}, mean of the last {LAST_RECORDS} logged steps" for key in ("loss", "accuracy")}
+AVERAGED = {
+    key: f"{key}, mean of the last {LAST_RECORDS} logged steps"
+    for key in ("loss", "accuracy", "cross_entropy", "alignment")
+}
 BLIND = {"unigram_entropy": "loss without looking at the image", "chance": "accuracy without looking at the image"}
 CITATION = """@article{baraldi2025mapet,
   title   = {Learning to Mask and Permute Visual Tokens for Vision Transformer Pre-Training},
@@ -48,7 +51,7 @@ class RunRecord:
         config: the resolved configuration.
         images: size of the data set; None where no checkpoint says it.
         last: the last record of metrics.jsonl; empty without one.
-        metrics: loss and accuracy averaged over the last 100 records, others as they were last.
+        metrics: loss, its parts and accuracy averaged over the last 100 records, others as they were last.
         baseline: what can be had without looking at the images; empty if not measured.
         results: of an evaluation; empty if there was none.
         origin: of the run that this one began with, the same, and its name as ``run``; empty if it began with none.

@@ -59,6 +59,26 @@ def blockwise_order(
     return _with_prefix((noise + mask_BHW.flatten(1)).argsort(dim=1), prefix)
 
 
+def cell_order(
+    batch: int,
+    grid: Grid,
+    prefix: int,
+    targets: int,
+    generator: Generator | None,
+    device: torch.device,
+    cell: int = 2,
+) -> Tensor:
+    """Targets are square cells of ``cell`` x ``cell`` patches, drawn at random (SimMIM, 2111.09886, section 3.2).
+
+    Cells at the right and lower edge may be cut off. Where whole cells do not make up the number of targets, which is
+    constant, one cell is a target in part.
+    """
+    height, width = grid
+    coarse = torch.rand(batch, -(-height // cell), -(-width // cell), generator=generator, device=device)
+    noise = coarse.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)[:, :height, :width]
+    return _with_prefix(noise.flatten(1).argsort(dim=1, stable=True), prefix)
+
+
 def draw_blocks(
     batch: int,
     grid: Grid,
@@ -115,5 +135,6 @@ def draw_blocks(
 ORDERS: dict[str, OrderFunction] = {
     "random": random_order,
     "blockwise": blockwise_order,
+    "cells": cell_order,
     "raster": raster_order,
 }

@@ -15,7 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mapet.objectives import LayoutObjective
+from mapet.objectives import LayoutObjective, Objective
 from mapet.report.progress import Baseline
 
 INK, FAINT, ACCENT, SECOND = "#222222", "#bbbbbb", "#1f6f8b", "#d1662b"
@@ -35,27 +35,28 @@ def class_colours(count: int) -> ListedColormap:
     return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count))[shuffle])
 
 
-def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline, path: Path) -> None:
-    """Draw loss and token accuracy over the steps, beside what can be had without looking at the image."""
+def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, path: Path) -> None:
+    """Draw the loss over the steps; if ids are predicted, token accuracy too, beside what blind guessing gives."""
     steps = np.array([record["step"] + 1 for record in records])
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, key, level, label in zip(
-        panels,
-        ("loss", "accuracy"),
-        (baseline.entropy, baseline.chance),
-        ("unigram entropy", "chance: most frequent id"),
-        strict=True,
-    ):
+    shown: list[tuple[str, str, float | None, str]] = [("loss", "loss", None, "")]
+    if baseline is not None:
+        shown = [
+            (baseline.key, "loss (nats per token)", baseline.entropy, "unigram entropy"),
+            ("accuracy", "token accuracy", baseline.chance, "chance: most frequent id"),
+        ]
+    figure = Figure(figsize=(4.5 * len(shown), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, (key, title, level, label) in zip(panels, shown, strict=True):
         values = np.array([record.get(key) for record in records], dtype=float)
         panel.plot(steps, values, color=FAINT, linewidth=0.8, label="per step")
         window = max(1, len(values) // 50)
         if window > 1:
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             panel.plot(steps[window - 1 :], smooth, color=ACCENT, linewidth=1.8, label=f"mean of {window} steps")
-        panel.axhline(level, color=SECOND, linestyle="--", linewidth=1.2, label=label)
+        if level is not None:
+            panel.axhline(level, color=SECOND, linestyle="--", linewidth=1.2, label=label)
         panel.set_xlabel("optimiser step")
-        panel.set_ylabel({"loss": "loss (nats per token)", "accuracy": "token accuracy"}[key])
+        panel.set_ylabel(title)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -93,17 +94,17 @@ def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
     save_figure(figure, path)
 
 
-def draw_layout(objective: LayoutObjective, path: Path) -> None:
-    """Draw one visiting order over the patches, and the constant mask of who sees whom."""
+def draw_layout(objective: Objective, path: Path) -> None:
+    """Draw one visiting order over the patches, and beside it a layout's constant mask of who sees whom."""
     generator = torch.Generator().manual_seed(0)
     order = objective.draw_order(1, torch.device("cpu"), generator)[0, objective.prefix :] - objective.prefix
     visited = torch.empty_like(order)
     visited[order] = torch.arange(len(order))
     context = len(order) - objective.targets
-    mask = objective.mask.cpu().numpy()
 
-    figure = Figure(figsize=(9.5, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    panels = 2 if isinstance(objective, LayoutObjective) else 1
+    figure = Figure(figsize=(4.75 * panels, 5), layout="constrained")
+    left, *rest = figure.subplots(1, panels, squeeze=False)[0]
     shown = visited.reshape(objective.grid).numpy()
     left.imshow(np.where(shown < context, np.nan, shown), cmap="viridis", interpolation="nearest")
     left.set_title(f"an order: {context} context patches (white), {objective.targets} targets", fontsize=9)
@@ -114,7 +115,13 @@ def draw_layout(objective: LayoutObjective, path: Path) -> None:
             left.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if is_context else "white")
     left.set_xticks([])
     left.set_yticks([])
+    if isinstance(objective, LayoutObjective):
+        _draw_mask(objective, rest[0])
+    save_figure(figure, path)
 
+
+def _draw_mask(objective: LayoutObjective, right: Any) -> None:
+    mask = objective.mask.cpu().numpy()
     right.imshow(mask, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
     right.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)
     slots = mask.shape[1] > objective.content
@@ -131,4 +138,3 @@ def draw_layout(objective: LayoutObjective, path: Path) -> None:
     right.set_xticks([m for m, _ in keys], [n for _, n in keys])
     right.set_xlabel("keys")
     right.set_ylabel("rows")
-    save_figure(figure, path)

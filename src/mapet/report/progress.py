@@ -23,10 +23,12 @@ class Baseline:
     Attributes:
         entropy: loss in nats of always predicting the ids' overall frequencies (unigram entropy).
         chance: accuracy of always predicting the most frequent id.
+        key: of a record, what is to be compared with ``entropy``.
     """
 
     entropy: float
     chance: float
+    key: str = "loss"
 
     def verdict(self, loss: float) -> str:
         """Say whether the loss shows that the context is being used."""
@@ -37,8 +39,8 @@ class Baseline:
     def describe(self, record: Record) -> str:
         """Put a record into words, beside what it is to be compared with."""
         return (
-            f"loss {record['loss']:.3f} (unigram {self.entropy:.3f})  "
-            f"token accuracy {record['accuracy']:.1%} (chance {self.chance:.1%})  {self.verdict(record['loss'])}"
+            f"{self.key.replace('_', ' ')} {record[self.key]:.3f} (unigram {self.entropy:.3f})  "
+            f"token accuracy {record['accuracy']:.1%} (chance {self.chance:.1%})  {self.verdict(record[self.key])}"
         )
 
 

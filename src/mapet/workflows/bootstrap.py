@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mapet.config import PretrainConfig, make_config
 from mapet.errors import MapetError
+from mapet.objectives import find_objective
 from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.training import check_out
 
@@ -56,6 +57,10 @@ def bootstrap(
     if values.get("init") is not None:
         raise MapetError("bootstrapping begins with random weights; leave --init out, or use mapet pretrain")
     config = make_config(PretrainConfig, dict(values))
+    if not find_objective(config.objective).needs_ids:
+        raise MapetError(
+            f"objective {config.objective!r} predicts pixels, so better token ids are of no use to it; choose another"
+        )
     check_out(config.data, out)
     blocks = len(initial_backbone(config).blocks)
     if not -blocks <= block < blocks:

@@ -132,8 +132,8 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     dataset = ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed))
     labels = torch.tensor(train.labels)
 
-    def targets(batch: Batch) -> Tensor:
-        return labels[batch["index"]].to(device)
+    def targets(batch: Batch) -> tuple[Tensor]:
+        return (labels[batch["index"]].to(device),)
 
     def score(network: nn.Module) -> Scores:
         return score_classifier(

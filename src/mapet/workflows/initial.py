@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -16,10 +17,11 @@ from mapet.config import PretrainConfig, read_recipe
 from mapet.engine import RunFolder, read_state
 from mapet.errors import MapetError
 from mapet.inference import open_model
-from mapet.models import check_pretraining, read_tensors, use_layouts
-from mapet.objectives import LayoutObjective
+from mapet.models import read_tensors, use_layouts
+from mapet.objectives import Objective, find_objective
 from mapet.tokenstore import TokenStore
 from mapet.workflows.converting import PRETRAINING_FILE
+from mapet.workflows.targets import NoTokens
 from mapet.workflows.tokens import is_ready
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ _PARTS = ("mask_token", "head.weight", "head.bias")
 def inherit(values: Mapping[str, Any]) -> dict[str, Any]:
     """Complete a configuration by what its ``init`` decides: the network's architecture, size and normalisation.
 
-    With ``init_parts = all`` a run's objective and tokenizer as well. Channels and image size may differ.
+    With ``init_parts = all`` a run's objective, its arguments and its tokenizer as well. Channels and image size may
+    differ.
 
     Args:
         values: configuration by key, as given; see ``PretrainConfig``.
@@ -97,13 +100,17 @@ def inherit(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | _of_run(values, RunFolder(init))
 
 
-def _of_run(values: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+def _of_run(values: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Return a source run's objective and tokenizer, where nothing else is asked for."""
     found: dict[str, Any] = {}
-    if values.get("tokenizer") is None and values.get("tokens") is None and folder.tokenizer.is_dir():
-        found["tokenizer"] = str(folder.tokenizer)
     if "objective" not in values and folder.config.is_file():
-        found["objective"] = read_recipe(folder.config).get("objective", "mapet")
+        recorded = read_recipe(folder.config)
+        found["objective"] = recorded.get("objective", "mapet")
+        if "objective_args" not in values:
+            found["objective_args"] = recorded.get("objective_args", {})
+    needs_ids = find_objective(str((values | found).get("objective", "mapet"))).needs_ids
+    if needs_ids and values.get("tokenizer") is None and values.get("tokens") is None and folder.tokenizer.is_dir():
+        found["tokenizer"] = str(folder.tokenizer)
     return found
 
 
@@ -120,8 +127,8 @@ class Start:
     Attributes:
         name: of their source, as the user called it.
         weights: of the backbone, for the run's image size and channels.
-        pretraining: mask vector and head; empty if they are to begin anew.
-        tokenizer_hash: of the tokenizer whose ids the head predicts; None where it is unknown.
+        pretraining: mask vector, head and what else an objective has; empty if they are to begin anew.
+        tokenizer_hash: of the tokenizer whose ids the head predicts, or what stands for none; None where it is unknown.
     """
 
     name: str
@@ -161,6 +168,31 @@ class Start:
             self.name, ", ".join(left_out) or "nothing", ", ".join(anew) or "nothing",
         )  # fmt: skip
 
+    def check_parts(self, objective: Objective) -> None:
+        """Refuse an objective of other parts than the source has; how many ids there are is checked later.
+
+        Raises:
+            MapetError: if parts are missing, left over, or of other shapes.
+        """
+        if not self.pretraining:
+            return
+        ids = objective.needs_ids
+
+        def shapes(parts: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+            """By name; a head of ids is as long as there are ids."""
+            own = {name: part.shape for name, part in parts.items() if not name.startswith("backbone.")}
+            return {name: shape[1:] if ids and name.startswith("head.") else shape for name, shape in own.items()}
+
+        here, there = shapes(objective.state_dict()), shapes(self.pretraining)
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if not ids and self.tokenizer_hash != NoTokens.tokenizer_hash:
+            differing.append("head.weight")  # of ids, though there may be as many as a patch has pixels
+        if differing:
+            raise MapetError(
+                f"init_parts all takes over all parts of {self.name!r}, but its {differing[0]!r} is not that of this "
+                f"{type(objective).__name__}; take its objective and objective arguments, or --init-parts backbone"
+            )
+
     def check_ids(self, tokenizer_hash: str, vocab_size: int) -> None:
         """Refuse ids that the head was not trained for.
 
@@ -179,8 +211,8 @@ class Start:
         if self.tokenizer_hash is None:
             logger.warning("nothing tells which tokenizer the head of %s was trained with; it must be this", self.name)
 
-    def load_rest(self, objective: LayoutObjective) -> None:
-        """Put mask vector and head, if there are any, into the objective."""
+    def load_rest(self, objective: Objective) -> None:
+        """Put mask vector, head and what else there is into the objective."""
         if self.pretraining:
             objective.load_state_dict(self.pretraining, strict=False)
 
@@ -198,12 +230,13 @@ def read_start(config: PretrainConfig) -> Start:
     embedding = weights["patch_embed.proj.weight"]
     pretraining: dict[str, Tensor] = {}
     if config.init_parts == "all":
-        if config.tokens is None and not is_ready(config.tokenizer or "pixels"):
+        needs_ids = find_objective(config.objective).needs_ids
+        if needs_ids and config.tokens is None and not is_ready(config.tokenizer or "pixels"):
             raise MapetError(
                 f"init_parts all takes over the head of {config.init!r}, which predicts the ids of the tokenizer that "
                 "it was trained with; name that with --tokenizer or --tokens, or take --init-parts backbone"
             )
-        own, pretraining, tokenizer_hash = _read_parts(config.init, embedding.shape[0])
+        own, pretraining, tokenizer_hash = _read_parts(config.init)
         side = network.pretrained_cfg["input_size"][-1]  # before it was resized
         if own and side != config.image_size:
             raise MapetError(
@@ -216,11 +249,8 @@ def read_start(config: PretrainConfig) -> Start:
     return Start(config.init, weights, pretraining, tokenizer_hash)
 
 
-def _read_parts(init: str, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor], str | None]:
-    """Return what a run or a converted folder has of backbone, mask vector and head, and the tokenizer's hash.
-
-    The network's tokens are of ``width`` channels.
-    """
+def _read_parts(init: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str | None]:
+    """Return what a run or a converted folder has of backbone, mask vector and head, and the tokenizer's hash."""
     run, converted = RunFolder(init), Path(init.removeprefix("local-dir:")) / PRETRAINING_FILE
     file = converted if converted.is_file() else run.checkpoint / "objective.safetensors"
     if not file.is_file():
@@ -243,12 +273,8 @@ def _read_parts(init: str, width: int) -> tuple[dict[str, Tensor], dict[str, Ten
     backbone = {
         name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")
     }
-    parts = {name: tensors[name] for name in _PARTS}
-    try:
-        check_pretraining(parts, width)
-    except MapetError as error:
-        raise MapetError(f"{file} does not fit its network: {error}; take --init-parts backbone") from error
-    return backbone, parts, None if file == converted else _tokenizer_hash(run)
+    rest = {name: value for name, value in tensors.items() if not name.startswith("backbone.")}
+    return backbone, rest, None if file == converted else _tokenizer_hash(run)
 
 
 def _tokenizer_hash(run: RunFolder) -> str:

@@ -32,19 +32,20 @@ from mapet.data import (
     open_images,
     open_labelled,
 )
-from mapet.engine import Evaluator, RunFolder, agree, build_optimizer, on_main, replace_file, replace_folder
+from mapet.engine import Evaluator, Record, RunFolder, agree, build_optimizer, on_main, replace_file, replace_folder
 from mapet.evaluate import probe_evaluator
 from mapet.export import export_network
 from mapet.models import build_vit
-from mapet.objectives import LayoutObjective, build_objective
+from mapet.objectives import Objective, build_objective, find_objective
 from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
 from mapet.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.fitting import FIT_EPOCH, fit_codebook
 from mapet.workflows.initial import Start, inherit, read_start
-from mapet.workflows.targets import OnlineTokens, TokenSource, open_tokens
+from mapet.workflows.targets import NoTokens, OnlineTokens, TokenSource, open_tokens
 from mapet.workflows.tokens import (
     BASELINE_IMAGES,
+    check_no_tokens,
     is_ready,
     measure_baseline,
     ready_tokenizer,
@@ -64,7 +65,8 @@ class RunResult:
         folder: the run folder.
         config: the resolved configuration.
         objective: the trained objective; ``objective.backbone`` is the timm model.
-        baseline: what can be had without looking at the image; None on any process but the main one.
+        baseline: what can be had without looking at the image; None if no ids are predicted, and on any process but the
+            main one.
         steps: optimiser steps done.
         total_steps: optimiser steps of the whole run.
         stopped_by: the signal that ended it early, or None.
@@ -73,7 +75,7 @@ class RunResult:
 
     folder: RunFolder
     config: PretrainConfig
-    objective: LayoutObjective
+    objective: Objective
     baseline: Baseline | None
     steps: int
     total_steps: int
@@ -104,6 +106,8 @@ def pretrain(
 
 def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Console) -> RunResult:
     check_channels(config.channels)
+    if not find_objective(config.objective).needs_ids:
+        check_no_tokens(config)
     accelerator = make_accelerator(config.precision, config.accumulate)
     device, main = accelerator.device, accelerator.is_main_process
     images = main_first(accelerator, lambda: open_images(config.data))
@@ -117,8 +121,10 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     if config.init is not None and not agree(accelerator, folder.holds_checkpoint()):
         start = main_first(accelerator, lambda: read_start(config))
         start.load_backbone(backbone, config.model)
-    build = partial(build_objective, config.objective, backbone)
+    build = partial(build_objective, config.objective, backbone, args=config.objective_args)
     draft = build(vocab_size=2, context_tokens=config.context_tokens, order=config.order)
+    if start is not None:
+        start.check_parts(draft)
     config = config.model_copy(
         update={
             "patch_size": config.image_size // draft.grid[0],
@@ -135,14 +141,11 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
 
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
-    objective = build(source.vocab_size, config.context_tokens, config.order)
+    objective = build(vocab_size=source.vocab_size, context_tokens=config.context_tokens, order=config.order)
     if start is not None:
         start.load_rest(objective)
     objective.to(device)
-    baseline = on_main(
-        accelerator,
-        lambda: measure_baseline(_some_ids(source, dataset, config, workers), source.vocab_size, folder.baseline),
-    )
+    baseline = on_main(accelerator, lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(accelerator, lambda: _draw_start(objective, source, dataset, config, folder))
     export = partial(
         export_network, objective.backbone, mean=config.input_mean, std=config.input_std, tag=config.objective
@@ -150,10 +153,10 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     job = Job(
         config, dataset, objective, optimizer, source, source.content_hash, (folder.exported, export),
-        baseline.describe if baseline else str, evaluators, config.eval_every, save_first=start is not None,
+        baseline.describe if baseline else _describe, evaluators, config.eval_every, save_first=start is not None,
     )  # fmt: skip
     outcome = run_job(job, folder, accelerator, workers, console)
-    if main and baseline:
+    if main:
         draw_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
     accelerator.wait_for_everyone()
     return RunResult(folder, config, objective, baseline, outcome.steps, outcome.total_steps, outcome.stopped_by, main)
@@ -170,7 +173,7 @@ def initial_backbone(config: PretrainConfig) -> VisionTransformer:
 
 def _token_source(
     config: PretrainConfig,
-    draft: LayoutObjective,
+    draft: Objective,
     start: Start | None,
     images: ImageSet,
     folder: RunFolder,
@@ -191,6 +194,12 @@ def _token_source(
             replace_file(folder.config, config_to_yaml(config))
         if tokenizer is not None:
             replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
+
+    if not draft.needs_ids:
+        config = config.model_copy(update=config.view_settings)
+        on_main(accelerator, begin)
+        on_main(accelerator, keep)
+        return NoTokens(config.seed), config
 
     if config.tokens is not None:
         stored, config = open_tokens(config, images, draft.grid, accelerator.device)
@@ -249,7 +258,25 @@ def _some_ids(source: TokenSource, dataset: ViewDataset, config: PretrainConfig,
     tally = DamageTally(dataset.images, config.max_damaged)
     for batch in load_batches(dataset, keys, workers):
         tally.add(batch["damaged"])
-        yield source(batch)
+        yield from source(batch)
+
+
+def _baseline(
+    objective: Objective,
+    source: TokenSource,
+    dataset: ViewDataset,
+    config: PretrainConfig,
+    workers: int,
+    folder: RunFolder,
+) -> Baseline | None:
+    if source.vocab_size is None:
+        return None
+    ids = _some_ids(source, dataset, config, workers)
+    return measure_baseline(ids, source.vocab_size, objective.cross_entropy, folder.baseline)
+
+
+def _describe(record: Record) -> str:
+    return f"loss {record['loss']:.4f}"
 
 
 def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
@@ -261,12 +288,14 @@ def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
 
 
 def _draw_start(
-    objective: LayoutObjective, source: TokenSource, dataset: ViewDataset, config: PretrainConfig, folder: RunFolder
+    objective: Objective, source: TokenSource, dataset: ViewDataset, config: PretrainConfig, folder: RunFolder
 ) -> None:
     folder.figures.mkdir(exist_ok=True)
     draw_layout(objective, folder.figures / "layout.png")
+    if source.vocab_size is None:
+        return
     shown = replace(dataset, view=_train_view(config, source.view_size or config.image_size))
     spread = torch.linspace(0, len(dataset) - 1, min(8, len(dataset))).long().tolist()
     batch = collate([shown[0, index] for index in spread])
-    ids = source(batch).cpu()
-    draw_tokens(batch["view"], ids, objective.grid, source.vocab_size, folder.figures / "tokens.png")
+    (ids,) = source(batch)
+    draw_tokens(batch["view"], ids.cpu(), objective.grid, source.vocab_size, folder.figures / "tokens.png")

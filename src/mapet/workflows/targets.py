@@ -1,4 +1,4 @@
-"""Where the ids that a run predicts come from."""
+"""Where the ids that a run predicts come from, if it predicts any."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mapet.workflows.tokens import check_grid
 
 
 class TokenSource(Protocol):
-    """Gives a batch's visual token ids, ``(B, P)`` int64 on the device.
+    """Gives what an objective takes beside a batch's images: token ids ``(B, P)`` int64 on the device, or nothing.
 
     Attributes:
-        vocab_size: ``V``.
+        vocab_size: ``V``; None where there are no ids.
         content_hash: of all that decides the ids.
         tokenizer_hash: of the tokenizer alone.
         view_size: side of the views that it needs in a batch; 0 for none.
@@ -27,15 +27,31 @@ class TokenSource(Protocol):
         needs_digests: whether it needs the images' content hashes in a batch.
     """
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int | None: ...  # noqa: D102
+
     content_hash: str
     tokenizer_hash: str
     view_size: int
     view_seed: int
     needs_digests: bool
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Return the ids."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the ids as the only element, or none."""
+
+
+class NoTokens:
+    """For an objective that needs nothing but the images."""
+
+    vocab_size, view_size, needs_digests = None, 0, False
+    content_hash = tokenizer_hash = "no tokens"
+
+    def __init__(self, seed: int) -> None:
+        self.view_seed = seed
+
+    def __call__(self, batch: Batch) -> tuple[()]:
+        """Return nothing."""
+        return ()
 
 
 class OnlineTokens:
@@ -48,9 +64,9 @@ class OnlineTokens:
         self.vocab_size, self.view_size, self.view_seed = tokenizer.vocab_size, tokenizer.input_size, seed
         self.content_hash = self.tokenizer_hash = tokenizer.content_hash
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> tuple[Tensor]:
         """Tokenize the views."""
-        return self._tokenizer.encode(batch["view"].to(self._device, non_blocking=True))
+        return (self._tokenizer.encode(batch["view"].to(self._device, non_blocking=True)),)
 
 
 class StoredTokens:
@@ -65,7 +81,7 @@ class StoredTokens:
         self.vocab_size, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.digest.hex()
         self.tokenizer_hash = header.tokenizer_hash
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> tuple[Tensor]:
         """Look the ids up.
 
         Raises:
@@ -74,7 +90,7 @@ class StoredTokens:
         index = batch["index"].numpy()
         keys = [self._keys[i] for i in index.tolist()]
         ids = self._store.read(self._rows[index], batch["number"].numpy(), batch["digest"].numpy(), keys)
-        return ids.to(self._device, non_blocking=True)
+        return (ids.to(self._device, non_blocking=True),)
 
 
 def open_tokens(

@@ -37,6 +37,17 @@ POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
 BASELINE_IMAGES = 2048
 
 
+def check_no_tokens(config: PretrainConfig) -> None:
+    """Refuse whatever is said of token ids, for an objective that predicts none."""
+    keys, fields = ("tokenizer", "tokens", *KMeansKeys.model_fields), PretrainConfig.model_fields
+    said = [key for key in keys if getattr(config, key) != fields[key].default]
+    if said:
+        raise MapetError(
+            f"objective {config.objective!r} predicts pixels and takes no token ids, but something is said of how they "
+            f"are made ({', '.join(said)}); leave that out, or choose an objective that predicts ids"
+        )
+
+
 def is_ready(name: str) -> bool:
     """Whether a name means a tokenizer that is not to be fitted: a published one, or a folder that holds one."""
     return name in PUBLISHED or holds_tokenizer(name)
@@ -118,11 +129,18 @@ def check_grid(what: str, grid: Grid, wanted: Grid) -> None:
         )
 
 
-def measure_baseline(ids: Iterable[Tensor], vocab_size: int, file: Path) -> Baseline:
-    """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``."""
+def measure_baseline(ids: Iterable[Tensor], vocab_size: int, key: str, file: Path) -> Baseline:
+    """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``.
+
+    Args:
+        ids: of some images.
+        vocab_size: how many there are.
+        key: of a run's records, what is to be compared with that loss.
+        file: JSON.
+    """
     try:
         saved = json.loads(file.read_text())
-        return Baseline(float(saved["unigram_entropy"]), float(saved["chance"]))
+        return Baseline(float(saved["unigram_entropy"]), float(saved["chance"]), key)
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):
@@ -132,7 +150,7 @@ def measure_baseline(ids: Iterable[Tensor], vocab_size: int, file: Path) -> Base
         counts += torch.bincount(part.flatten().cpu(), minlength=vocab_size)
     share = counts / counts.sum()
     entropy = float(torch.special.entr(share.double()).sum())
-    baseline = Baseline(entropy, float(share.max()))
+    baseline = Baseline(entropy, float(share.max()), key)
     used = int((counts > 0).sum())
     content = {"unigram_entropy": entropy, "chance": baseline.chance, "used_ids": used, "ids": len(counts)}
     replace_file(file, json.dumps(content, indent=1) + "\n")

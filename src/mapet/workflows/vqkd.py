@@ -99,10 +99,10 @@ class TeacherFeatures:
         self.size, self._teacher, self._grid = size, teacher, grid
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> tuple[Tensor]:
         """Return the features of a batch's views."""
         views = batch["view"].to(self._teacher.mean.device, non_blocking=True)
-        return features_on_grid(self._teacher, views, self.size, self._grid)
+        return (features_on_grid(self._teacher, views, self.size, self._grid),)
 
 
 def _describe(record: Record) -> str:
