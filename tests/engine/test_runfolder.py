@@ -39,6 +39,11 @@ def test_an_empty_folder_and_one_that_was_refused_before_are_taken(tmp_path: Pat
         folder.close()
 
 
+def test_the_log_of_a_launcher_may_be_there_first(tmp_path: Path) -> None:
+    (tmp_path / "slurm-1.out").write_text("begins")
+    RunFolder(tmp_path).open(resume=False)
+
+
 def test_one_process_a_folder(tmp_path: Path) -> None:
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.open(resume=False)

@@ -32,6 +32,8 @@ from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
 
+LAUNCHERS_LOGS = (".err", ".log", ".out")
+
 
 class RunFolder:
     """Paths of a run, below ``root``."""
@@ -63,8 +65,11 @@ class RunFolder:
             return
         if not self.root.is_dir():
             raise MapetError(f"output {self.root} is a file; choose a folder with --out")
-        # What a run that was refused may leave.
-        foreign = sorted({path.name for path in self.root.iterdir()} - {".lock", ".writable", self.log.name})
+        # What a run that was refused may leave, and what a launcher writes there before the run begins, as SLURM does.
+        left = {".lock", ".writable", self.log.name}
+        foreign = sorted(
+            path.name for path in self.root.iterdir() if path.name not in left and path.suffix not in LAUNCHERS_LOGS
+        )
         # Looked for last, for another process of this run may be making it.
         if foreign and not self.config.exists():
             raise MapetError(
