@@ -16,7 +16,7 @@ import time
 import torch
 
 from mapet.models import build_vit
-from mapet.objectives import OBJECTIVES, LayoutObjective, build_objective
+from mapet.objectives import OBJECTIVES, Objective, build_objective
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,11 +42,11 @@ def main() -> None:
     patches = next(iter(objectives.values())).patches
     ids = torch.randint(0, arguments.vocab_size, (arguments.batch_size, patches), device=device)
 
-    def seconds(objective: LayoutObjective) -> float:
+    def seconds(objective: Objective) -> float:
         began = time.perf_counter()
         dtype = PRECISIONS[arguments.precision]
         with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            loss = objective(images, ids)["loss"]
+            loss = objective(images, *([ids] if objective.needs_ids else []))["loss"]
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -62,10 +62,11 @@ class Oracle:
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """The command line sets up the package's log for its process."""
-    package = logging.getLogger("mapet")
+    package, batches = logging.getLogger("mapet"), logging.getLogger("mapet.data.batches")
     before = package.handlers[:], package.propagate, package.level
     yield
     package.handlers[:], package.propagate, package.level = before
+    batches.filters.clear()
 
 
 @pytest.fixture(scope="session")

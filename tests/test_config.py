@@ -8,7 +8,20 @@ import pytest
 import yaml
 
 from mapet import MapetError
-from mapet.config import FinetuneConfig, PretrainConfig, config_to_yaml, free_keys, make_config, read_recipe
+from mapet.config import (
+    EmbedConfig,
+    FinetuneConfig,
+    FitConfig,
+    LinearConfig,
+    PretrainConfig,
+    SegmentConfig,
+    StrictConfig,
+    VQKDConfig,
+    config_to_yaml,
+    free_keys,
+    make_config,
+    read_recipe,
+)
 
 
 def test_unknown_key_names_the_nearest() -> None:
@@ -38,6 +51,43 @@ def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
         make_config(PretrainConfig, values)
 
 
+@pytest.mark.parametrize(
+    ("config_class", "key", "most", "too_much"),
+    [
+        (PretrainConfig, "image_size", 4096, 7000),
+        (PretrainConfig, "batch_size", 65536, 10_000_000),
+        (PretrainConfig, "epochs", 1_000_000, 10**12),
+        (PretrainConfig, "steps", 10**9, 10**12),
+        (PretrainConfig, "lr", 1e3, 1e300),
+        (PretrainConfig, "weight_decay", 1e3, 1e300),
+        (PretrainConfig, "vocab_size", 2**20, 10**9),
+        (PretrainConfig, "sample_gib", 2**20, 1e308),
+        (PretrainConfig, "model_args", {"depth": 2**14}, {"depth": 10**9}),
+        (FinetuneConfig, "image_size", (4096, 4096), (7000, 224)),
+        (FinetuneConfig, "lr", 1e3, 1e300),
+        (FinetuneConfig, "batch_size", 65536, 10_000_000),
+        (SegmentConfig, "lr", 1e3, 1e300),
+        (SegmentConfig, "short_side", 2**14, 100_000),
+        (SegmentConfig, "batch_size", 65536, 10_000_000),
+        (LinearConfig, "seeds", 100, 10**9),
+        (LinearConfig, "probe_batch", 65536, 10_000_000),
+        (EmbedConfig, "batch_size", 65536, 10_000_000),
+        (FitConfig, "patch_size", 4096, 100_000),
+        (VQKDConfig, "depth", 1000, 10**9),
+    ],
+)
+def test_absurd_sizes_are_refused_and_large_ones_are_not(
+    config_class: type[StrictConfig], key: str, most: object, too_much: object
+) -> None:
+    fields = config_class.model_fields
+    needed = {name: "x" for name in ("model", "data", "teacher") if name in fields and fields[name].is_required()}
+    if config_class is FitConfig:
+        needed["image_size"] = 4096  # type: ignore[assignment]
+    assert getattr(make_config(config_class, {**needed, key: most}), key) == most
+    with pytest.raises(MapetError, match=f"{key}.*(less than or equal to|take at most)"):
+        make_config(config_class, {**needed, key: too_much})
+
+
 def test_learning_rate_is_the_papers_scaled_by_the_root_of_the_batch() -> None:
     assert make_config(PretrainConfig, {"data": "x", "batch_size": 2048}).peak_lr == pytest.approx(1.5e-3)
     assert make_config(PretrainConfig, {"data": "x", "batch_size": 512}).peak_lr == pytest.approx(0.75e-3)
@@ -52,9 +102,47 @@ def test_resolving_fills_in_what_depends_on_the_data_and_changes_nothing_twice()
     assert make_config(PretrainConfig, {"data": "x", "steps": 7, "batch_size": 10}).resolve(95).total_steps(95) == 7
 
 
-def test_a_batch_larger_than_the_data_set_is_refused() -> None:
-    with pytest.raises(MapetError, match=r"batch size 256 is larger than the data set of 20 images.*--batch-size 20"):
-        make_config(PretrainConfig, {"data": "x"}).resolve(images=20)
+def test_a_given_batch_is_not_changed_but_refused() -> None:
+    given = {"data": "x", "batch_size": 21}
+    with pytest.raises(MapetError, match=r"batch size 21 is larger than the data set of 20 images.*--batch-size 20"):
+        make_config(PretrainConfig, given).resolve(images=20)
+    says = r"21 cannot be divided among 2 processes with 1 micro-batches each; take a multiple of 2"
+    with pytest.raises(MapetError, match=says):
+        make_config(PretrainConfig, given).resolve(50, processes=2)
+    with pytest.raises(MapetError, match="21 at a time is odd; take --batch-size 22"):
+        make_config(FinetuneConfig, {**given, "model": "m"}).resolve(50)
+    with pytest.raises(MapetError, match=r"7 images are too few to be shared out among 2 processes with 4 micro"):
+        make_config(PretrainConfig, {"data": "x", "accumulate": 4}).resolve(7, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "processes", "images", "pretraining", "finetuning"),
+    [
+        (1, 1, 60_000, 256, 512),
+        (1, 1, 2_559, 128, 128),
+        (1, 1, 256, 16, 16),
+        (1, 1, 60, 4, 4),
+        (1, 1, 2, 2, 2),
+        (2, 3, 60_000, 252, 504),
+        (1, 4, 60, 4, 8),
+        (3, 2, 100, 6, 12),
+    ],
+)
+def test_default_batches_regard_images_processes_and_micro_batches(
+    accumulate: int, processes: int, images: int, pretraining: int, finetuning: int
+) -> None:
+    for config_class, expected in ((PretrainConfig, pretraining), (FinetuneConfig, finetuning)):
+        given = {"data": "x", "accumulate": accumulate, **({"model": "m"} if config_class is FinetuneConfig else {})}
+        config = make_config(config_class, given).resolve(images, processes)
+        assert config.batch_size == expected
+        assert config.resolve(images, processes) == config
+
+
+def test_the_default_rate_does_not_fall_below_that_of_32_images() -> None:
+    few, some = (make_config(FinetuneConfig, {"model": "m", "data": "d", "batch_size": size}) for size in (2, 32))
+    assert few.peak_lr == some.peak_lr == pytest.approx(1.25e-4)
+    few, some = (make_config(PretrainConfig, {"data": "d", "batch_size": size}) for size in (2, 32))
+    assert few.peak_lr == some.peak_lr == pytest.approx(1.875e-4)
 
 
 def test_a_bare_no_in_yaml_is_a_precision() -> None:
@@ -97,5 +185,5 @@ def test_every_key_is_described_and_what_is_computed_is_not_free() -> None:
 def test_few_labels_are_cut_into_ten_steps(given: dict[str, int], images: int, batch_size: int) -> None:
     config = make_config(FinetuneConfig, {"model": "m", "data": "d", **given}).resolve(images)
     assert config.batch_size == batch_size
-    assert config.lr == pytest.approx(5e-4 * (batch_size / 512) ** 0.5)
+    assert config.lr == pytest.approx(5e-4 * (max(32, batch_size) / 512) ** 0.5)
     assert (config.epochs, config.eval_every) == (100, 10)

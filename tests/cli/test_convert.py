@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import timm
 import torch
 
 from mapet.cli import convert, main
@@ -20,7 +21,7 @@ def test_a_file_becomes_a_folder(
     arguments = ["convert", "upstream", str(tmp_path / "1e5"), "--num-heads", "3", "--mean", "0.5", "0.5", "0.4"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
-    assert "classifier of 10 classes, 64 px" in said
+    assert "classifier of 10 classes, 64 px, 3 attention heads: " in said
     assert "besides the weights, not used: epoch" in said
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert (config["mean"], config["tag"], config["license"]) == ([0.5, 0.5, 0.4], "upstream", "unknown")
@@ -52,3 +53,10 @@ def test_bad_flags(
 def test_every_kind_is_offered() -> None:
     kinds = set(get_args(ConvertConfig.model_fields["kind"].annotation))
     assert convert.KINDS.keys() == converting.KINDS.keys() == kinds
+
+
+def test_assumed_heads_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=64, depth=1, num_heads=1)
+    torch.save(network.state_dict(), tmp_path / "mae.pth")
+    assert main(["convert", "mae", str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out")]) == 0
+    assert "1 attention heads (assumed: the file does not tell; else say --num-heads): " in capsys.readouterr().err

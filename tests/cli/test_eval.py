@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mapet.cli import main
 from mapet.data import PlainView, from_labelled_folder
 from mapet.export import export_network
+from mapet.workflows import evaluate, finetune
+from mapet.workflows.demo import FINETUNING
 
 KINDS = ("knn", "linear", "attentive")
 QUICK = ["--workers", "0", "--steps", "20", "--seeds", "2"]
@@ -137,7 +141,7 @@ def test_features_by_name(model: Path, digits: Path, capsys: pytest.CaptureFixtu
     }
     assert found["pooled"] == found["class"] != found["mean"] != found["class+mean"]
     convnet = ["knn", "resnet18", str(digits), "--reinit", "--image-size", "32"]
-    assert "which this model lacks" in refused(capsys, *convnet, "--features", "class")
+    assert "need a class token, which resnet18 lacks" in refused(capsys, *convnet, "--features", "class")
 
 
 def test_a_classifier_is_matched_by_name(
@@ -238,3 +242,54 @@ def test_damaged_images_are_named_and_counted(model: Path, digits: Path, tmp_pat
     assert found["train_images"] + found["test_images"] == 59
     assert "skipped damaged image class 4/2.png" in captured.err
     assert "--max-damaged" in refused(capsys, "knn", str(model), str(tmp_path / "d"), "--max-damaged", "0.01")
+
+
+def test_networks_without_patches(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (str(digits), "--reinit", "--workers", "0", "--image-size", "224", "--batch-size", "4")
+    assert printed(capsys, "knn", "levit_128s", *command)["features"] == "pooled"
+    for kind, more in (("attentive", ()), ("knn", ("--features", "mean"))):
+        assert "need a grid of patches, which levit_128s lacks" in refused(capsys, kind, "levit_128s", *command, *more)
+    assert "cannot take images of 28 x 28 pixels" in refused(
+        capsys, "linear", "mixer_s32_224", *command, "--image-size", "28"
+    )
+
+
+def test_a_classifier_measured_on_what_it_learned_from_says_so(
+    model: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "model": str(model)}
+    whole, parted, few = (tmp_path / name for name in ("whole", "parted", "few"))
+    for part, files in (("train", 5), ("test", 1)):
+        for name in CLASSES:
+            (tmp_path / "parts" / part / name).mkdir(parents=True)
+            for file in sorted((digits / name).iterdir())[-files:]:
+                shutil.copy(file, tmp_path / "parts" / part / name)
+    for out, data, more in (
+        (whole, digits, {"seed": 3}), (parted, tmp_path / "parts", {}), (few, digits, {"labels_per_class": 2}),
+    ):  # fmt: skip
+        finetune({**quick, **more, "data": str(data)}, out, console=Console(quiet=True))
+    (tmp_path / "link").symlink_to(digits)
+    for run, data, seen, measured in (
+        (whole, digits, 50, 60), (whole, tmp_path / "link", 50, 60), (few, digits, 20, 60),
+        (whole / "exported", digits, 50, 60), (parted, tmp_path / "parts" / "train", 50, 50),
+        (parted, tmp_path / "parts", 0, 10), (parted, digits, 0, 60),
+    ):  # fmt: skip
+        assert main(["eval", "classify", str(run), str(data), "--json"]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["images_trained_on"] == seen
+        warned = f"warning: {seen} of the {measured} images measured are among those that {run} was trained on"
+        assert (warned in captured.err) == (seen > 0)
+    shutil.rmtree(tmp_path / "parts")
+    assert "images_trained_on" not in printed(capsys, "classify", str(parted), str(digits)), "nothing tells"
+    assert "images_trained_on" not in printed(capsys, "classify", str(whole), str(digits), "--reinit")
+
+
+def test_a_probe_says_which_repetition_it_is_at_and_why_it_trains_twice(model: Path, digits: Path) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=200)
+    evaluate(
+        "attentive", {"model": str(model), "data": str(digits), "workers": 0, "seeds": 2, "seed": 5},
+        console=terminal,
+    )  # fmt: skip
+    for said in ("probe, seed 1 of 2", "probe, seed 2 of 2", "0/600", "600/600", "training the best again"):
+        assert said in shown.getvalue()

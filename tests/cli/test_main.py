@@ -39,6 +39,9 @@ def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys
         (["--tokenizer", "pixel"], "unknown tokenizer or teacher 'pixel'; did you mean 'pixels'"),
         (["--tokenizer", "/no/folder"], "tokenizer folder '/no/folder' does not exist"),
         (["--objective", "mapett"], "unknown objective 'mapett'; did you mean 'mapet'"),
+        (["--objective", "mae"], "'mae' predicts pixels and takes no token ids"),
+        (["--objective-args", "decoder_depth=1"], "objective 'mapet' has no argument 'decoder_depth'; it takes none"),
+        (["--objective-args", "depth"], "--objective-args takes KEY=VALUE"),
         (["--context-tokens", "17"], "no target is left to predict"),
         (["--channels", "4"], "image files are read as 1 (grey) or 3 (RGB)"),
         (["--vocab-size", "100000"], "a codebook of 100000 ids needs at least as many patches"),
@@ -72,11 +75,18 @@ def test_bad_folders(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "empty" / "notes.md").write_text("no image")
     assert "holds no image" in refused(capsys, "pretrain", str(tmp_path / "empty"), *out)
     assert "lacks 'data'" in refused(capsys, "pretrain", *out)
+    said = refused(capsys, "pretrain", "dat\udcff", *out)
+    assert "not valid UTF-8; rename it, or link to it by another name" in said
     assert "output folder is empty" in refused(capsys, "pretrain", str(digits), "--out", "", *SMALL)
     (tmp_path / "recipe.yaml").write_text("epoch: 3\n")
     said = refused(capsys, "pretrain", str(digits), *out, "--config", str(tmp_path / "recipe.yaml"))
     assert "unknown key 'epoch'; did you mean 'epochs'" in said
     assert not (tmp_path / "run").exists()
+    # Before the images are looked for.
+    for command in (["pretrain", "/none"], ["finetune", "m", "/none"]):
+        assert f"output folder {tmp_path} holds 'empty', but no run" in refused(
+            capsys, *command, "--out", str(tmp_path)
+        )
 
 
 def test_output_folders_that_cannot_be(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +98,38 @@ def test_output_folders_that_cannot_be(digits: Path, tmp_path: Path, capsys: pyt
 
 def test_what_the_system_refuses_is_a_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "File name too long" in refused(capsys, "pretrain", "--out", "x", "--config", "x" * 300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: VERB; see mapet --help"),
+        (["predikt"], "invalid choice: 'predikt' (choose from 'pretrain', "),
+        (["embed", "m", "d"], "required: --out; see mapet embed --help"),
+        (["export", "onnx", "m", "--out"], "argument --out: expected one argument; see mapet export onnx --help"),
+        (["bootstrap", "d", "--out", "x", "--rounds", "few"], "invalid int value: 'few'; see mapet bootstrap --help"),
+        (["tokenizer", "fit", "d", "--out", "x", "--imge-size", "3"],
+         "unrecognized arguments: --imge-size 3; see mapet tokenizer fit --help; did you mean '--image-size'?"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_parsed_is_one_sentence(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain", "d"], ["finetune", "m", "d"], ["eval", "knn", "m", "d"], ["eval", "segment", "m", "d"],
+        ["predict", "m", "d"], ["embed", "m", "d"], ["export", "timm", "m"], ["convert", "mae", "f"],
+        ["tokenizer", "fit", "d"], ["tokenizer", "encode", "d"], ["bootstrap", "d"], ["demo"],
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be_written_are_refused_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert r"'b\udcff' is not valid UTF-8; choose another name" in refused(capsys, *command, "--out", "b\udcff")
+    said = refused(capsys, *command, "--out", "a/" + "ä" * 125 + "/b")
+    assert "... is 250 bytes long; choose one of at most 249 bytes" in said
 
 
 def test_flags_override_recipes(digits: Path, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_split_is_seeded_and_by_class() -> None:
     first, second = split(train, 0.25, seed=1)
     assert (len(first), len(second)) == (3000, 1000)
     assert split(train, 0.25, seed=1)[1].keys == second.keys
+    pairs = split(few_per_class(train, 2, seed=0), 0.2, seed=1)
+    assert [len(part) for part in pairs] == [10, 10], "no class without a test image"
 
 
 def test_fingerprint_follows_names(digits: Path, tmp_path: Path) -> None:

@@ -22,17 +22,26 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> 
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "slurm-1.out").write_text("welcome")
-    folder = RunFolder(tmp_path)
-    folder.open(resume=False)
-    folder.close()
-    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "letter.txt").write_text("mine")
     for resume in (False, True):
-        with pytest.raises(MapetError, match="holds 'tokenizer', but no run"):
+        with pytest.raises(MapetError, match=f"{tmp_path} holds 'letter.txt', but no run; choose a new or empty"):
             RunFolder(tmp_path).open(resume=resume)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MapetError, match="file is a file; choose a folder"):
-        RunFolder(tmp_path / "file").open(resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    with pytest.raises(MapetError, match="letter.txt is a file; choose a folder"):
+        RunFolder(tmp_path / "letter.txt").open(resume=False)
+
+
+def test_an_empty_folder_and_one_that_was_refused_before_are_taken(tmp_path: Path) -> None:
+    for _ in range(2):
+        folder = RunFolder(tmp_path)
+        folder.open(resume=False)
+        folder.log.write_text("refused")
+        folder.close()
+
+
+def test_the_log_of_a_launcher_may_be_there_first(tmp_path: Path) -> None:
+    (tmp_path / "slurm-1.out").write_text("begins")
+    RunFolder(tmp_path).open(resume=False)
 
 
 def test_one_process_a_folder(tmp_path: Path) -> None:
@@ -48,7 +57,8 @@ def test_one_process_a_folder(tmp_path: Path) -> None:
 def test_metrics_are_cut_back_and_half_lines_passed_over(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step, "loss": step / 3}) for step in range(5)]
-    folder.metrics.write_text("\n".join([*lines, "rubbish", "5"]) + '\n{"step": 5, "lo')
+    edited = ['{"step": "1"}', '{"step": 1.5}', '{"loss": 1}', '{"step": 1, "loss": "x"}', "[1]", '{"step": NaN}']
+    folder.metrics.write_text("\n".join([*lines, "rubbish", "5", *edited]) + '\n{"step": 5, "lo')
     assert [line["step"] for line in folder.metric_lines()] == [0, 1, 2, 3, 4]
     folder.forget_metrics_from(3)
     assert folder.metrics.read_text().splitlines() == lines[:3]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_a_disk_without_room_is_refused_before_it_is_full(digits: Path, tmp_path
     assert not (tmp_path / "features").exists()
 
 
+def test_a_limit_on_file_sizes_is_met_before_the_work(digits: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(MapetError, match=f"in the temporary folder {tmp_path}, .*File too large.*; set TMPDIR"):
+            extract(digits, file=tmp_path / "features")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_fifth_of_every_class_is_held_out() -> None:
     y = np.repeat([0, 1, 2, 3], [50, 10, 5, 1])
     rest, held_out = hold_out(y, seed=3)
@@ -90,6 +101,6 @@ def test_a_fifth_of_every_class_is_held_out() -> None:
     again, other = hold_out(y, seed=3), hold_out(y, seed=4)
     assert np.array_equal(again[1], held_out)
     assert not np.array_equal(other[1], held_out)
-    assert [len(part) for part in hold_out(np.array([0, 0, 1, 1]), seed=2**40)] == [2, 2]
+    assert [len(part) for part in hold_out(np.array([0, 0, 1, 1]), seed=2**40)] == [2, 2], "one each of small classes"
     with pytest.raises(MapetError, match="single training image"):
         hold_out(np.array([0, 1, 2]), seed=0)

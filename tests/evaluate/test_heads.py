@@ -30,6 +30,9 @@ def test_batches_show_every_image_once_a_pass() -> None:
         assert sorted(shown[:, 0].tolist()) == sorted(features.x[:, 0].tolist())
     assert not torch.equal(batches[0][0], batches[2][0])
     assert (Training(0, CPU).steps_for(100), Training(0, CPU).steps_for(512_000)) == (2000, 10_000)
+    bounded = Training(0, CPU, batch_size=256, most_passes=300)
+    assert [bounded.steps_for(n) for n in (2, 40, 256, 512, 100_000)] == [300, 300, 300, 600, 3906]
+    assert replace(bounded, steps=7).steps_for(40) == 7
 
 
 @pytest.mark.parametrize(("fit", "patches"), [(fit_linear, None), (fit_attentive, 3)])
@@ -43,6 +46,9 @@ def test_the_best_on_held_out_images_is_tested_and_seeds_decide(fit: Fit, patche
     assert result.held_out[result.setting] == max(result.held_out.values()) > result.held_out[settings[0]]
     assert result.scores.accuracy > 0.6
     assert result.scores.top5 is not None
+    told: list[int] = []
+    evaluate_probe(fit, train, test, settings, replace(training, show=told.append))
+    assert told == list(range(1, 121)), "it trains twice, equally long"
     again, other = (evaluate_probe(fit, train, test, settings, Training(seed, CPU, 60, 32)) for seed in (0, 1))
     assert again.held_out == result.held_out
     assert np.array_equal(again.scores.confusion, result.scores.confusion)

@@ -46,4 +46,6 @@ def test_a_network_without_stochastic_depth_and_with_other_resizing(tmp_path: Pa
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), network(images))
     assert timm.data.resolve_model_data_config(loaded)["interpolation"] == "bilinear"
-    assert loaded.pretrained_cfg["license"] == "mit"
+    assert (loaded.pretrained_cfg["license"], loaded.pretrained_cfg["tag"]) == ("mit", "in1k")
+    export_network(network, tmp_path, (0.5,) * 3, (0.2,) * 3, tag="mine")
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg["tag"] == "mine"

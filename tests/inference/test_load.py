@@ -67,8 +67,12 @@ def test_images_may_be_files_pictures_or_arrays(of_photographs: Path, tmp_path: 
     assert transform(Image.fromarray(pixels)).equal(expected)
     assert transform(tmp_path / "china.png").equal(expected)
     assert transform(str(tmp_path / "china.png")).equal(expected)
-    with pytest.raises(OSError, match="missing"):
-        transform(tmp_path / "gone.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "china.png").read_bytes()[:5000])
+    for name, says in (("gone.png", "missing"), ("cut.png", "truncated"), ("", "it is a folder")):
+        with pytest.raises(
+            mapet.MapetError, match=f"image '{tmp_path / name}' cannot be read .*{says}.*; name a single"
+        ):
+            transform(str(tmp_path / name))
 
 
 def test_grey_models_take_colour_and_colour_models_grey(pretrained_run: Path, of_photographs: Path) -> None:

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tests.conftest import TINY
 
 from mapet import MapetError
 from mapet.inference import open_model
+from mapet.workflows import pretrain
 
 
 @pytest.fixture
@@ -53,9 +59,8 @@ def test_classes_without_names_are_known_from_imagenet_or_numbered(copy: Path) -
     assert len(imagenet) == 1000
     assert imagenet[1] == "n01443537", "as ImageNet's folders are called; the goldfish"
     config = json.loads((copy / "config.json").read_text())
-    for names in (None, ["too", "few"]):
-        (copy / "config.json").write_text(json.dumps({**config, "label_names": names}))
-        assert open_model(copy, classifier=True).classes == ("0", "1", "2", "3")
+    (copy / "config.json").write_text(json.dumps({**config, "label_names": None}))
+    assert open_model(copy, classifier=True).classes == ("0", "1", "2", "3")
 
 
 def test_random_weights_come_from_the_seed(classifier: Path) -> None:
@@ -95,9 +100,14 @@ def test_broken_weights(classifier: Path, copy: Path) -> None:
 
 def test_broken_configurations(copy: Path) -> None:
     config = (copy / "config.json").read_text()
-    for text in ("{", "[]", "{}", config.replace("vit_tiny_patch16_224", "vit_nothing")):
+    for text, says in (
+        ("{", "cannot be read"),
+        ("[]", "no JSON object"),
+        ("{}", "lacks 'architecture'"),
+        (config.replace("vit_tiny_patch16_224", "vit_nothing"), "cannot be read"),
+    ):
         (copy / "config.json").write_text(text)
-        with pytest.raises(MapetError, match="cannot be read"):
+        with pytest.raises(MapetError, match=says):
             open_model(copy)
 
 
@@ -131,6 +141,44 @@ def test_image_sizes_that_do_not_fit(classifier: Path) -> None:
         open_model(classifier, image_size=(3, 7))
 
 
+@pytest.mark.parametrize("name", ["mixer_s32_224", "levit_128s", "efficientvit_m0", "maxvit_pico_rw_256"])
+def test_sizes_that_only_running_shows_to_be_wrong(name: str) -> None:
+    with pytest.raises(MapetError, match=f"model '{name}' cannot take images of 37 x 50 pixels|does not fit model"):
+        open_model(name, image_size=(37, 50), reinit=True)
+
+
 def test_networks_without_position_embeddings_take_any_size() -> None:
     opened = open_model("convnext_atto", image_size=(33, 50), reinit=True)
     assert opened.network(torch.zeros(1, 3, *opened.view.size)).shape == (1, 320)
+
+
+class Stopper(io.StringIO):
+    """A terminal whose user asks for a stop when the first step is shown."""
+
+    def write(self, text: str) -> int:
+        if "step 1/" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(text)
+
+
+def test_a_run_that_has_not_finished_says_how_far_it_is(
+    digits: Path, pretrained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    result = pretrain({**TINY, "data": str(digits), "steps": 8}, run, console=Console(file=Stopper()))
+    assert 0 < result.steps < 8
+    caplog.clear()
+    for source, warned in ((run, True), (f"local-dir:{run}", True), (run / "exported", False), (pretrained_run, False)):
+        open_model(source)
+        said = [record.message for record in caplog.records]
+        part = f"step {result.steps} of 8 ({100 * result.steps // 8} %)"
+        expected = f"run {run} has not finished: its weights are those after {part}"
+        assert said == ([expected] if warned else []), source
+        caplog.clear()
+    open_model(run, reinit=True)
+    assert not caplog.records, "random weights are not the run's"
+    finished = pretrain({}, run, resume=True, console=Console(quiet=True))
+    assert finished.steps == 8
+    caplog.clear()
+    open_model(run)
+    assert not caplog.records

@@ -50,9 +50,11 @@ def test_places_in_a_vit(changes: dict[str, Any], prefix: int) -> None:
         assert tokens.choose("class+mean").equal(torch.cat([features[:, 0], tokens.choose("mean")], dim=1))
     else:
         for kind in ("class", "class+mean"):
-            with pytest.raises(MapetError, match=rf"features '{kind.replace('+', '.')}' need a class token"):
+            with pytest.raises(
+                MapetError, match=rf"{kind.replace('+', '.')} features need a class token, which vit_tiny"
+            ):
                 tokens.choose(kind)
-    with pytest.raises(MapetError, match="unknown features 'mode'; take pooled, class, mean or class"):
+    with pytest.raises(MapetError, match="unknown features 'mode'; take pooled, class, mean, class.mean or patches"):
         tokens.choose("mode")
 
 
@@ -90,3 +92,30 @@ def test_places_in_networks_with_feature_maps(name: str, changes: dict[str, Any]
     assert tokens.patches.equal(maps.flatten(2).transpose(1, 2))
     assert tokens.choose("pooled").equal(pooled)
     assert torch.allclose(tokens.choose("mean"), maps.mean(dim=(2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coat_lite_tiny",  # tokens after a class token that nothing announces
+        "crossvit_tiny_240",  # a list of two grids
+        "efficientvim_m1",  # a list
+        "levit_128s",  # tokens, fewer than patches went in
+        "mixer_s32_224",
+        "pit_ti_224",  # the class token alone
+        "xcit_nano_12_p16_224",
+    ],
+)
+def test_every_network_pools(name: str) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=0).eval()
+    images = torch.randn(1, *network.pretrained_cfg["input_size"])
+    tokens = read(network, images)
+    with torch.no_grad():
+        assert tokens.choose("pooled").equal(network(images))
+    assert (tokens.patches, tokens.grid) == (None, None)
+    for kind in ("mean", "patches"):
+        with pytest.raises(
+            MapetError, match=f"{kind} features need a grid of patches, which {name} lacks; take pooled"
+        ):
+            tokens.choose(kind)

@@ -64,7 +64,7 @@ def test_safetensors_files_are_read(oracle: Callable[..., Any], tmp_path: Path) 
 
 def test_bad_files_are_refused(oracle: Callable[..., Any], tmp_path: Path) -> None:
     recorded = oracle("pretrain")
-    with pytest.raises(MapetError, match="does not exist"):
+    with pytest.raises(MapetError, match="do not exist"):
         load_upstream(tmp_path / "missing.tar")
     torch.save({"state_dict": recorded.state_dict}, tmp_path / "whole.tar")
     whole = (tmp_path / "whole.tar").read_bytes()
@@ -90,3 +90,13 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": Evil()}, tmp_path / "evil.tar")
     with pytest.raises(MapetError, match="cannot be read as tensors"):
         load_upstream(tmp_path / "evil.tar")
+
+
+def test_scalars_where_matrices_belong_are_named(oracle: Callable[..., Any]) -> None:
+    recorded = oracle("pretrain")
+    for name in ("decoder.bias", "decoder.weight", "mask_positional_token", "pos_embed", "blocks.0.mlp.fc1.weight"):
+        with pytest.raises(MapetError, match=r"has shape \(\)"):
+            load_upstream({**recorded.state_dict, name: torch.tensor(1.0)}, recorded.config)
+    scalars = {f"blocks.0.attn.{part}.weight": torch.tensor(1.0) for part in ("q", "kv")}
+    with pytest.raises(MapetError, match="no 'kv' projection that goes with it"):
+        load_upstream({**recorded.state_dict, **scalars}, recorded.config)

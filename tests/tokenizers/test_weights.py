@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import time
@@ -16,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from mapet import MapetError
-from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
+from mapet.models import read_tensors
+from mapet.tokenizers.weights import fetch_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
 
@@ -115,19 +115,19 @@ def test_a_url_is_downloaded_once(server: Server, tmp_path: Path, caplog: pytest
         path, origin = fetch_weights(url)
     assert f"downloading {url}" in caplog.text
     assert origin == {"weights": url, "sha256": hashlib.sha256(server.files["/x/w.pth"]).hexdigest()}
-    assert same(read_tensors(path))
+    assert same(read_tensors(path)[0])
     assert path.is_relative_to(tmp_path / "cache")
     assert fetch_weights(url) == (path, origin)
     assert server.requests == ["GET /x/w.pth?download=true"]
     other = fetch_weights(f"{server.url}/y/w.pth")[0]
-    assert read_tensors(other).keys() == {"c"}, "two URLs that end in the same name must not share a file"
-    assert read_tensors(path).keys() == {"a", "b"}
+    assert read_tensors(other)[0].keys() == {"c"}, "two URLs that end in the same name must not share a file"
+    assert read_tensors(path)[0].keys() == {"a", "b"}
 
 
 def test_safetensors_of_a_url_are_known_by_their_name(server: Server, tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "w.safetensors")
     server.files["/w.safetensors"] = (tmp_path / "w.safetensors").read_bytes()
-    assert same(read_tensors(fetch_weights(f"{server.url}/w.safetensors?download=true")[0]))
+    assert same(read_tensors(fetch_weights(f"{server.url}/w.safetensors?download=true")[0])[0])
 
 
 def test_another_download_than_expected_is_refused_and_can_be_got_rid_of(server: Server) -> None:
@@ -183,7 +183,7 @@ def test_a_file_of_the_hub_is_downloaded_once(hub: Server, tmp_path: Path, monke
     source, digest = "hf-hub:some/model/sub/w.bin", hashlib.sha256(content).hexdigest()
     path, origin = fetch_weights(source)
     assert origin == {"weights": source, "sha256": digest}
-    assert same(read_tensors(path))
+    assert same(read_tensors(path)[0])
     assert path.is_relative_to(tmp_path / "hub")
     assert fetch_weights(source) == (path, origin)
     assert hub.requests.count("GET /some/model/resolve/main/sub/w.bin") == 1
@@ -209,89 +209,3 @@ def test_what_the_hub_does_not_give_is_named(hub: Server, tmp_path: Path, monkey
 def test_hub_names_without_a_file_are_refused(name: str) -> None:
     with pytest.raises(MapetError, match=f"'{name}' name no file; write hf-hub:OWNER/REPOSITORY/FILE"):
         fetch_weights(name)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        TENSORS,
-        {"model": TENSORS},
-        {"state_dict": TENSORS, "epoch": 3},
-        {"model": TENSORS, "args": argparse.Namespace(lr=1e-3, layers=[1, 2], nested=argparse.Namespace(name="x"))},
-        {**TENSORS, "note": "no tensor"},
-        {f"module.{name}": tensor for name, tensor in TENSORS.items()},
-    ],
-    ids=["flat", "model", "state_dict", "namespace", "others", "ddp"],
-)
-def test_layouts_of_torch_files(content: dict[str, Any], tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    assert same(read_tensors(tmp_path / "w.pth"))
-
-
-def test_the_plain_weights_are_read_not_their_average(tmp_path: Path) -> None:
-    torch.save({"model": TENSORS, "model_ema": {"a": torch.zeros(1)}}, tmp_path / "w.pth")
-    assert same(read_tensors(tmp_path / "w.pth"))
-
-
-class Malicious:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.target,)
-
-
-def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
-    target = tmp_path / "executed"
-    for content in (
-        {"model": TENSORS, "other": Malicious(target)},
-        {"model": TENSORS, "args": argparse.Namespace(lr=Malicious(target))},
-    ):
-        torch.save(content, tmp_path / "w.pth")
-        with pytest.raises(MapetError, match="w.pth cannot be read as tensors .*; pass a state dict"):
-            read_tensors(tmp_path / "w.pth")
-        assert not target.exists()
-    torch.load(tmp_path / "w.pth", weights_only=False)
-    assert target.exists(), "the file must be one that would have done it"
-
-
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"hello world", b"<html>Sign in</html>", bytes(100), b"\x80\x02K\x01."])
-def test_files_of_something_else_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(MapetError, match=f"{name} cannot be read as tensors"):
-        read_tensors(tmp_path / name)
-
-
-@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {0: torch.ones(2)}, {"model": torch.ones(2)}])
-def test_torch_files_without_named_tensors_are_refused(content: Any, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(MapetError, match="w.pth cannot be read as tensors"):
-        read_tensors(tmp_path / "w.pth")
-
-
-def test_every_damage_is_a_sentence(tmp_path: Path) -> None:
-    """Bytes changed at random fail inside the unpickler in many ways, or are not noticed."""
-    whole = bytes_of({"model": TENSORS, "args": argparse.Namespace(x=1)}, tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    refused = 0
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for position in torch.randint(len(whole), (8,), generator=generator):
-            damaged[position] = int(torch.randint(256, (), generator=generator))
-        (tmp_path / "w.pth").write_bytes(damaged)
-        try:
-            read_tensors(tmp_path / "w.pth")
-        except MapetError:
-            refused += 1
-    assert refused > 30
-
-
-def test_fit_is_by_name_and_shape() -> None:
-    check_fit({**TENSORS, "more": torch.ones(1)}, TENSORS, "w.pth", "this")
-    with pytest.raises(MapetError, match=r"w.pth do not fit this: 'b' is missing \(1 missing, 0 of wrong shape of 2\)"):
-        check_fit({"a": TENSORS["a"]}, TENSORS, "w.pth", "this")
-    with pytest.raises(
-        MapetError, match=r"'a' has shape \(6,\) instead of \(2, 3\) \(0 missing, 1 of wrong shape of 2"
-    ):
-        check_fit({**TENSORS, "a": torch.ones(6)}, TENSORS, "w.pth", "this")

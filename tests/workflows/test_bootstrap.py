@@ -56,6 +56,10 @@ def test_the_command(processes: int, digits: Path, tmp_path: Path) -> None:
 def test_bad_input(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(MapetError, match="rounds is 0"):
         bootstrap({**TINY, "data": str(digits)}, tmp_path / "boot", rounds=0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    with pytest.raises(MapetError, match=f"{tmp_path / 'mine'} holds 'letter.txt', no round; choose a new folder"):
+        bootstrap({**TINY, "data": str(digits)}, tmp_path / "mine", console=QUIET)
     with pytest.raises(MapetError, match="leave --tokens out"):
         bootstrap({**TINY, "data": str(digits), "tokens": "x"}, tmp_path / "boot")
     with pytest.raises(MapetError, match="block is 7, but the network has 2: take 0 to 1"):

@@ -25,7 +25,7 @@ def written(folder: Path) -> list[dict[str, str]]:
 
 def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    bold = {"bold": {"objective": "mim", "lr": 1e30}}
+    bold = {"bold": {"objective": "mim", "lr": 1e3, "weight_decay": 1e3}}
     found = compare({**VALUES, "arms": bold, "data": str(digits)}, out)
     assert [(row.name, row.seed) for row in found.rows] == [("mim, pixels", 0), ("random", 0)]
     assert all(0 <= row.measured["knn"] <= 1 for row in found.rows)

@@ -216,6 +216,19 @@ def test_a_model_that_is_named_must_fit(tmp_path: Path) -> None:
             lambda state: {k: v for k, v in state.items() if k != "norm.bias"},
             r"do not fit model .*'norm.bias' is missing",
         ),
+        (
+            lambda state: {**state, "blocks.99999.norm1.weight": torch.zeros(48)},
+            "has 'blocks.99999', but no 'blocks.2'",
+        ),
+        (
+            lambda state: {**state, "norm.bias": torch.zeros(48, dtype=torch.long)},
+            "'norm.bias' is of type int64, not of floats",
+        ),
+        (
+            lambda state: {**state, "norm.bias": state["norm.bias"].to(torch.float8_e4m3fn)},
+            r"tensor 'norm.bias' in weights .*file.pth is of type float8_e4m3fn",
+        ),
+        (lambda state: {**state, "norm.bias": torch.tensor(1.0)}, r"'norm.bias' has shape \(\) instead of \(48,\)"),
         (lambda state: {**state, "norm.bias": torch.zeros(9)}, r"'norm.bias' has shape \(9,\) instead of \(48,\)"),
         (lambda state: {**state, "pos_embed": torch.zeros(1, 13, 48)}, "is for 12 patches, which is no square grid"),
         (lambda state: {**state, "pos_embed": torch.zeros(48)}, r"'pos_embed' has shape \(48,\), but 3 dimensions"),
@@ -233,6 +246,43 @@ def test_files_that_do_not_fit_are_one_sentence_and_nothing_is_written(
     with pytest.raises(MapetError, match=says):
         convert({"kind": "mae", "file": str(tmp_path / "file.pth"), "num_heads": 3}, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"file.pth"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        (
+            "mask_positional_token",
+            torch.zeros(1, 1, 17),
+            r"'mask_token' has shape \(1, 1, 17\) instead of \(1, 1, 48\)",
+        ),
+        ("decoder.weight", torch.zeros(97, 17), r"'head.weight' has shape \(97, 17\) instead of \(97, 48\)"),
+        ("decoder.bias", torch.zeros(96), r"'head.bias' has shape \(96,\) instead of \(97,\)"),
+        ("decoder.bias", torch.tensor(1.0), r"'head.bias' has shape \(\), but 1 dimensions are expected"),
+        ("decoder.bias", None, "lacks 'head.bias'"),
+    ],
+)
+def test_mask_vector_and_head_must_fit(
+    name: str, tensor: Tensor | None, says: str, oracle: Callable[..., Any], tmp_path: Path
+) -> None:
+    state = {**oracle("pretrain").state_dict, name: tensor}
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "file.pth")
+    with pytest.raises(MapetError, match=f"file.pth cannot be converted: .*{says}"):
+        convert({"kind": "upstream", "file": str(tmp_path / "file.pth"), "num_heads": 3}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_are_assumed_are_said(tmp_path: Path) -> None:
+    wide = randomised("vit_base_patch16_224", embed_dim=64, num_heads=1)
+    write(tmp_path / "vit.pth", wide.state_dict())
+    write(tmp_path / "beit.pth", randomised("beit_base_patch16_224").state_dict())
+    for file, values, expected in (
+        ("vit", {"kind": "mae"}, (1, True)),
+        ("vit", {"kind": "mae", "num_heads": 2}, (2, False)),
+        ("beit", {"kind": "beit"}, (3, False)),
+    ):
+        result = convert({**values, "file": str(tmp_path / f"{file}.pth")}, tmp_path / f"out{expected}{file}")
+        assert (result["num_heads"], result["num_heads_assumed"]) == expected
 
 
 def test_heads_that_tensors_do_not_tell(tmp_path: Path) -> None:
@@ -262,12 +312,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     write(tmp_path / "evil.pth", state, optimizer=Evil())
     for name, says in (
-        ("missing.pth", "does not exist"),
+        ("missing.pth", "do not exist"),
         ("cut.pth", r"cannot be read as tensors \(.*cut short"),
         ("text.pth", r"cannot be read as tensors \(.*no checkpoint"),
         ("cut.safetensors", "cannot be read as tensors"),
         ("list.pth", "holds a list, not a state dict"),
-        ("evil.pth", "it needs the Python object .*exec, and loading that might run code"),
+        ("evil.pth", "they need the Python object .*exec, and loading that might run code"),
     ):
         with pytest.raises(MapetError, match=says):
             convert({"kind": "mae", "file": str(tmp_path / name), "num_heads": 3}, tmp_path / "out")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,8 @@ from torch import Tensor
 from mapet import MapetError
 from mapet.data import open_images
 from mapet.export import export_network
-from mapet.workflows import export_model, pretrain
+from mapet.workflows import export_model, finetune, pretrain
+from mapet.workflows.demo import FINETUNING
 
 OUTPUTS = {"timm": "model", "onnx": "model.onnx", "torch": "model.pt2"}
 CLASSES = ("crack", "dent", "whole | sound")
@@ -208,6 +210,7 @@ def test_the_card_of_what_is_no_run(run: Path, tmp_path: Path) -> None:
     for absent in ("Configuration", "Citation", "loss"):
         assert absent not in card.text
     export_model("timm", {"model": str(run), "reinit": True, "check_images": 3}, tmp_path / "random")
+    assert json.loads((tmp_path / "random" / "config.json").read_text())["pretrained_cfg"]["tag"] == "untrained"
     card = ModelCard.load(tmp_path / "random" / "README.md")
     assert "random parameters" in card.text
     assert "loss" not in card.text, "the run's figures are not those of random weights"
@@ -269,6 +272,17 @@ def test_refusals(form: str, out: str, values: dict[str, Any], says: str, run: P
     assert (tmp_path / "there" / "model.onnx").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("form", "name"), [("timm", "vit"), ("torch", "vit.pt2")])
+def test_a_full_disk_is_one_sentence(form: str, name: str, run: Path, digits: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch's archive writer would take it down."""
+    command = [sys.executable, "-m", "mapet", "export", form, str(run), "--check", str(digits), "--out"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    failed = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, preexec_fn=limit)
+    assert failed.returncode == 2
+    assert f"cannot write to {tmp_path}: a file grew over the size limit" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:
     """In a process of its own, in which the package cannot be imported."""
     command = "import sys; sys.modules['onnxscript'] = None; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -277,3 +291,39 @@ def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "needs the package onnxscript: pip install 'mapet[onnx]'" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_a_classifier_says_how_it_was_pre_trained(run: Path, digits: Path, tmp_path: Path) -> None:
+    """Also after a second fine-tuning, and when the runs before it are gone."""
+    source, first, second = tmp_path / "photos", tmp_path / "first", tmp_path / "second"
+    shutil.copytree(run, source)
+    values = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "data": str(digits)}
+    finetune({**values, "model": str(source / "exported")}, first, console=Console(quiet=True))
+    finetune({**values, "model": str(first)}, second, console=Console(quiet=True))
+    finetune({**values, "model": str(source), "reinit": True}, tmp_path / "random", console=Console(quiet=True))
+    shutil.rmtree(source)
+    cards = {}
+    for name, tuned in (("one", first), ("two", second), ("three", tmp_path / "random")):
+        export_model("timm", {"model": str(tuned), "check_images": 3}, tmp_path / name)
+        cards[name] = ModelCard.load(tmp_path / name / "README.md").text
+    facts = (
+        f"| before that, photos | the images of {digits.name} (60), objective mapet, tokenizer pixels, 4 steps, 0.5714 "
+        "epochs |"
+    )
+    assert facts in cards["one"]
+    assert facts in cards["two"]
+    assert f"| before that, first | the images of {digits.name} (50), 1 steps, 0.1667 epochs |" in cards["two"]
+    said = f"after `photos`, which was trained by the objective `mapet` on the images of {digits.name}."
+    assert said in cards["one"]
+    heading = "## Configuration of the run photos, which came before\n\n```yaml\n"
+    assert yaml.safe_load(cards["two"].split(heading)[1].split("```")[0])["objective"] == "mapet"
+    assert "before" not in cards["three"], "random weights have no past"
+    assert str(tmp_path) not in cards["two"]
+
+
+def test_continued_pre_training_remembers_where_it_began(run: Path, digits: Path, tmp_path: Path) -> None:
+    values = {"init": str(run), "data": str(digits), "steps": 1, "batch_size": 8, "vocab_size": 16, "workers": 0}
+    pretrain(values, tmp_path / "more", console=Console(quiet=True))
+    export_model("timm", {"model": str(tmp_path / "more"), "check_images": 3}, tmp_path / "card")
+    card = ModelCard.load(tmp_path / "card" / "README.md").text
+    assert f"| before that, {run.name} | the images of {digits.name} (60), objective mapet" in card

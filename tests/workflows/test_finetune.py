@@ -23,7 +23,7 @@ from mapet.evaluate import score_classifier
 from mapet.export import export_network
 from mapet.workflows import finetune, pretrain
 from mapet.workflows.demo import FINETUNING
-from mapet.workflows.finetune import labels_to_use
+from mapet.workflows.labels import labels_to_use
 
 QUIET = Console(quiet=True)
 PLAIN: dict[str, Any] = {**FINETUNING, "workers": 0}
@@ -65,7 +65,7 @@ def test_what_is_exported_is_the_classifier(model: Path, digits: Path, tmp_path:
     loaded = mapet.load(run)
     assert loaded.classes == tuple(f"class {digit}" for digit in range(10))
     network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
-    assert network.pretrained_cfg["crop_pct"] == 0.9
+    assert (network.pretrained_cfg["crop_pct"], network.pretrained_cfg["tag"]) == (0.9, "finetuned")
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(network(images), loaded.model(images))
     kept = load_file(run / "checkpoints" / "last" / "objective.safetensors")
@@ -138,6 +138,8 @@ def test_a_share_leaves_nothing_of_small_classes_out(digits: Path) -> None:
     whole = open_labelled(str(digits))[0].subset([0, 5, 6, 7, 8])  # one of the first class, four of the second
     config = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 0.1})
     found = [labels_to_use(config.model_copy(update={"label_share": share}), whole) for share in (0.1, 0.6, 0.9)]
+    everything = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 1})
+    assert labels_to_use(everything, whole).keys == whole.keys
     assert [images.labels for images in found] == [(0, 1), (0, 1, 1), (0, 1, 1, 1, 1)]
     assert set(found[0].keys) < set(found[1].keys) < set(found[2].keys)
 
@@ -216,7 +218,15 @@ def refused(tmp_path: Path, values: dict[str, Any], says: str, **how: Any) -> No
         ({"model": "vgg11", "reinit": True, "drop_path": 0.1}, "'vgg11' has no stochastic depth; pass --drop-path 0"),
         ({"augment": "rand-w7"}, "none of timm's policies"),
         ({"lr": 1e300}, "lr = 1e[+]300: input should be less than or equal to"),
-        ({"image_size": [14]}, "image_size.1 = "),
+        ({"image_size": [14]}, "lacks 'image_size.1'"),
+        (
+            {"model": "resnet10t", "reinit": True, "batch_size": 1},
+            "'resnet10t' has batch norm.*take a larger --batch-size",
+        ),
+        (
+            {"model": "resnet10t", "reinit": True, "accumulate": 8},
+            "has batch norm, .* but it would see one at a time; .* smaller --accumulate",
+        ),
         ({"image_size": "0x38"}, "image_size"),
         ({"pool": "max"}, "pool = 'max'"),
         ({"data": "/no/where"}, "neither a folder with one subfolder per class"),

@@ -113,7 +113,7 @@ def test_networks_without_a_class_token(digits: Path, tmp_path: Path) -> None:
     values = {"features": ["pooled", "mean", "patches"], "image_size": 32, "reinit": True}
     table = embed(Path("convnext_atto"), digits / "class 3", tmp_path / "f.parquet", **values)
     assert np.allclose(array(table, "mean"), array(table, "patches"), atol=1e-5), "32 pixels are one place"
-    with pytest.raises(MapetError, match="features 'class' need a class token, which this model lacks"):
+    with pytest.raises(MapetError, match="class features need a class token, which convnext_atto lacks"):
         embed(Path("convnext_atto"), digits, tmp_path / "g.parquet", **values | {"features": ["class"]})
     assert os.listdir(tmp_path) == ["f.parquet"]
 

@@ -277,6 +277,40 @@ def test_another_tokenizer_is_refused_for_the_head(source: Path, digits: Path, t
         Start("x", {}, head).check_ids("hash", 9)
 
 
+def test_another_size_is_named_before_what_follows_from_it(source: Path, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match="was pre-trained at 28 px, this run is to be at 42 px: .* leave --image-size"):
+        more(digits, tmp_path / "run", source, init_parts="all", image_size=42, steps=1, vocab_size=None)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("mask_token", lambda tensor: tensor[..., :9], r"'mask_token' has shape \(1, 1, 9\) instead of \(1, 1, 32\)"),
+        ("head.weight", lambda tensor: tensor.sum(), r"'head.weight' has shape \(\), but 2 dimensions"),
+        ("head.bias", lambda tensor: tensor[:9], r"'head.bias' has shape \(9,\) instead of \(16,\)"),
+        ("head.bias", lambda tensor: tensor.long(), "holds 'head.bias' as integers"),
+        ("backbone.norm.bias", lambda tensor: tensor.long(), "holds 'backbone.norm.bias' as integers"),
+        (
+            "backbone.norm.bias",
+            lambda tensor: tensor.to(torch.float8_e4m3fn),
+            "'backbone.norm.bias' .*is of type float8",
+        ),
+        ("backbone.norm.bias", lambda tensor: tensor[:9], r"'norm.bias' is \(9,\) in the one and \(32,\)"),
+    ],
+)
+def test_odd_tensors_of_a_checkpoint_are_named(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], says: str, source: Path, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    path = tmp_path / "source" / "checkpoints" / "last" / "objective.safetensors"
+    weights = load_file(path)
+    save_file({**weights, name: change(weights[name]).contiguous()}, path)
+    with pytest.raises(MapetError, match=says):
+        more(digits, tmp_path / "run", tmp_path / "source", steps=1, init_parts="all", vocab_size=None)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_weights_that_are_not_finite_are_refused(source: Path, digits: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "source")
     for file, parts in (("exported/model", "backbone"), ("checkpoints/last/objective", "all")):

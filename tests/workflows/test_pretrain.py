@@ -84,11 +84,19 @@ def test_a_run_folder_holds_everything(digits: Path, tmp_path: Path) -> None:
     assert config["precision"] != "auto"
 
 
+def test_few_images_need_no_batch_size_and_a_resumed_run_keeps_its_own(digits: Path, tmp_path: Path) -> None:
+    values = {key: value for key, value in TINY.items() if key not in ("batch_size", "lr")}
+    result = pretrain({**values, "data": str(digits), "steps": 1}, tmp_path / "run", console=QUIET)
+    assert (result.config.batch_size, result.config.lr) == (4, pytest.approx(1.875e-4))
+    assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).config == result.config
+
+
 def test_the_exported_backbone_is_the_trained_one(digits: Path, tmp_path: Path) -> None:
     result = run(digits, tmp_path / "run", steps=3)
     exported = timm.create_model(f"local-dir:{tmp_path / 'run' / 'exported'}", pretrained=True).eval()
     images = torch.randn(2, 1, 28, 28)
     assert torch.equal(exported(images), result.objective.backbone.eval()(images))
+    assert exported.pretrained_cfg["tag"] == "mapet", "the weights are not timm's"
 
 
 @pytest.mark.parametrize("objective", ["pim", "mim", "raster"])
@@ -115,7 +123,7 @@ def test_a_killed_run_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     assert same[0] == same[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_polite_stop_is_saved_and_resumed(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
     """As SLURM and a terminal send it: to the whole process group, the loading workers included."""
     out = tmp_path / "run"
@@ -172,7 +180,8 @@ def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: 
         ("config.yaml", "data: x\n", "config.yaml lacks '.+', so it was cut short or edited"),
         ("checkpoints/last/state.json", "{}", "cannot be read"),
         ("baseline.json", '{"unigram', None),
-        ("metrics.jsonl", "rubbish\n5\n", None),
+        ("checkpoints/last/state.json", '{"step": 2, "made_from": {}}', "state.json lacks 'made_from.images'"),
+        ("metrics.jsonl", 'rubbish\n5\n{"step": "1"}\n{"step": 0}\n', None),
     ],
 )
 def test_damaged_files_of_a_run(file: str, damage: str, says: str | None, digits: Path, tmp_path: Path) -> None:
@@ -182,6 +191,14 @@ def test_damaged_files_of_a_run(file: str, damage: str, says: str | None, digits
         assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).baseline.entropy > 1
         return
     with pytest.raises(MapetError, match=says):
+        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
+
+
+def test_a_step_beyond_the_end_is_refused(digits: Path, tmp_path: Path) -> None:
+    run(digits, tmp_path / "run", steps=2)
+    file = tmp_path / "run" / "checkpoints" / "last" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 3}))
+    with pytest.raises(MapetError, match="checkpoints/last cannot be read .state.json says step 3 of 2"):
         pretrain({}, tmp_path / "run", resume=True, console=QUIET)
 
 
@@ -276,9 +293,18 @@ def test_a_fitted_tokenizer_is_taken_from_its_folder(digits: Path, tmp_path: Pat
     assert first.objective.vocab_size == again.objective.vocab_size == 16
 
 
-def test_a_loss_that_is_not_a_number_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match=r"step \d+: loss nan.*lower --lr"):
-        run(digits, tmp_path / "run", steps=200, lr=1e30, clip_grad=1e30, warmup=0.0, checkpoint_every=1)
+def test_a_run_that_diverges_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match=r"step \d+: loss .*the gradients overflowed.*lower --lr"):
+        run(
+            digits,
+            tmp_path / "run",
+            steps=200,
+            lr=1e3,
+            weight_decay=1e3,
+            clip_grad=1e30,
+            warmup=0.0,
+            checkpoint_every=1,
+        )
     weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "objective.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 

@@ -134,3 +134,12 @@ def test_what_masks_say_must_make_sense(exported_vit: Path, mosaics: Path, tmp_p
     assert "hold the single class 0 (--ignore-index is 255); at least 2" in refused()
     paint(root, "train", 255)
     assert "hold no class at all" in refused()
+
+
+def test_models_without_enough_patches(mosaics: Path) -> None:
+    for model, size, batch, says in (
+        ("pit_ti_224", 224, 8, "patches features need a grid of patches, which pit_ti_224 lacks"),
+        ("resnet10t", 32, 1, "makes a single patch of an image"),
+    ):
+        with pytest.raises(MapetError, match=says):
+            measure(Path(model), mosaics, reinit=True, image_size=size, batch_size=batch)

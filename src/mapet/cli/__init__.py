@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from mapet import __version__
 from mapet.errors import MapetError
@@ -16,19 +16,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     # Imported here so that the package's own import does not depend on the command line's parts.
     from mapet.cli import bootstrap, compare, convert, demo, embed, eval, export, finetune, predict, pretrain, tokenizer
+    from mapet.cli.flags import Parser, parse
+    from mapet.cli.stopping import Stopped, stopped_by_signals
 
-    parser = argparse.ArgumentParser(
-        prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images."
-    )
+    parser = Parser(prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images.")
     parser.add_argument("--version", action="version", version=f"mapet {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in (pretrain, compare, finetune, eval, predict, embed, export, convert, tokenizer, bootstrap, demo):
         verb.add_parser(verbs)
-    parsed = parser.parse_args(arguments)
     try:
-        status = int(parsed.run(parsed))
-        sys.stdout.flush()
-        return status
+        with stopped_by_signals():
+            parsed = parse(parser, arguments)
+            status = int(parsed.run(parsed))
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:
         # Who reads has enough, as `head` has; else Python would complain of it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,3 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mapet: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        with suppress(OSError):  # the terminal that hung up
+            print(f"mapet: stopped by {stop.signal.name}; nothing is left half-written", file=sys.stderr)
+        return 128 + stop.signal

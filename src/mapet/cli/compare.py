@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_config_flags, add_out_flag, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import CompareConfig, PretrainConfig
 
@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
         "here is said as for pretrain, or by its recipe, and holds for all.",
     )
     parser.add_argument("data", nargs="?", help=CompareConfig.model_fields["data"].description)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the comparison's folder, each run below it")
+    add_out_flag(parser, "the comparison's folder, each run below it")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
     parser.add_argument(
         "--resume", action="store_true", help="continue the comparison in --out, or extend it, or begin it"

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_config_flags, add_out_flag, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import ConvertConfig
 
@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
     for kind, text in KINDS.items():
         own = kinds.add_parser(kind, help=text, description=f"Convert {text}.")
         own.add_argument("file", help=ConvertConfig.model_fields["file"].description)
-        own.add_argument("--out", required=True, metavar="FOLDER", help="the folder, which is new")
+        add_out_flag(own, "the folder, which is new")
         add_config_flags(own, ConvertConfig, left_out=("kind", "file"))
         own.add_argument("--json", action="store_true", help="print what came of it as JSON")
         own.set_defaults(run=run)
@@ -46,9 +46,11 @@ def run(parsed: argparse.Namespace) -> int:
         print(json.dumps({"folder": parsed.out, **result}))
         return 0
     what = f"classifier of {result['classes']} classes" if result["classes"] else "network without a classifier"
+    assumed = " (assumed: the file does not tell; else say --num-heads)" if result["num_heads_assumed"] else ""
     more = ", mask vector and head beside it" if result["pretraining"] else ""
     console.print(
-        f"{result['architecture']}, {what}, {result['image_size']} px{more}: {parsed.out}\n"
+        f"{result['architecture']}, {what}, {result['image_size']} px, {result['num_heads']} attention heads{assumed}"
+        f"{more}: {parsed.out}\n"
         f'use it: timm.create_model("local-dir:{parsed.out}", pretrained=True)',
         soft_wrap=True,
         markup=False,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_config_flags, add_out_flag, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import PretrainConfig
 
@@ -29,7 +29,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--dataset", default="mnist", choices=("mnist", "fashion-mnist"), help="images to use (default: mnist)"
     )
-    parser.add_argument("--out", metavar="FOLDER", help="the run folder (default: runs/demo, or the next free)")
+    add_out_flag(parser, "the run folder (default: runs/demo, or the next free)", required=False)
     parser.add_argument("--config", default="demo", help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
     add_config_flags(parser, PretrainConfig)

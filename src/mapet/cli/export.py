@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from mapet.cli.flags import add_config_flags, given_values
+from mapet.cli.flags import add_config_flags, add_out_flag, given_values
 from mapet.cli.output import set_up_logging
 from mapet.config import ExportConfig, TimmExportConfig
 
@@ -30,7 +30,7 @@ def add_parser(verbs: Any) -> None:
     for name, (what, config_class, out) in FORMATS.items():
         form = formats.add_parser(name, help=what, description=f"Export a model as {what}.")
         form.add_argument("model", help=config_class.model_fields["model"].description)
-        form.add_argument("--out", required=True, metavar=out, help="what to write; must not be there yet")
+        add_out_flag(form, "what to write; must not be there yet", out)
         form.add_argument("--json", action="store_true", help="print what came of it as JSON")
         add_config_flags(form, config_class, left_out=("model",))
         form.set_defaults(run=run)

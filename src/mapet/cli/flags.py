@@ -4,14 +4,69 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, get_args, get_origin
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic_core import PydanticUndefined
 
 from mapet.cli.recipes import load_recipe, one_length
 from mapet.config import StrictConfig, has_mark
-from mapet.errors import MapetError
+from mapet.errors import MapetError, nearest
+
+# The longest that file systems take is 255, and beside NAME there is .NAME.lock for a while.
+LONGEST_NAME = 255 - len("..lock")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as every other part of the package does: by MapetError."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.set_defaults(parser=self)  # of the innermost verb, when all is parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise MapetError."""
+        raise MapetError(f"{message}; see {self.prog} --help")
+
+    def refuse(self, strange: Sequence[str]) -> NoReturn:
+        """Raise MapetError for arguments that are not known."""
+        flag = next((argument.partition("=")[0] for argument in strange if argument.startswith("-")), "")
+        raise MapetError(
+            f"unrecognized arguments: {' '.join(strange)}; see {self.prog} --help"
+            f"{nearest(flag, self._option_string_actions, most=1)}"
+        )
+
+
+def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        MapetError: for what argparse does not understand.
+    """
+    parsed, strange = parser.parse_known_args(arguments)
+    if strange:
+        parsed.parser.refuse(strange)
+    return parsed
+
+
+def add_out_flag(parser: argparse.ArgumentParser, text: str, metavar: str = "FOLDER", *, required: bool = True) -> None:
+    """Add ``--out``: a name that every part of a command can write, log and put into a file."""
+    parser.add_argument("--out", required=required, metavar=metavar, type=_output_name, help=text)
+
+
+def _output_name(text: str) -> str:
+    try:
+        parts = [part.encode() for part in Path(text).parts or ("",)]
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8; choose another name") from None
+    longest = max(parts, key=len)
+    if len(longest) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(
+            f"the name {longest[:20].decode(errors='ignore')!r}... is {len(longest)} bytes long; choose one of at most "
+            f"{LONGEST_NAME} bytes"
+        )
+    return text
 
 
 def add_job_flags(
@@ -37,7 +92,7 @@ def add_job_flags(
     if model:
         parser.add_argument("model", nargs="?", help=config_class.model_fields["model"].description)
     parser.add_argument("data", nargs="?", help=data)
-    parser.add_argument("--out", required=needs_out, metavar=out_metavar, help=out)
+    add_out_flag(parser, out, out_metavar, required=needs_out)
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
     add_config_flags(parser, config_class, ("model", "data") if model else ("data",))
 

@@ -22,6 +22,21 @@ class ConsoleHandler(logging.Handler):
         self._console.print(Text(prefix + record.getMessage(), style), soft_wrap=True)
 
 
+class Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is new."""
+        message = record.getMessage()
+        new = message not in self._said
+        self._said.add(message)
+        return new
+
+
 def set_up_logging() -> Console:
     """Send the package's log to standard error and return the console for progress beside it."""
     console = Console(stderr=True)
@@ -29,4 +44,6 @@ def set_up_logging() -> Console:
     package.handlers[:] = [ConsoleHandler(console)]
     package.setLevel(logging.INFO)
     package.propagate = False
+    # Where damaged images are named: each pass over the images meets them again.
+    logging.getLogger("mapet.data.batches").filters[:] = [Once()]
     return console

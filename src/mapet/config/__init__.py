@@ -3,7 +3,7 @@
 from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
 from mapet.config.compare import CompareConfig
 from mapet.config.convert import ConvertConfig
-from mapet.config.evaluate import AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
+from mapet.config.evaluate import KNN_TEMPERATURE, AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.config.export import ExportConfig, TimmExportConfig
 from mapet.config.finetune import FinetuneConfig
 from mapet.config.groups import InferenceKeys, KMeansKeys, ModelKeys, TrainKeys
@@ -13,6 +13,7 @@ from mapet.config.segment import SegmentConfig
 from mapet.config.tokenizer import CheckConfig, EncodeConfig, FitConfig, ReportConfig, VQKDConfig
 
 __all__ = [
+    "KNN_TEMPERATURE",
     "AttentiveConfig",
     "CheckConfig",
     "ClassifyConfig",

@@ -51,10 +51,13 @@ def make_config(config_class: type[Config], values: dict[str, Any], origin: str 
         if first["type"] == "extra_forbidden":
             hint = nearest(key, config_class.model_fields) or "; see --help"
             raise MapetError(f"{origin} has the unknown key {key!r}{hint}") from None
-        if first["type"] == "missing" and key in config_class.model_fields:
-            what = config_class.model_fields[key].description
-            raise MapetError(f"{origin} lacks {key!r}: {what}") from None
+        if first["type"] == "missing":
+            field = config_class.model_fields.get(key)
+            what = f": {field.description}" if field and field.description else ""
+            raise MapetError(f"{origin} lacks {key!r}{what}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "string_unicode":
+            message = "not valid UTF-8; rename it, or link to it by another name"
         message = message[0].lower() + message[1:]
         where = f"{key} = {first['input']!r}: " if key else ""
         raise MapetError(f"{origin} is wrong: {where}{message}") from None

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mapet.config.base import Common, StrictConfig
-from mapet.config.groups import InferenceKeys
+from mapet.config.groups import BatchSize, Count, InferenceKeys, LearningRate, WeightDecay
 
-Rates = Annotated[tuple[Annotated[float, Field(gt=0, le=1e3)], ...], Field(min_length=1)]
-Decays = Annotated[tuple[Annotated[float, Field(ge=0, le=1e3)], ...], Field(min_length=1)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Rates = Annotated[tuple[LearningRate, ...], Field(min_length=1)]
+Decays = Annotated[tuple[WeightDecay, ...], Field(min_length=1)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
+
+KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
 
 
 class FeatureKeys(InferenceKeys):
@@ -28,13 +30,16 @@ class FeatureKeys(InferenceKeys):
 class HeadKeys(StrictConfig):
     """How the heads of a probe are trained."""
 
-    steps: int | None = Field(
-        None, ge=1, description="optimiser steps; default: 2000, or 10 passes if that is more", json_schema_extra=Common
+    steps: Count | None = Field(
+        None, description="optimiser steps; default: 2000, or 10 passes if that is more", json_schema_extra=Common
     )
     seeds: int = Field(
-        3, ge=1, description="repetitions, from --seed upwards: other initial weights, order and held-out images",
+        3,
+        ge=1,
+        le=100,
+        description="repetitions, from --seed upwards: other initial weights, order and held-out images",
         json_schema_extra=Common,
-    )  # fmt: skip
+    )
 
 
 class KNNConfig(FeatureKeys):
@@ -45,7 +50,7 @@ class KNNConfig(FeatureKeys):
         description="numbers of neighbours; chosen from on held-out training images",
         json_schema_extra=Common,
     )
-    temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
+    temperature: float = Field(KNN_TEMPERATURE, gt=0, description="neighbours vote with exp(similarity / temperature)")
 
 
 class LinearConfig(HeadKeys, FeatureKeys):
@@ -55,15 +60,21 @@ class LinearConfig(HeadKeys, FeatureKeys):
     weight_decay: Decays = Field(
         (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), description="weight decays to choose from; 1 / (C n) of scikit-learn's C"
     )
-    probe_batch: int = Field(512, ge=1, description="images per step of the probe")
+    probe_batch: BatchSize = Field(512, description="images per step of the probe")
 
 
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps; default: 2000, or 300 passes if that is less, or 10 passes if that is more",
+        json_schema_extra=Common,
+    )
     lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from")
     weight_decay: Decays = Field((0.01,), description="weight decays to choose from")
-    probe_batch: int = Field(256, ge=1, description="images per step of the probe")
+    probe_batch: BatchSize = Field(256, description="images per step of the probe")
 
 
 class ClassifyConfig(InferenceKeys):

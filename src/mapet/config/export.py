@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from mapet.config.base import Common
-from mapet.config.groups import ModelKeys
+from mapet.config.groups import Count, ModelKeys
 
 
 class ExportConfig(ModelKeys):
@@ -18,7 +18,7 @@ class ExportConfig(ModelKeys):
         "demo set; default: those of the run, else mnist",
         json_schema_extra=Common,
     )
-    check_images: int = Field(100, ge=1, description="how many of them are compared", json_schema_extra=Common)
+    check_images: Count = Field(100, description="how many of them are compared", json_schema_extra=Common)
     tolerance: float = Field(
         1e-4, ge=0, description="largest absolute difference between outputs that is let pass", json_schema_extra=Common
     )

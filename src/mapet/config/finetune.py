@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, Free
-from mapet.config.groups import ModelKeys, TrainKeys
+from mapet.config.groups import BatchSize, Count, LearningRate, LeastRate, ModelKeys, TrainKeys
+from mapet.errors import MapetError
 
 
 class FinetuneConfig(TrainKeys, ModelKeys):
@@ -25,31 +25,28 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     label_share: float | None = Field(
         None,
         gt=0,
-        lt=1,
-        description="share of each class's labels that is used, at least one",
+        le=1,
+        description="share of each class's labels that is used, at least one; 1: all",
         json_schema_extra=Common,
     )
-    labels_per_class: int | None = Field(
-        None, ge=1, description="labels of each class that are used; default: all", json_schema_extra=Common
+    labels_per_class: Count | None = Field(
+        None, description="labels of each class that are used; default: all", json_schema_extra=Common
     )
-    steps: int | None = Field(None, ge=1, description="optimiser steps, instead of --epochs; without both 100 epochs",
+    steps: Count | None = Field(None, description="optimiser steps, instead of --epochs; without both 100 epochs",
                               json_schema_extra=Common)  # fmt: skip
-    batch_size: int = Field(
+    batch_size: BatchSize = Field(
         512,
-        ge=1,
         description="images per optimiser step, over all devices; if not given, fewer for fewer than 5,120 images, so "
-        "that an epoch has ten steps",
+        "that an epoch has ten steps or more",
         json_schema_extra=Common,
     )
-    lr: float | None = Field(
+    lr: LearningRate | None = Field(
         None,
-        gt=0,
-        le=1e30,
         description="peak learning rate; by default upstream's 5e-4 at batch 512, scaled by the square root of the "
-        "batch size",
+        "batch size, of 32 images at least",
         json_schema_extra=Common,
     )
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    min_lr: LeastRate = Field(1e-6, description="learning rate at the end of the cosine")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the run that warms up")
     layer_decay: float | None = Field(
         0.65,
@@ -73,15 +70,14 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     )
     color_jitter: float = Field(0.4, ge=0, le=1, description="colour jitter, where there is no --augment")
     erasing: float = Field(0.25, ge=0, le=1, description="probability of erasing a rectangle")
-    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0: none")
-    cutmix: float = Field(1.0, ge=0, description="alpha of cutmix, which alternates with mixup; 0: none")
+    mixup: float = Field(0.8, ge=0, le=1e3, description="alpha of mixup; 0: none")
+    cutmix: float = Field(1.0, ge=0, le=1e3, description="alpha of cutmix, which alternates with mixup; 0: none")
     smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="moving average of the weights, which is then measured and exported, as 0.9999"
     )
-    eval_every: int | None = Field(
+    eval_every: Count | None = Field(
         None,
-        ge=1,
         description="epochs between measurements on the test part (and one at the end); default: a tenth of the run",
         json_schema_extra=Free,
     )
@@ -106,15 +102,23 @@ class FinetuneConfig(TrainKeys, ModelKeys):
 
     @property
     def peak_lr(self) -> float:
-        """The given peak learning rate, or upstream's scaled by the square root of the batch size."""
-        return self.lr if self.lr is not None else 5e-4 * math.sqrt(self.batch_size / 512)
+        """The given peak learning rate, or upstream's scaled to the batch size."""
+        return self.lr if self.lr is not None else 5e-4 * self.lr_scale(512)
 
-    def resolve(self, images: int) -> Self:
+    @property
+    def images_together(self) -> int:
+        """What the size of a micro-batch must be a multiple of: mixup and cutmix pair images."""
+        return 2 if self.mixup or self.cutmix else 1
+
+    def resolve(self, images: int, processes: int = 1) -> Self:
         """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
-        whole = self
-        if "batch_size" not in self.model_fields_set and images < 10 * self.batch_size:
-            power_of_two = 1 << max(1, (images // 10).bit_length() - 1)
-            whole = self.model_copy(update={"batch_size": power_of_two})
-        config = super(FinetuneConfig, whole).resolve(images)
+        config = super().resolve(images, processes)
+        parts = processes * self.accumulate
+        together = config.batch_size // parts
+        if together % self.images_together:
+            raise MapetError(
+                f"mixup and cutmix pair the images of a batch, so {together} at a time is odd; take --batch-size "
+                f"{config.batch_size + parts}, or --mixup 0 --cutmix 0"
+            )
         epochs = config.total_steps(images) // (images // config.batch_size)
         return config.model_copy(update={"eval_every": self.eval_every or max(1, epochs // 10)})

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mapet.config.base import Common
-from mapet.config.groups import InferenceKeys
+from mapet.config.groups import Count, InferenceKeys
 
 FeatureKind = Literal["pooled", "class", "mean", "patches"]
 
@@ -30,6 +30,6 @@ class EmbedConfig(InferenceKeys):
 class PredictConfig(InferenceKeys):
     """Classes of images, in a table."""
 
-    top: int = Field(
-        1, ge=1, description="classes to be named for each image, the most probable first", json_schema_extra=Common
+    top: Count = Field(
+        1, description="classes to be named for each image, the most probable first", json_schema_extra=Common
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, Free
-from mapet.config.groups import InputKeys, KMeansKeys, TrainKeys, ViewKeys
+from mapet.config.groups import Count, InputKeys, KMeansKeys, Pixels, TrainKeys, ViewKeys
+
+MOST_MODEL_ARGUMENT = 2**14  # a depth or a width
 
 
 class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
@@ -26,7 +28,7 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     model: str = Field(
         "vit_small_patch16_224", description="a timm Vision Transformer by name", json_schema_extra=Common
     )
-    image_size: int = Field(224, ge=1, description="side of the square input in pixels", json_schema_extra=Common)
+    image_size: Pixels = Field(224, description="side of the square input in pixels", json_schema_extra=Common)
     tokenizer: str | None = Field(
         None,
         min_length=1,
@@ -47,15 +49,16 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         json_schema_extra=Common,
     )
 
-    patch_size: int | None = Field(None, ge=1, description="side of a patch in pixels; default: the model's")
+    patch_size: Pixels | None = Field(None, description="side of a patch in pixels; default: the model's")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
-    layer_scale: float | None = Field(0.1, gt=0, description="initial LayerScale; null (flag: none): the model's own")
+    layer_scale: float | None = Field(
+        0.1, gt=0, le=1e3, description="initial LayerScale; null (flag: none): the model's own"
+    )
     model_args: dict[str, int | float | bool | str] = Field(
         default_factory=dict, description="further arguments of timm's VisionTransformer, as depth=4 embed_dim=128"
     )
-    context_tokens: int | None = Field(
+    context_tokens: Count | None = Field(
         None,
-        ge=1,
         description="tokens given, class and register tokens included; default: the objective's (mapet: a quarter)",
     )
     order: str | None = Field(
@@ -81,9 +84,15 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         description="labelled images to measure k-NN and a linear probe on: class folders, or a demo set",
         json_schema_extra=Free,
     )
-    eval_every: int = Field(
-        10, ge=1, description="epochs between evaluations (and one at the end)", json_schema_extra=Free
-    )
+    eval_every: Count = Field(10, description="epochs between evaluations (and one at the end)", json_schema_extra=Free)
+
+    @field_validator("model_args")
+    @classmethod
+    def _no_absurd_sizes(cls, arguments: dict[str, int | float | bool | str]) -> dict[str, int | float | bool | str]:
+        for name, value in arguments.items():
+            if isinstance(value, int) and value > MOST_MODEL_ARGUMENT:
+                raise ValueError(f"{name} is {value}; take at most {MOST_MODEL_ARGUMENT}")
+        return arguments
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -110,6 +119,6 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         """Per-channel deviation of the student's input."""
         return self.std or ((0.229, 0.224, 0.225) if self.channels == 3 else (0.226,))
 
-    def resolve(self, images: int) -> Self:
+    def resolve(self, images: int, processes: int = 1) -> Self:
         """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
-        return super().resolve(images).model_copy(update={"mean": self.input_mean, "std": self.input_std})
+        return super().resolve(images, processes).model_copy(update={"mean": self.input_mean, "std": self.input_std})

@@ -7,7 +7,16 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mapet.config.base import Common, StrictConfig
-from mapet.config.groups import DataKeys, NetworkKeys, PrecisionKeys
+from mapet.config.groups import (
+    BatchSize,
+    Count,
+    DataKeys,
+    Epochs,
+    LearningRate,
+    NetworkKeys,
+    PrecisionKeys,
+    WeightDecay,
+)
 
 
 class MaskKeys(StrictConfig):
@@ -21,7 +30,7 @@ class MaskKeys(StrictConfig):
         json_schema_extra=Common,
     )
     ignore_index: int | None = Field(
-        255, ge=0, description="value of pixels that are of no class; none: there is no such value"
+        255, ge=0, lt=2**32, description="value of pixels that are of no class; none: there is no such value"
     )
     reduce_zero_label: bool | None = Field(
         None,
@@ -45,15 +54,15 @@ class SegmentConfig(MaskKeys, NetworkKeys, PrecisionKeys, DataKeys):
     seeds: int = Field(
         1, ge=1, le=100, description="so many heads, from --seed on: the mean and the spread", json_schema_extra=Common
     )
-    batch_size: int = Field(
-        16, ge=1, description="crops a training step; in evaluation windows at a time", json_schema_extra=Common
+    batch_size: BatchSize = Field(
+        16, description="crops a training step; in evaluation windows at a time", json_schema_extra=Common
     )
-    epochs: int | None = Field(
-        None, ge=1, description="passes over the training images; default: 20, or see --steps", json_schema_extra=Common
+    epochs: Epochs | None = Field(
+        None, description="passes over the training images; default: 20, or see --steps", json_schema_extra=Common
     )
-    steps: int | None = Field(None, ge=1, description="training steps, instead of --epochs", json_schema_extra=Common)
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW", json_schema_extra=Common)
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW's weight decay")
+    steps: Count | None = Field(None, description="training steps, instead of --epochs", json_schema_extra=Common)
+    lr: LearningRate = Field(1e-3, description="peak learning rate of AdamW", json_schema_extra=Common)
+    weight_decay: WeightDecay = Field(1e-4, description="AdamW's weight decay")
     warmup: float = Field(0.0375, ge=0, lt=1, description="share of the training that warms up")
     crop_min: float = Field(
         0.2, gt=0, le=1, description="least area of a training crop, as a share of what a window shows in evaluation"
@@ -67,6 +76,7 @@ class SegmentConfig(MaskKeys, NetworkKeys, PrecisionKeys, DataKeys):
     short_side: int | None = Field(
         None,
         ge=1,
+        le=2**14,
         description="slide: what an image's shorter side is resized to, in pixels; at least, and by default, the "
         "input's",
     )

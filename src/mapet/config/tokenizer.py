@@ -7,7 +7,17 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mapet.config.base import Common, StrictConfig
-from mapet.config.groups import InputKeys, KMeansKeys, PatchKeys, TeacherKeys, TokenizerKeys, TrainKeys, ViewKeys
+from mapet.config.groups import (
+    BatchSize,
+    InputKeys,
+    KMeansKeys,
+    PatchKeys,
+    TeacherKeys,
+    TokenizerKeys,
+    TrainKeys,
+    ViewKeys,
+    VocabSize,
+)
 
 
 class FitConfig(PatchKeys, KMeansKeys, InputKeys):
@@ -26,7 +36,7 @@ class FitConfig(PatchKeys, KMeansKeys, InputKeys):
         le=1,
         description="fit on random crops that cover at least this share of an image; default: on the centre square",
     )
-    batch_size: int = Field(64, ge=1, description="images at a time, per process")
+    batch_size: BatchSize = Field(64, description="images at a time, per process")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -43,7 +53,7 @@ class EncodeConfig(ViewKeys, TokenizerKeys):
         8, ge=1, le=10_000, description="distinct crops of each image, so that augmentation stays possible",
         json_schema_extra=Common,
     )  # fmt: skip
-    batch_size: int = Field(64, ge=1, description="views at a time, per process")
+    batch_size: BatchSize = Field(64, description="views at a time, per process")
 
 
 class ReportConfig(TokenizerKeys):
@@ -79,11 +89,13 @@ class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys, InputKeys):
         "earlier run",
         json_schema_extra=Common,
     )
-    vocab_size: int = Field(8192, ge=2, description="how many ids", json_schema_extra=Common)
-    code_dim: int = Field(32, ge=1, description="width of a code")
-    embed_dim: int = Field(768, ge=1, description="width of encoder and decoder; a multiple of 64, or of the heads")
-    depth: int = Field(12, ge=1, description="blocks of the encoder")
-    num_heads: int = Field(12, ge=1, description="attention heads")
+    vocab_size: VocabSize = Field(8192, description="how many ids", json_schema_extra=Common)
+    code_dim: int = Field(32, ge=1, le=2**14, description="width of a code")
+    embed_dim: int = Field(
+        768, ge=1, le=2**14, description="width of encoder and decoder; a multiple of 64, or of the heads"
+    )
+    depth: int = Field(12, ge=1, le=1000, description="blocks of the encoder")
+    num_heads: int = Field(12, ge=1, le=2**10, description="attention heads")
     decoder_depth: Literal[1, 3] = Field(3, description="blocks of the decoder")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="how slowly codes follow the patches they stand for")
     crop_min: float = Field(0.2, gt=0, le=1, description="least share of the image that a random crop covers")

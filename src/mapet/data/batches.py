@@ -7,9 +7,11 @@ import logging
 import multiprocessing.util
 import random
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypedDict
 
 import torch
@@ -232,10 +234,18 @@ atexit.register(_end_workers)
 
 def ignore_stops(worker: int) -> None:
     """Leave it to the main process to end a loading process."""
-    # Ctrl-C reaches every process of a terminal, SLURM's SIGTERM every process of a job. The main one decides when
-    # to stop, and until then needs batches; workers end with it by themselves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and hanging up reach every process of a terminal, SLURM's SIGTERM every process of a job. The main one
+    # decides when to stop, and until then needs batches; workers end with it by themselves.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.excepthook = _silent_when_left
+
+
+def _silent_when_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a main process that stopped while a batch was handed over to it; that is not the worker's news."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

@@ -6,6 +6,7 @@ metrics.jsonl        a line per logged step
 tensorboard/         the same as TensorBoard events
 tokenizer/           the fitted tokenizer
 baseline.json        what can be had without looking at the images
+origin.json          what the run says of itself that this one began with
 checkpoints/last/    everything needed to continue
 exported/            the backbone, for timm
 figures/             pictures
@@ -31,6 +32,8 @@ from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
 
+LAUNCHERS_LOGS = (".err", ".log", ".out")
+
 
 class RunFolder:
     """Paths of a run, below ``root``."""
@@ -45,32 +48,45 @@ class RunFolder:
         self.tensorboard = self.root / "tensorboard"
         self.tokenizer = self.root / "tokenizer"
         self.baseline = self.root / "baseline.json"
+        self.origin = self.root / "origin.json"
         self.checkpoint = self.root / "checkpoints" / "last"
         self.exported = self.root / "exported"
         self.figures = self.root / "figures"
         self.results = self.root / "results.json"
         self.lock: FileLock | None = None
 
+    def check(self) -> None:
+        """Refuse a folder that is neither absent, nor empty, nor a run's.
+
+        Raises:
+            MapetError: for a file, or a folder of other things.
+        """
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise MapetError(f"output {self.root} is a file; choose a folder with --out")
+        # What a run that was refused may leave, and what a launcher writes there before the run begins, as SLURM does.
+        left = {".lock", ".writable", self.log.name}
+        foreign = sorted(
+            path.name for path in self.root.iterdir() if path.name not in left and path.suffix not in LAUNCHERS_LOGS
+        )
+        # Looked for last, for another process of this run may be making it.
+        if foreign and not self.config.exists():
+            raise MapetError(
+                f"output folder {self.root} holds {foreign[0]!r}, but no run; choose a new or empty folder with --out"
+            )
+
     def open(self, *, resume: bool) -> None:
         """Create the folder, or accept an existing run to be resumed.
 
         Raises:
-            MapetError: if it cannot be written to, is a file, or holds a run that is not to be resumed.
+            MapetError: if it cannot be written to, holds other things, or a run that is not to be resumed.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise MapetError(f"output {self.root} is a file; choose a folder with --out")
-        if self.config.exists():
-            if not resume:
-                raise MapetError(
-                    f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
-                )
-        else:
-            # config.yaml is the first that a run writes of these, so without it they are somebody else's.
-            # Of a tokenizer, of a token store, of an exported model.
-            others = [self.root / name for name in ("tokenizer.json", "header.json", "config.json")]
-            for path in (self.tokenizer, self.baseline, self.checkpoint.parent, self.exported, self.metrics, *others):
-                if path.exists():
-                    raise MapetError(f"output folder {self.root} holds {path.name!r}, but no run; choose another --out")
+        self.check()
+        if self.config.exists() and not resume:
+            raise MapetError(
+                f"output folder {self.root} already holds a run; pass --resume to continue it, or another --out"
+            )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".writable"
@@ -110,7 +126,7 @@ class RunFolder:
             self.lock.release()
 
     def metric_lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole lines of metrics.jsonl; a last line cut short by a kill is passed over."""
+        """Yield the whole lines of metrics.jsonl, numbers by name; a last line cut short by a kill is passed over."""
         if not self.metrics.exists():
             return
         with self.metrics.open(errors="replace") as lines:
@@ -118,16 +134,33 @@ class RunFolder:
                 if line.endswith("\n"):
                     try:
                         record = json.loads(line)
-                        int(record["step"])
-                    except (ValueError, TypeError, KeyError):
-                        logger.warning("passed over line %d of %s, which is damaged", number, self.metrics)
-                    else:
+                    except ValueError:
+                        record = None
+                    if _is_record(record):
                         yield record
+                    else:
+                        logger.warning("passed over line %d of %s, which is damaged", number, self.metrics)
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will compute again."""
         kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
         replace_file(self.metrics, "".join(kept))
+
+
+def _is_record(content: object) -> bool:
+    """Whether a line of metrics.jsonl is a step's numbers by name."""
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("step"), int)
+        and all(isinstance(value, int | float | None) for value in content.values())
+    )
+
+
+def run_of(model: str | Path) -> RunFolder | None:
+    """Return the run that a model is: its folder, or the one whose ``exported/`` is named; None if it is of no run."""
+    folder = Path(str(model).removeprefix("local-dir:"))
+    places = [folder, folder.parent] if folder.name == "exported" else [folder]
+    return next((run for run in map(RunFolder, places) if run.config.is_file()), None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Stopping politely: on SIGTERM or SIGINT the step in progress ends and is saved."""
+"""Stopping politely: on SIGTERM, SIGINT or SIGHUP the step in progress ends and is saved."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT sets ``signal``; a second one acts as it always does.
+    """While entered, the first SIGTERM, SIGINT or SIGHUP sets ``signal``; a second one acts as it always does.
 
     A signal that the process ignores stays ignored. Outside the main thread, where Python delivers no signals, it is
     never requested.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)))
 
     def __init__(self) -> None:
         self.signal: int | None = None

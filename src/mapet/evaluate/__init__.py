@@ -1,6 +1,6 @@
 """What a network is worth: k-NN, linear and attentive probes, classification, segmentation."""
 
-from mapet.evaluate.attentive import fit_attentive
+from mapet.evaluate.attentive import MOST_PASSES, fit_attentive
 from mapet.evaluate.classifier import score_classifier
 from mapet.evaluate.during import probe_evaluator
 from mapet.evaluate.features import Features, extract_features
@@ -9,10 +9,19 @@ from mapet.evaluate.knn import KNNResult, evaluate_knn
 from mapet.evaluate.linear import fit_linear
 from mapet.evaluate.metrics import Scores, per_class, score
 from mapet.evaluate.rows import Row, probe_row
-from mapet.evaluate.segmentation import HEADS, Confusion, HeadRecipe, build_head, predict_classes, train_head
+from mapet.evaluate.segmentation import (
+    HEADS,
+    Confusion,
+    HeadRecipe,
+    build_head,
+    patch_maps,
+    predict_classes,
+    train_head,
+)
 
 __all__ = [
     "HEADS",
+    "MOST_PASSES",
     "Confusion",
     "Features",
     "HeadRecipe",
@@ -29,6 +38,7 @@ __all__ = [
     "fit_attentive",
     "fit_linear",
     "grid",
+    "patch_maps",
     "per_class",
     "predict_classes",
     "probe_evaluator",

@@ -13,6 +13,7 @@ from mapet.evaluate.features import Features
 from mapet.evaluate.heads import Setting, Training, cross_entropy
 
 HEAD_WIDTH = 64  # of an attention head
+MOST_PASSES = 300
 
 
 class AttentiveHead(nn.Module):

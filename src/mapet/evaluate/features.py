@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -115,14 +117,21 @@ def extract_features(
 
 
 def _on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
-    needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(file.parent).free
-    # Checked now: a mapped file for which there is no room kills the process without a word.
-    if needed > free:
+    needed = 2 * int(np.prod(shape))
+    # Reserved now: a mapped file that grows where there is no room kills the process without a word.
+    try:
+        free = shutil.disk_usage(file.parent).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{free / 2**30:.1f} GiB are free")
+        with file.open("wb") as fresh:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fresh.fileno(), 0, needed)
+        return np.memmap(file, np.float16, "r+", shape=shape)
+    except OSError as error:
         raise MapetError(
-            f"the features take {needed / 2**30:.1f} GiB in the temporary folder {file.parent}, where "
-            f"{free / 2**30:.1f} GiB are free; set TMPDIR to a larger disk, or take a smaller --image-size"
-        )
-    return np.memmap(file, np.float16, "w+", shape=shape)
+            f"the features take {needed / 2**30:.2g} GiB in the temporary folder {file.parent}, which cannot hold them "
+            f"({error.strerror}); set TMPDIR to a larger disk, or take a smaller --image-size"
+        ) from error
 
 
 def hold_out(y: IntArray, seed: int) -> tuple[IntArray, IntArray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -16,7 +16,7 @@ from mapet.errors import MapetError
 from mapet.evaluate.features import Features, hold_out
 from mapet.evaluate.metrics import MOST_GUESSES, IntArray, Scores, score
 
-LEAST_STEPS, LEAST_PASSES = 2000, 10
+USUAL_STEPS, LEAST_PASSES = 2000, 10
 PREDICTED_AT_A_TIME = 1024
 
 
@@ -37,18 +37,23 @@ class Training:
         device: where.
         steps: optimiser steps; None: 2,000, or ten passes over the images if that is more.
         batch_size: images a step, or all if they are fewer.
-        show: is told how many steps are done.
+        most_passes: over few images, for which 2,000 steps would be more; None: they are taken.
+        show: is told how many steps are done, of twice as many in ``evaluate_probe``.
     """
 
     seed: int
     device: torch.device
     steps: int | None = None
     batch_size: int = 512
+    most_passes: int | None = None
     show: Callable[[int], None] = lambda done: None
 
     def steps_for(self, images: int) -> int:
         """Optimiser steps for so many images."""
-        return self.steps or max(LEAST_STEPS, LEAST_PASSES * images // self.batch_size)
+        steps = USUAL_STEPS
+        if self.most_passes is not None:
+            steps = min(steps, self.most_passes * images // min(self.batch_size, images))
+        return self.steps or max(steps, LEAST_PASSES * images // self.batch_size)
 
     def batches(self, features: Features) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the ``(features, labels)`` of every step, on the device; each pass shows every image once."""
@@ -106,6 +111,9 @@ def evaluate_probe(
     Raises:
         MapetError: if every head diverged.
     """
+    # Equally long, so that what is chosen suits what it is chosen for.
+    steps = training.steps_for(len(train))
+    training = replace(training, steps=steps)
     rest, kept = (train.subset(indices) for indices in hold_out(train.y, training.seed))
     accuracy, loss = _measure(fit(rest, settings, training), kept, training)
     if not loss.isfinite().any():
@@ -115,7 +123,8 @@ def evaluate_probe(
     # Of equally accurate heads the surer one.
     best = min(range(len(settings)), key=lambda i: (-float(accuracy[i]), float(loss[i])))
     held_out = {setting: max(0.0, float(value)) for setting, value in zip(settings, accuracy, strict=True)}
-    guesses = predict(fit(train, [settings[best]], training), test, training)
+    last = replace(training, show=lambda done: training.show(steps + done))
+    guesses = predict(fit(train, [settings[best]], last), test, training)
     return ProbeResult(settings[best], held_out, score(test.y, guesses, train.classes))
 
 

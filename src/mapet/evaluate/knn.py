@@ -14,7 +14,6 @@ from mapet.errors import MapetError
 from mapet.evaluate.features import Features, FloatArray, hold_out
 from mapet.evaluate.metrics import MOST_GUESSES, IntArray, Scores, score
 
-NEIGHBOURS, TEMPERATURE = (1, 5, 10, 20, 50, 100, 200), 0.07
 CHUNK_BYTES = 256 * 2**20  # of similarities at a time
 
 # Far below what float32 features mean. Rounded so, copies of an image are equally near, which the sums of a matrix
@@ -42,9 +41,9 @@ class KNNResult:
 def evaluate_knn(
     train: Features,
     test: Features,
-    neighbours: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    seed: int = 0,
+    neighbours: Sequence[int],
+    temperature: float,
+    seed: int,
 ) -> KNNResult:
     """Choose the number of neighbours on held-out training images, then classify the test images with all others.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mapet.config import KNN_TEMPERATURE
 from mapet.data import ImageSet, PlainView
 from mapet.evaluate.features import extract_features
 from mapet.evaluate.heads import Setting, Training, predict
-from mapet.evaluate.knn import TEMPERATURE, classify
+from mapet.evaluate.knn import classify
 from mapet.evaluate.linear import fit_linear
 from mapet.evaluate.metrics import score
 
@@ -40,7 +41,7 @@ def probe_row(
     )
     model.train(training)
     k = min(NEIGHBOURS, len(seen))
-    nearest = classify(seen.x, seen.y, unseen.x, [k], TEMPERATURE, len(seen.classes))[k]
+    nearest = classify(seen.x, seen.y, unseen.x, [k], KNN_TEMPERATURE, len(seen.classes))[k]
     probe = Training(seed=0, device=device, steps=STEPS)
     with torch.enable_grad():  # the training loop measures without
         heads = fit_linear(seen, [SETTING], probe)

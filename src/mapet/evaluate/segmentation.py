@@ -66,10 +66,14 @@ class HeadRecipe:
 
 @torch.no_grad()
 def patch_maps(opened: OpenModel, images: Tensor, precision: str = "no") -> Tensor:
-    """Return the frozen features of normalised ``(B, C, H, W)`` images as ``(B, D, rows, columns)`` float32 maps."""
+    """Return the frozen features of normalised ``(B, C, H, W)`` images as ``(B, D, rows, columns)`` float32 maps.
+
+    Raises:
+        MapetError: if the model has no grid of patches.
+    """
     with autocast(opened.device, precision):
         tokens = read_tokens(opened.network, images.to(opened.device, non_blocking=True))
-    maps: Tensor = tokens.patches.float().transpose(1, 2).unflatten(2, tokens.grid)
+    maps: Tensor = tokens.choose("patches").float().transpose(1, 2).unflatten(2, tokens.grid)
     return maps
 
 

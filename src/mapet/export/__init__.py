@@ -1,6 +1,6 @@
 """Getting a trained model out: for timm and the hub, for ONNX Runtime, for torch.export."""
 
-from mapet.export.card import model_card, read_run
+from mapet.export.card import model_card, read_origin, read_run
 from mapet.export.check import Agreement, compare
 from mapet.export.onnx import read_onnx, require_onnx, write_onnx
 from mapet.export.program import read_program, write_program
@@ -12,6 +12,7 @@ __all__ = [
     "export_network",
     "model_card",
     "read_onnx",
+    "read_origin",
     "read_program",
     "read_run",
     "require_onnx",

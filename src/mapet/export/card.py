@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mapet import __version__
 from mapet.config import read_recipe
-from mapet.engine import RunFolder, read_state
+from mapet.engine import RunFolder, read_state, run_of
 from mapet.errors import MapetError
 from mapet.export.inputs import output_name
 from mapet.inference import OpenModel
@@ -54,6 +54,7 @@ class RunRecord:
         metrics: loss, its parts and accuracy averaged over the last 100 records, others as they were last.
         baseline: what can be had without looking at the images; empty if not measured.
         results: of an evaluation; empty if there was none.
+        origin: of the run that this one began with, the same, and its name as ``run``; empty if it began with none.
     """
 
     config: Mapping[str, Any]
@@ -62,6 +63,7 @@ class RunRecord:
     metrics: Mapping[str, float]
     baseline: Mapping[str, Any]
     results: Mapping[str, Any]
+    origin: Mapping[str, Any]
 
 
 def read_run(source: str | Path) -> RunRecord | None:
@@ -74,7 +76,7 @@ def read_run(source: str | Path) -> RunRecord | None:
     if not folder.config.is_file():
         return None
     try:
-        images = read_state(folder.checkpoint)["made_from"].get("images")
+        images = read_state(folder.checkpoint).made_from.images
     except MapetError:  # the checkpoint may have been removed to save space
         images = None
     records = list(folder.metric_lines())
@@ -85,7 +87,22 @@ def read_run(source: str | Path) -> RunRecord | None:
         _last_metrics(records),
         _read_mapping(folder.baseline),
         _without_places(_read_mapping(folder.results)),
+        _read_mapping(folder.origin),
     )
+
+
+def read_origin(model: str | Path) -> dict[str, Any] | None:
+    """Return what a model's run says of itself, JSON-able, to be kept by a run that begins with it.
+
+    Args:
+        model: see ``engine.run_of``; None is returned if it is of no run.
+
+    Raises:
+        MapetError: if its configuration cannot be read.
+    """
+    run = run_of(model)
+    record = None if run is None else read_run(run.root)
+    return None if run is None or record is None else {"run": run.root.resolve().name, **asdict(record)}
 
 
 def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str, *, untrained: bool = False) -> str:
@@ -114,8 +131,14 @@ def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str
     if license == "unknown":
         parts.append("## Licence\n\nNo licence has been chosen. Name one under `license:` at the top of this file.")
     if run is not None:
-        settings = {key: value for key, value in run.config.items() if value is not None}
-        parts.append(f"## Configuration\n\n{_fenced('yaml', _yaml(settings))}")
+        parts.append(f"## Configuration\n\n{_fenced('yaml', _yaml(_said(run.config)))}")
+        origin = run.origin
+        while origin:
+            parts.append(
+                f"## Configuration of the run {_cell(origin['run'])}, which came before\n\n"
+                f"{_fenced('yaml', _yaml(_said(origin['config'])))}"
+            )
+            origin = origin["origin"]
         if run.results:
             parts.append(f"## Results\n\n{_fenced('yaml', _yaml(run.results))}")
         parts.append(f"## Citation\n\nmapet implements the pre-training of\n\n{_fenced('bibtex', CITATION)}")
@@ -134,7 +157,16 @@ def _summary(opened: OpenModel, run: RunRecord | None, untrained: bool) -> str:
         return (
             f"{what}, pre-trained by the objective `{run.config['objective']}` on the images of {data}, without labels."
         )
-    return f"{what}, trained on the images of {data}."
+    return f"{what}, trained on the images of {data}{_after(run.origin)}."
+
+
+def _after(origin: Mapping[str, Any]) -> str:
+    """Say what came before a run."""
+    if not origin:
+        return ""
+    config = origin["config"]
+    how = f" by the objective `{config['objective']}`" if "objective" in config else ""
+    return f" after `{_cell(origin['run'])}`, which was trained{how} on the images of {_cell(str(config['data']))}"
 
 
 def _facts(opened: OpenModel, run: RunRecord | None) -> list[tuple[str, str]]:
@@ -153,13 +185,34 @@ def _facts(opened: OpenModel, run: RunRecord | None) -> list[tuple[str, str]]:
         facts.append(("trained on", f"{config.get('data', '?')}{images}"))
         facts += [(key, str(config[key])) for key in ("model", "objective", "tokenizer") if config.get(key) is not None]
         if run.last:
-            epoch = run.last.get("epoch")
-            epochs = f", {epoch:.4g} epochs" if isinstance(epoch, int | float) else ""
-            facts.append(("length", f"{run.last['step'] + 1:,} steps{epochs}"))
+            facts.append(("length", _length(run.last)))
+        facts += _facts_before(run.origin)
         facts += [(AVERAGED.get(key, key), f"{value:.4g}") for key, value in run.metrics.items()]
-        facts += [(what, f"{run.baseline[key]:.4g}") for key, what in BLIND.items() if key in run.baseline]
+        blind = {what: run.baseline.get(key) for key, what in BLIND.items()}
+        facts += [(what, f"{value:.4g}") for what, value in blind.items() if isinstance(value, int | float)]
     facts.append(("exported by", f"mapet {__version__}, torch {torch.__version__}, timm {timm.__version__}"))
     return facts
+
+
+def _facts_before(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what led to the weights that a run began with, the latest first."""
+    if not origin:
+        return []
+    config, images = origin["config"], origin["images"]
+    parts = [f"the images of {config['data']}" + ("" if images is None else f" ({images:,})")]
+    parts += [f"{key} {config[key]}" for key in ("objective", "tokenizer") if config.get(key) is not None]
+    parts += [_length(origin["last"])] if origin["last"] else []
+    return [(f"before that, {origin['run']}", ", ".join(parts)), *_facts_before(origin["origin"])]
+
+
+def _length(last: Mapping[str, Any]) -> str:
+    """Say how long a run was by the last record of its metrics."""
+    epoch = last.get("epoch")
+    return f"{last['step'] + 1:,} steps" + (f", {epoch:.4g} epochs" if isinstance(epoch, int | float) else "")
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _snippet(opened: OpenModel) -> str:

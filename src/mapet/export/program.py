@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -37,14 +38,12 @@ def write_program(opened: OpenModel, file: Path) -> None:
     """Write a model's program; the archive's ``mapet.json`` holds what ``describe_inputs`` says.
 
     Raises:
-        MapetError: if it cannot be traced or written.
+        MapetError: if it cannot be traced.
     """
-    program = trace(opened)
-    try:
-        with file.open("wb") as stream:
-            torch.export.save(program, stream, extra_files={INPUTS_FILE: json.dumps(describe_inputs(opened))})
-    except RuntimeError as error:  # torch's archive writer, of a disk that is full
-        raise MapetError(f"the program cannot be written ({first_line(error)}); is the disk full?") from error
+    # Made in memory: when a disk is full, torch's archive writer takes the whole process down.
+    archive = io.BytesIO()
+    torch.export.save(trace(opened), archive, extra_files={INPUTS_FILE: json.dumps(describe_inputs(opened))})
+    file.write_bytes(archive.getbuffer())
 
 
 def read_program(file: Path) -> nn.Module:

@@ -19,6 +19,7 @@ def export_network(
     interpolation: str = "bicubic",
     classes: Sequence[str] = (),
     license: str = "unknown",
+    tag: str | None = None,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing folder.
 
@@ -33,11 +34,15 @@ def export_network(
         interpolation: how images are resized.
         classes: names of a classifier's outputs.
         license: of these weights, as the hub names it; timm would write that of the weights it has itself.
+        tag: what timm calls these weights, after the architecture and a dot; None: as the network says.
     """
     save_for_hf(
         network,
         str(folder),
-        model_config={"label_names": list(classes), "pretrained_cfg": {"license": license}},
+        model_config={
+            "label_names": list(classes),
+            "pretrained_cfg": {"license": license, **({"tag": tag} if tag else {})},
+        },
         safe_serialization=True,
         data_config={"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation, "crop_pct": crop_pct},
     )

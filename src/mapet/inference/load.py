@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mapet.data import Draw, View, decode, from_pil, to_channels
+from mapet.errors import MapetError
 from mapet.inference.models import class_names, open_model
 
 
@@ -30,15 +31,24 @@ class ImageTransform:
         """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, 3)`` uint8 array.
 
         Raises:
-            OSError, ValueError, SyntaxError: for a file that cannot be read, as Pillow does.
+            MapetError: for a file that cannot be read.
         """
         if isinstance(image, str | Path):
-            pixels = decode(image, self.channels)
+            pixels = self._read(Path(image))
         elif isinstance(image, Image.Image):
             pixels = from_pil(image, self.channels)
         else:
             pixels = to_channels(image, self.channels)
         return self.view(pixels, Draw(0, 0))[1]
+
+    def _read(self, file: Path) -> Tensor:
+        try:
+            return decode(file, self.channels)
+        except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
+            reason = "it is a folder" if file.is_dir() else error
+            raise MapetError(
+                f"image {str(file)!r} cannot be read ({reason}); name a single image file that is whole"
+            ) from error
 
 
 class Loaded(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 
 from mapet.data import PlainView, check_channels
-from mapet.engine import RunFolder
+from mapet.engine import RunFolder, read_state
 from mapet.errors import MapetError, nearest
+from mapet.inference.exported import check_exported, check_types
 from mapet.tokenizers import hash_content
 
+logger = logging.getLogger(__name__)
+
+# What networks raise for images that do not fit.
+_SIZE_ERRORS = AssertionError, ValueError, RuntimeError, TypeError, IndexError, ArithmeticError
 EXPORT_FILES = ("config.json", "model.safetensors")
 
 
@@ -66,7 +72,7 @@ def open_model(
     seed: int = 0,
     drop_path: float = 0.0,
 ) -> OpenModel:
-    """Open a model with its weights, on the CPU.
+    """Open a model with its weights, on the CPU; of a run that has not finished a warning says how far it is.
 
     Args:
         source: a run folder (its ``exported/`` is taken), an exported folder, or a timm model name, perhaps with
@@ -81,9 +87,14 @@ def open_model(
         MapetError: if there is no such model, its weights cannot be had or are not finite, or the size does not fit.
     """
     name = _timm_name(str(source))
+    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+    if folder:
+        check_exported(folder)
     if reinit:
         torch.manual_seed(seed)
     network = _create(name, str(source), pretrained=not reinit, **({"drop_path_rate": drop_path} if drop_path else {}))
+    if folder and not reinit:
+        check_types(folder, network)
     if not classifier:
         # Not left out from the start: for another number of classes timm passes over weights that are lacking.
         network.reset_classifier(0)
@@ -98,16 +109,22 @@ def open_model(
     config = resolve_data_config(model=network)
     channels = int(config["input_size"][0])
     check_channels(channels)
+    size = image_size or _trained_size(network) or tuple(config["input_size"][1:])
+    network.eval()
+    if image_size is not None or not hasattr(network, "set_input_size"):
+        _try_size(network, channels, size, str(source))
     known = {mode.value for mode in InterpolationMode}
     view = PlainView(
-        image_size or _trained_size(network) or tuple(config["input_size"][1:]),
+        size,
         tuple(config["mean"]),
         tuple(config["std"]),
         config["crop_pct"] if crop_pct is None else crop_pct,
         config["interpolation"] if config["interpolation"] in known else "bicubic",
         config.get("crop_mode") == "squash",
     )
-    return OpenModel(str(source), network.eval(), view, channels, class_names(network))
+    if not reinit:
+        _warn_of_unfinished(RunFolder(Path(str(source).removeprefix("local-dir:"))))
+    return OpenModel(str(source), network, view, channels, class_names(network))
 
 
 def _timm_name(source: str) -> str:
@@ -137,6 +154,19 @@ def _timm_name(source: str) -> str:
     return f"local-dir:{folder}"
 
 
+def _warn_of_unfinished(run: RunFolder) -> None:
+    """Say how far a run is, unless it has finished or nothing tells."""
+    try:
+        state = read_state(run.checkpoint)
+    except MapetError:  # no run, or its checkpoint was removed to save space
+        return
+    if state.step < state.total_steps:
+        logger.warning(
+            "run %s has not finished: its weights are those after step %d of %d (%d %%)",
+            run.root, state.step, state.total_steps, 100 * state.step // state.total_steps,
+        )  # fmt: skip
+
+
 def _create(name: str, source: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, **arguments)
@@ -159,9 +189,8 @@ def _resize(network: nn.Module, size: tuple[int, int], source: str) -> None:
     resize = getattr(network, "set_input_size", None)
     if resize is None:
         return
-    embed = getattr(network, "patch_embed", None)
-    patch = getattr(embed, "patch_size", (1, 1))
-    for side, part in zip(size, patch, strict=True):
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    for side, part in zip(size, (patch, patch) if isinstance(patch, int) else patch, strict=True):
         if side % part:
             lower = max(part, side // part * part)
             raise MapetError(
@@ -170,8 +199,25 @@ def _resize(network: nn.Module, size: tuple[int, int], source: str) -> None:
             )
     try:
         resize(img_size=size)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise MapetError(f"model {source!r} cannot take images of {size[0]} x {size[1]} pixels: {error}") from error
+    except _SIZE_ERRORS as error:
+        raise _wrong_size(source, size, error) from error
+
+
+@torch.no_grad()
+def _try_size(network: nn.Module, channels: int, size: tuple[int, int], source: str) -> None:
+    """Refuse a size that a network finds out about only when it runs."""
+    try:
+        network(torch.zeros(1, channels, *size))
+    except _SIZE_ERRORS as error:
+        raise _wrong_size(source, size, error) from error
+
+
+def _wrong_size(source: str, size: tuple[int, int], error: Exception) -> MapetError:
+    reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+    return MapetError(
+        f"model {source!r} cannot take images of {size[0]} x {size[1]} pixels ({reason}); choose another --image-size, "
+        "or leave it out"
+    )
 
 
 def _trained_size(network: nn.Module) -> tuple[int, int] | None:

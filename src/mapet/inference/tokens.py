@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mapet.errors import MapetError
 
+KINDS = ("pooled", "class", "mean", "class+mean", "patches")
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -18,41 +20,64 @@ class Tokens:
     Attributes:
         pooled: ``(B, D)``, what the network's own classifier reads.
         cls: ``(B, D)``, the class token; None where there is none.
-        patches: ``(B, P, D)`` in raster order.
-        grid: rows and columns of patches.
+        patches: ``(B, P, D)`` in raster order; None where the features do not lie on one grid.
+        grid: rows and columns of patches; None with them.
+        architecture: of the network, for messages.
     """
 
     pooled: Tensor
-    cls: Tensor | None
-    patches: Tensor
-    grid: tuple[int, int]
+    cls: Tensor | None = None
+    patches: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    architecture: str = "this model"
 
     def choose(self, kind: str) -> Tensor:
-        """Return ``(B, D)`` features: ``pooled``, ``class``, ``mean`` (over patches), or ``class+mean`` side by side.
+        """Return one kind of features.
+
+        Args:
+            kind: ``pooled``, ``class``, ``mean`` (over patches) or ``class+mean`` (side by side), which are
+                ``(B, D)``; or ``patches``, ``(B, P, D)``.
 
         Raises:
-            MapetError: for another kind, or the class token of a network without one.
+            MapetError: for another kind, or what the network lacks.
         """
+        if kind not in KINDS:
+            raise MapetError(f"unknown features {kind!r}; take {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         if kind == "pooled":
             return self.pooled
-        if kind == "mean":
-            return self.patches.mean(dim=1)
-        if kind not in ("class", "class+mean"):
-            raise MapetError(f"unknown features {kind!r}; take pooled, class, mean or class+mean")
-        if self.cls is None:
-            raise MapetError(f"features {kind!r} need a class token, which this model lacks; take pooled or mean")
-        return self.cls if kind == "class" else torch.cat([self.cls, self.patches.mean(dim=1)], dim=-1)
+        parts = []
+        if kind.startswith("class"):
+            parts.append(self._require(self.cls, kind, "a class token"))
+        if kind != "class":
+            patches = self._require(self.patches, kind, "a grid of patches")
+            parts.append(patches if kind == "patches" else patches.mean(dim=1))
+        return torch.cat(parts, dim=-1)
+
+    def _require(self, part: Tensor | None, kind: str, what: str) -> Tensor:
+        if part is None:
+            others = "pooled features" if self.patches is None else "pooled or mean features"
+            raise MapetError(f"{kind} features need {what}, which {self.architecture} lacks; take {others}")
+        return part
 
 
 def read_tokens(network: Any, images: Tensor) -> Tokens:
-    """Run a timm network, without its classifier, on normalised ``(B, C, H, W)`` images."""
+    """Run a timm network, without its classifier, on normalised ``(B, C, H, W)`` images.
+
+    All of timm's networks pool; the rest is found where features are one map, or tokens of a grid after a prefix.
+    """
     features = network.forward_features(images)
     pooled = network.forward_head(features, pre_logits=True)
+    name = network.pretrained_cfg["architecture"]
+    if not isinstance(features, Tensor):
+        return Tokens(pooled, architecture=name)
     if features.ndim == 4:
         if getattr(network, "output_fmt", "NCHW") == "NCHW":
             features = features.permute(0, 2, 3, 1)
-        return Tokens(pooled, None, features.flatten(1, 2), (features.shape[1], features.shape[2]))
-    prefix = network.num_prefix_tokens
-    rows, columns = network.patch_embed.dynamic_feat_size(images.shape[-2:])
-    cls = features[:, 0] if getattr(network, "cls_token", None) is not None else None
-    return Tokens(pooled, cls, features[:, prefix:], (rows, columns))
+        return Tokens(pooled, None, features.flatten(1, 2), (features.shape[1], features.shape[2]), name)
+    prefix = getattr(network, "num_prefix_tokens", 0)
+    cls = features[:, 0] if prefix and getattr(network, "cls_token", None) is not None else None
+    measure = getattr(getattr(network, "patch_embed", None), "dynamic_feat_size", None)
+    grid = measure(images.shape[-2:]) if measure else (0, 0)
+    if prefix + grid[0] * grid[1] != features.shape[1]:  # a network that merges tokens on the way
+        return Tokens(pooled, cls, architecture=name)
+    return Tokens(pooled, cls, features[:, prefix:], (grid[0], grid[1]), name)

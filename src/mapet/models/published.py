@@ -1,24 +1,18 @@
-"""Files that others published: read without running anything in them, and what they say of their network."""
+"""What the tensors of files that others published say of their network."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
-import torch
 from torch import Tensor
 
 from mapet.errors import MapetError
 
-# Where the authors of this and other methods put the state dict, first the likeliest.
-NESTED = ("state_dict", "model", "module")
 # Of a width of 64 channels a head, as all published ones but ViT-Huge have it.
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 HEADS = {1280: 16}
@@ -43,54 +37,6 @@ class Blueprint:
     pretraining: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_published(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Read the tensors of a safetensors file, or of a file written by ``torch.save``, and the names of all else in it.
-
-    Nothing in it is executed: besides tensors, numbers and plain containers only an ``argparse.Namespace`` is let
-    through, which MAE's and BEiT's files keep beside the weights; making one stores attributes and calls nothing.
-    Prefixes that wrappers of a model leave (``module.``, ``_orig_mod.``) are cut off.
-
-    Raises:
-        MapetError: if the file is missing, damaged, needs more than that, or holds no state dict.
-    """
-    if not path.is_file():
-        raise MapetError(f"checkpoint {path} does not exist; pass the path of a downloaded file")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may fail in any way
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise MapetError(
-                f"checkpoint {path} cannot be read as tensors: it needs the Python object {foreign[1]}, and loading "
-                "that might run code; save its state dict alone, where you trust it"
-            ) from error
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise MapetError(
-            f"checkpoint {path} cannot be read as tensors ({reason}); it may be cut short or no checkpoint, download "
-            "it again"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise MapetError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
-    return flatten_state(content)
-
-
-def flatten_state(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors of a checkpoint's state dict by their plain names, and the names of all else in it."""
-    others: list[str] = []
-    for key in NESTED:
-        nested = content.get(key)
-        if isinstance(nested, Mapping):
-            others += [str(name) for name in content if name != key]
-            content = nested
-    plain: dict[str, Any] = timm.models.clean_state_dict({str(name): value for name, value in content.items()})
-    others += [name for name, value in plain.items() if not isinstance(value, Tensor)]
-    return {name: value for name, value in plain.items() if isinstance(value, Tensor)}, tuple(others)
-
-
 def tensor_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> Tensor:
     """Return a tensor that sizes are read off.
 
@@ -105,8 +51,28 @@ def tensor_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> Tensor
 
 
 def count_blocks(weights: Mapping[str, Tensor]) -> int:
-    """Return how many ``blocks.N`` there are."""
-    return 1 + max((int(number[1]) for name in weights if (number := re.match(r"blocks\.(\d+)\.", name))), default=-1)
+    """Return how many ``blocks.N`` there are.
+
+    Raises:
+        MapetError: if some are left out.
+    """
+    numbers = {int(number[1]) for name in weights if (number := re.match(r"blocks\.(\d+)\.", name))}
+    lacking = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if lacking is not None:
+        raise MapetError(f"the checkpoint has 'blocks.{max(numbers)}', but no 'blocks.{lacking}'")
+    return len(numbers)
+
+
+def check_pretraining(parts: Mapping[str, Tensor], width: int) -> None:
+    """Refuse a mask vector and a head, under the objectives' names, that are not for tokens of this width.
+
+    Raises:
+        MapetError: naming the tensor that is missing, or of another shape.
+    """
+    ids = len(tensor_of(parts, "head.weight", 2))
+    for name, shape in (("mask_token", (1, 1, width)), ("head.weight", (ids, width)), ("head.bias", (ids,))):
+        if tensor_of(parts, name, len(shape)).shape != shape:
+            raise MapetError(f"{name!r} has shape {tuple(parts[name].shape)} instead of {shape}")
 
 
 def name_architecture(family: str, arguments: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError, nearest
-from mapet.models.published import Blueprint, flatten_state, read_published, tensor_of, vit_blueprint
+from mapet.models.published import Blueprint, check_pretraining, vit_blueprint
+from mapet.models.tensors import flatten_state, read_tensors
 
 # Their names of what pre-training alone needs, and the objectives'.
 PRETRAINING_NAMES = {
@@ -41,7 +42,7 @@ def read_upstream(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         MapetError: if the file is missing, cannot be read safely, or holds no ViT.
     """
-    state, _ = read_published(Path(source)) if isinstance(source, str | Path) else flatten_state(source)
+    state, _ = read_tensors(Path(source)) if isinstance(source, str | Path) else flatten_state(source)
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
         raise MapetError(
             f"{_name(source)} holds no upstream MaPeT model: 'pos_embed' and 'patch_embed.proj.weight' are "
@@ -60,7 +61,7 @@ def join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if ".attn.q." in name:
             kv = state.get(name.replace(".attn.q.", ".attn.kv."))
-            if kv is None or kv.shape[1:] != tensor.shape[1:]:
+            if kv is None or not kv.ndim or kv.ndim != tensor.ndim or kv.shape[1:] != tensor.shape[1:]:
                 raise MapetError(f"the upstream checkpoint has {name!r}, but no 'kv' projection that goes with it")
             joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([tensor, kv])
         elif ".attn.kv." not in name or name.replace(".attn.kv.", ".attn.q.") not in state:
@@ -80,10 +81,10 @@ def upstream_blueprint(state: Mapping[str, Tensor], heads: int | None = None) ->
     """
     joined = join_projections(state)
     pretraining = {ours: joined.pop(theirs) for theirs, ours in PRETRAINING_NAMES.items() if theirs in joined}
+    blueprint = vit_blueprint(joined, heads)
     if pretraining:
-        for theirs, dimensions in (("mask_positional_token", 3), ("decoder.weight", 2), ("decoder.bias", 1)):
-            tensor_of(state, theirs, dimensions)
-    return replace(vit_blueprint(joined, heads), weights=joined, pretraining=pretraining)
+        check_pretraining(pretraining, blueprint.arguments["embed_dim"])
+    return replace(blueprint, weights=joined, pretraining=pretraining)
 
 
 def vit_from_upstream(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VisionTransformer:
@@ -93,12 +94,13 @@ def vit_from_upstream(state: Mapping[str, Tensor], config: Mapping[str, Any] | N
     default to 64 channels each, as in all published models. What else it says must agree with the tensors.
     """
     config = dict(config or {})
-    told = {"vocab_size": len(state.get("decoder.bias", ()))}
+    known = (*CONFIG_KEYS, *TOLD, "vocab_size")
     for key in config:
-        if key not in CONFIG_KEYS and key not in (*TOLD, *told):
-            raise MapetError(f"unknown key {key!r} in the upstream config{nearest(key, [*CONFIG_KEYS, *TOLD, *told])}")
+        if key not in known:
+            raise MapetError(f"unknown key {key!r} in the upstream config{nearest(key, known)}")
     blueprint = upstream_blueprint(state, config.get("num_heads"))
-    told |= {key: blueprint.arguments[key] for key in TOLD}
+    told = {key: blueprint.arguments[key] for key in TOLD}
+    told["vocab_size"] = len(blueprint.pretraining.get("head.bias", ()))
     for key, value in config.items():
         if value != told.get(key, value):
             raise MapetError(f"the upstream config says {key} is {value}, but the checkpoint's is {told[key]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -11,6 +11,13 @@ from torch import Generator, Tensor, nn
 from mapet.errors import MapetError, nearest
 from mapet.models import use_layouts
 from mapet.ordering import ORDERS
+
+
+class PixelOutput(TypedDict):
+    """What an objective on pixels returns: scalar ``loss``, and ``prediction`` ``(B, T, p * p * C)``."""
+
+    loss: Tensor
+    prediction: Tensor
 
 
 class Objective(nn.Module):

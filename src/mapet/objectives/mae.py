@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.objectives.base import Objective, check_counts, mask_vector
+from mapet.objectives.base import Objective, PixelOutput, check_counts, mask_vector
 from mapet.objectives.patches import gather_rows, patchify, sincos_positions
-
-
-class PixelOutput(TypedDict):
-    """What an objective on pixels returns: scalar ``loss``, and ``prediction`` ``(B, T, p * p * C)``."""
-
-    loss: Tensor
-    prediction: Tensor
 
 
 class MAE(Objective):

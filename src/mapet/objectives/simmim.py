@@ -10,8 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.objectives.base import Objective, check_counts, mask_vector
-from mapet.objectives.mae import PixelOutput
+from mapet.objectives.base import Objective, PixelOutput, check_counts, mask_vector
 from mapet.objectives.patches import gather_rows, patchify
 from mapet.ordering import cell_order
 

@@ -47,7 +47,7 @@ def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, pat
     figure = Figure(figsize=(4.5 * len(shown), 3.2), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, (key, title, level, label) in zip(panels, shown, strict=True):
-        values = np.array([record[key] for record in records], dtype=float)
+        values = np.array([record.get(key) for record in records], dtype=float)
         panel.plot(steps, values, color=FAINT, linewidth=0.8, label="per step")
         window = max(1, len(values) // 50)
         if window > 1:

@@ -8,7 +8,6 @@ from mapet.tokenizers.kmeans import all_cores
 from mapet.tokenizers.kpixels import KPixels
 from mapet.tokenizers.teachers import Teacher, build_teacher
 from mapet.tokenizers.vqkd import VQKD
-from mapet.tokenizers.weights import check_fit
 
 __all__ = [
     "CONFIG_FILE",
@@ -24,7 +23,6 @@ __all__ = [
     "Tokenizer",
     "all_cores",
     "build_teacher",
-    "check_fit",
     "features_on_grid",
     "hash_content",
     "holds_tokenizer",

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.errors import MapetError
+from mapet.models import check_fit, read_tensors
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
-from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
+from mapet.tokenizers.weights import fetch_weights
 
 # Meta's conversion of OpenAI's encoder, in float32; the decoder is not part of it, and not needed.
 PUBLISHED = "hf-hub:facebook/flava-image-codebook/pytorch_model.bin"
@@ -71,7 +72,7 @@ class DVAE(Tokenizer):
         _flava()  # before anything is downloaded
         source = PUBLISHED if source is None else source
         path, origin = fetch_weights(source)
-        state = {name.removeprefix("image_codebook."): tensor for name, tensor in read_tensors(path).items()}
+        state = {name.removeprefix("image_codebook."): tensor for name, tensor in read_tensors(path)[0].items()}
         shown_by = {"hidden_size": "blocks.input.bias", "vocab_size": "blocks.output.conv.bias"}
         sizes = {size: state[name].numel() for size, name in shown_by.items() if name in state}
         if blocks := sum(name.startswith("blocks.group_1.") and name.endswith("conv_1.bias") for name in state):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from mapet.errors import MapetError, nearest
+from mapet.models import check_fit, read_tensors
 from mapet.tokenizers.base import with_channels
-from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
+from mapet.tokenizers.weights import fetch_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -269,7 +270,7 @@ def _default_node(name: str) -> str:
 def _load_weights(network: nn.Module, name: str, weights: str | Path) -> dict[str, str]:
     """Load a file for the whole network; return its origin."""
     path, origin = fetch_weights(weights)
-    state, wanted = read_tensors(path), network.state_dict()
+    (state, _), wanted = read_tensors(path), network.state_dict()
     check_fit(state, wanted, weights, f"teacher {name!r}")
     network.load_state_dict({key: state[key] for key in wanted})
     return origin

@@ -13,10 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.models import build_vit
+from mapet.models import build_vit, check_fit, read_tensors
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.kmeans import nearest_centroid
-from mapet.tokenizers.weights import check_fit, fetch_weights, read_tensors
+from mapet.tokenizers.weights import fetch_weights
 
 HEAD_WIDTH = 64  # of the published networks, whose files do not tell
 
@@ -104,7 +104,7 @@ class VQKD(Tokenizer):
                 "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth of BEiT v2"
             )
         path, origin = fetch_weights(source)
-        found = read_tensors(path)
+        found, _ = read_tensors(path)
         tokenizer = cls(**_architecture(found, source))
         wanted = _published_state(tokenizer)
         check_fit(found, wanted, source, "a VQ-KD tokenizer")

@@ -1,4 +1,4 @@
-"""Weights of other people's networks: fetched from a file, a URL or the hub, identified, read as tensors only."""
+"""Weights of other people's networks: fetched from a file, a URL or the hub, and identified."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from urllib.request import Request, urlopen
 
-import timm
 import torch
 from huggingface_hub import hf_hub_download
-from torch import Tensor
 
 from mapet.errors import MapetError
 
@@ -89,45 +85,3 @@ def _from_hub(where: str) -> Path:
     except Exception as error:  # also those of the hub's HTTP library, which differs between its versions
         reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
         raise MapetError(f"weights {where} could not be fetched ({reason}); pass a local file") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors or torch file of weights; a dictionary under ``model`` or ``state_dict`` is unwrapped.
-
-    Nothing in it is executed (``weights_only``). Besides tensors and plain containers timm lets only an
-    ``argparse.Namespace`` through, which BEiT's, MAE's and its own checkpoints keep beside the tensors: making one
-    stores attributes and calls nothing.
-
-    Raises:
-        MapetError: if it is damaged, or holds more than that.
-    """
-    try:
-        content: Mapping[str, Any] = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-    except Exception as error:  # a damaged pickle may fail in any way
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise MapetError(
-            f"weights {path} cannot be read as tensors ({reason}); pass a state dict, as torch or safetensors saves it"
-        ) from error
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, what: str) -> None:
-    """Refuse weights that lack a tensor of ``wanted`` or have it in another shape.
-
-    Args:
-        found, wanted: tensors by name.
-        path: of the file, for the message.
-        what: they should fit, for the message.
-    """
-    missing = [name for name in wanted if name not in found]
-    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    if missing or wrong:
-        first = (
-            f"{missing[0]!r} is missing"
-            if missing
-            else f"{wrong[0]!r} has shape {tuple(found[wrong[0]].shape)} instead of {tuple(wanted[wrong[0]].shape)}"
-        )
-        raise MapetError(
-            f"weights {path} do not fit {what}: {first} ({len(missing)} missing, {len(wrong)} of wrong shape of "
-            f"{len(wanted)})"
-        )

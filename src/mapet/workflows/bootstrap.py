@@ -6,6 +6,7 @@ The idea is HuBERT's (Hsu et al., 2106.07447), which does it for speech: no fore
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from mapet.workflows.pretrain import RunResult, initial_backbone, pretrain
 from mapet.workflows.training import check_out
 
 logger = logging.getLogger(__name__)
+
+MOST_ROUNDS = 100
 
 
 def bootstrap(
@@ -47,8 +50,8 @@ def bootstrap(
     Raises:
         MapetError: for input that cannot work.
     """
-    if rounds < 1:
-        raise MapetError(f"rounds is {rounds}; bootstrapping needs at least 1 after the first")
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise MapetError(f"rounds is {rounds}; bootstrapping takes 1 to {MOST_ROUNDS} after the first")
     if values.get("tokens") is not None:
         raise MapetError("a token store cannot be bootstrapped from; leave --tokens out")
     if values.get("init") is not None:
@@ -63,6 +66,9 @@ def bootstrap(
     if not -blocks <= block < blocks:
         raise MapetError(f"block is {block}, but the network has {blocks}: take 0 to {blocks - 1}, or -1 for the last")
     root = Path(out)
+    foreign = sorted(path.name for path in root.glob("*") if not re.fullmatch(r"round\d+", path.name))
+    if foreign:
+        raise MapetError(f"output folder {root} holds {foreign[0]!r}, no round; choose a new folder with --out")
     results: list[RunResult] = []
     for number in range(rounds + 1):
         asked = dict(values)

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from torch import Tensor, nn
+from torch import Tensor
 
 from mapet.config import ConvertConfig, make_config
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
@@ -23,12 +23,12 @@ from mapet.models import (
     Blueprint,
     beit_blueprint,
     beitv2_blueprint,
+    check_fit,
     mae_blueprint,
-    read_published,
+    read_tensors,
     recognise,
     upstream_blueprint,
 )
-from mapet.tokenizers import check_fit
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
         out: the folder.
 
     Returns:
-        what came of it: ``architecture``, ``image_size``, ``channels``, ``classes`` (their number), ``parameters``,
+        what came of it: ``architecture``, ``num_heads``, ``num_heads_assumed`` (whether neither the file nor the
+        configuration says how many), ``image_size``, ``channels``, ``classes`` (their number), ``parameters``,
         ``pretraining`` (whether mask vector and head were kept), ``left_out`` (tensors with no place in the network)
         and ``others`` (what else is in the file, such as an optimizer).
 
@@ -88,14 +89,14 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
         raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
     folder, path = Path(out), Path(config.file)
     with claimed_folder(folder):
-        state, others = read_published(path)
+        state, others = read_tensors(path)
         _check_kind(state, config)
         blueprint = _blueprint(state, config)
         network = _build(blueprint, config)
         mean, std, crop_pct = _input(blueprint.arguments, config)
 
         def write(fresh: Path) -> None:
-            export_network(network, fresh, mean, std, crop_pct=crop_pct, classes=class_names(network))
+            export_network(network, fresh, mean, std, crop_pct=crop_pct, classes=class_names(network), tag=config.kind)
             if blueprint.pretraining:
                 save_file(
                     {name: tensor.float().contiguous() for name, tensor in blueprint.pretraining.items()},
@@ -108,8 +109,11 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
         logger.info("%s: no part of the network, left out: %s", path, _grouped(blueprint.left_out))
     if others:
         logger.info("%s: besides the weights, not used: %s", path, _grouped(others))
+    told = config.num_heads is not None or any(name.endswith("relative_position_bias_table") for name in state)
     return {
         "architecture": blueprint.architecture,
+        "num_heads": network.blocks[0].attn.num_heads,
+        "num_heads_assumed": not told,
         "image_size": blueprint.arguments["img_size"],
         "channels": blueprint.arguments["in_chans"],
         "classes": blueprint.arguments["num_classes"],
@@ -146,16 +150,13 @@ def _blueprint(state: Mapping[str, Tensor], config: ConvertConfig) -> Blueprint:
     return Blueprint(config.model, arguments, blueprint.weights, blueprint.left_out, blueprint.pretraining)
 
 
-def _build(blueprint: Blueprint, config: ConvertConfig) -> nn.Module:
+def _build(blueprint: Blueprint, config: ConvertConfig) -> Any:
     """Return the network with the file's weights."""
     name = blueprint.architecture
     if not timm.is_model(name):
         raise MapetError(f"unknown model {name!r}{nearest(name, timm.list_models()) or '; see timm.list_models()'}")
     try:
-        network: nn.Module = timm.create_model(
-            # timm's own weights of this name have another origin and licence than the file's.
-            name, **blueprint.arguments, pretrained_cfg_overlay={"tag": config.kind},
-        )  # fmt: skip
+        network: Any = timm.create_model(name, **blueprint.arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         raise MapetError(f"timm cannot build model {name!r} for checkpoint {config.file}: {error}") from error
     wanted = network.state_dict()

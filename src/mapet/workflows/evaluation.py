@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,9 @@ from torch import Tensor
 from mapet.config import AttentiveConfig, ClassifyConfig, InferenceKeys, KNNConfig, LinearConfig, make_config
 from mapet.data import DamageTally, ImageSet, open_labelled, open_test
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
+from mapet.errors import MapetError
 from mapet.evaluate import (
+    MOST_PASSES,
     Features,
     ProbeResult,
     Scores,
@@ -35,7 +38,10 @@ from mapet.evaluate import (
 from mapet.inference import OpenModel, open_model, read_tokens
 from mapet.report import Meter, write_results
 from mapet.workflows.device import count_workers, one_device
+from mapet.workflows.labels import count_seen
 from mapet.workflows.training import check_out
+
+logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 
@@ -58,8 +64,12 @@ class Measurement:
             "tally": DamageTally(images, self.config.max_damaged),
         }
 
-    def extract(self, choose: Callable[[Tensor], Tensor], folder: Path | None = None) -> tuple[Features, Features]:
-        """Return the features of the training and the test images; with a folder they are kept there."""
+    def extract(self, kind: str, folder: Path | None = None) -> tuple[Features, Features]:
+        """Return features of a kind of the training and the test images; with a folder they are kept there."""
+
+        def choose(images: Tensor) -> Tensor:
+            return read_tokens(self.opened.network, images).choose(kind)
+
         found = []
         parts = open_labelled(self.config.data, self.config.seed)
         for part, images, least in zip(("training", "test"), parts, (2, 1), strict=True):
@@ -75,7 +85,7 @@ class Measurement:
 
 def knn(config: KNNConfig, job: Measurement) -> Results:
     """Classify by the nearest neighbours."""
-    train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
+    train, test = job.extract(config.features)
     result = evaluate_knn(train, test, config.k, config.temperature, config.seed)
     return {
         **_described([result.scores], train, test),
@@ -88,26 +98,40 @@ def knn(config: KNNConfig, job: Measurement) -> Results:
 
 def linear(config: LinearConfig, job: Measurement) -> Results:
     """Train linear heads."""
-    train, test = job.extract(lambda images: read_tokens(job.opened.network, images).choose(config.features))
+    train, test = job.extract(config.features)
     return {"features": config.features, **_probe(fit_linear, config, job, train, test)}
 
 
 def attentive(config: AttentiveConfig, job: Measurement) -> Results:
     """Train heads that attend to the patches."""
-    with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
-        train, test = job.extract(lambda images: read_tokens(job.opened.network, images).patches, Path(folder))
-        return _probe(fit_attentive, config, job, train, test)
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="mapet-")
+    except OSError as error:
+        raise MapetError(
+            f"no temporary folder can be made for the features ({error.strerror}); set TMPDIR to a disk with room"
+        ) from error
+    with temporary as folder:
+        train, test = job.extract("patches", Path(folder))
+        return _probe(fit_attentive, config, job, train, test, MOST_PASSES)
 
 
 def classify(config: ClassifyConfig, job: Measurement) -> Results:
     """Measure the model's own classifier, by the protocol of fine-tuning: a bicubic resize, then a crop."""
     images = open_test(config.data, job.opened.require_classes(), f"model {config.model!r}")
     view = replace(job.opened.view, interpolation="bicubic")
+    seen = None if config.reinit else count_seen(config.model, images)
+    if seen:
+        logger.warning(
+            "%d of the %d images measured are among those that %s was trained on, so this says little of new images; "
+            "its results.json has the accuracy on those that were kept apart",
+            seen, len(images), config.model,
+        )  # fmt: skip
     with Meter(job.console, "images", len(images)) as meter:
         scores = score_classifier(
             job.opened.network, images, view, job.opened.channels, **job.stream_over(images), show=meter.show
         )
-    return {**summarise([scores]), "test_images": int(scores.confusion.sum()), "crop_pct": view.crop_pct}
+    found = {**summarise([scores]), "test_images": int(scores.confusion.sum()), "crop_pct": view.crop_pct}
+    return found if seen is None else {**found, "images_trained_on": seen}
 
 
 # What is done with a model, by name: the configuration, and the work.
@@ -165,14 +189,25 @@ def evaluate(
 
 
 def _probe(
-    fit: Any, config: LinearConfig | AttentiveConfig, job: Measurement, train: Features, test: Features
+    fit: Any,
+    config: LinearConfig | AttentiveConfig,
+    job: Measurement,
+    train: Features,
+    test: Features,
+    most_passes: int | None = None,
 ) -> Results:
     settings = grid(config.lr, config.weight_decay)
     probes: list[ProbeResult] = []
     for seed in range(config.seed, config.seed + config.seeds):
-        training = Training(seed, job.opened.device, config.steps, config.probe_batch)
-        with Meter(job.console, f"probe, seed {seed}", training.steps_for(len(train))) as meter:
-            probes.append(evaluate_probe(fit, train, test, settings, replace(training, show=meter.show)))
+        training = Training(seed, job.opened.device, config.steps, config.probe_batch, most_passes)
+        steps, number = training.steps_for(len(train)), seed - config.seed + 1
+        with Meter(job.console, f"probe, seed {number} of {config.seeds}", 2 * steps) as meter:
+
+            def show(done: int, steps: int = steps, meter: Meter = meter) -> None:
+                choosing = f"choosing among {len(settings)} settings"
+                meter.show(done, choosing if done <= steps else "training the best again, on all training images")
+
+            probes.append(evaluate_probe(fit, train, test, settings, replace(training, show=show)))
     runs = [
         {
             "seed": config.seed + number, "accuracy": probe.scores.accuracy, "lr": probe.setting.lr,

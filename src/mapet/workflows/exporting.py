@@ -58,7 +58,7 @@ def _write_timm(opened: OpenModel, folder: Path, config: ExportConfig, target: P
     view = opened.view
     export_network(
         opened.network, folder, view.mean, view.std, crop_pct=view.crop_pct, interpolation=view.interpolation,
-        classes=opened.classes, license=config.license,
+        classes=opened.classes, license=config.license, tag="untrained" if config.reinit else None,
     )  # fmt: skip
     run = None if config.reinit else read_run(config.model)
     card = model_card(opened, run, target.name, config.license, untrained=config.reinit)

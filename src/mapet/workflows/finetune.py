@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mapet.config import FinetuneConfig
 from mapet.data import (
@@ -24,10 +25,8 @@ from mapet.data import (
     ImageSet,
     Stream,
     ViewDataset,
-    few_per_class,
     fold_seed,
     open_labelled,
-    share_per_class,
 )
 from mapet.engine import Record, RunFolder, agree, build_optimizer, on_main, replace_file
 from mapet.errors import MapetError
@@ -37,11 +36,12 @@ from mapet.inference import OpenModel, open_model
 from mapet.objectives import Classification
 from mapet.workflows.device import count_workers, main_first, make_accelerator
 from mapet.workflows.evaluation import summarise
+from mapet.workflows.labels import labels_to_use
 from mapet.workflows.training import (
     Job,
     begin_run,
     check_out,
-    check_processes,
+    record_origin,
     run_folder,
     run_job,
     settle_config,
@@ -96,14 +96,13 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     check_out(config.data, folder.root)
     whole, test = main_first(accelerator, lambda: open_labelled(config.data, config.seed))
     train = labels_to_use(config, whole)
-    config = config.resolve(len(train))
-    check_processes(config, accelerator)
-    _check_mixing(config, accelerator)
+    config = config.resolve(len(train), accelerator.num_processes)
 
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
     exported = folder.find_export()
     begun = agree(accelerator, folder.holds_checkpoint() and exported is not None)
     opened = main_first(accelerator, lambda: _open(config, str(exported) if begun else config.model, train))
+    _check_batch_norm(config, accelerator, opened.network)
     view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and what the export says
     config = config.model_copy(
         update={
@@ -123,7 +122,12 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     optimizer = build_optimizer(opened.network, config.peak_lr, config.weight_decay, config.beta2, config.layer_decay)
     objective.average_after(optimizer)
 
-    on_main(accelerator, lambda: begin_run(folder, config, resume))
+    def begin() -> None:
+        begin_run(folder, config, resume)
+        if not (begun or config.reinit):
+            record_origin(folder, config.model)
+
+    on_main(accelerator, begin)
     workers = count_workers(config.workers, train, device)
     dataset = ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed))
     labels = torch.tensor(train.labels)
@@ -152,7 +156,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
 
     export = partial(
         export_network, objective.outcome, mean=view.mean, std=view.std, crop_pct=view.crop_pct,
-        interpolation=view.interpolation, classes=train.classes,
+        interpolation=view.interpolation, classes=train.classes, tag="finetuned",
     )  # fmt: skip
     job = Job(
         config, dataset, objective, optimizer, targets, _hash_labels(train), (folder.exported, export), _describe,
@@ -173,21 +177,12 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     )
 
 
-def labels_to_use(config: FinetuneConfig, train: ImageSet) -> ImageSet:
-    """Return the labelled images that fine-tuning may see: all, a share of each class, or so many of each."""
-    if config.label_share is not None:
-        return share_per_class(train, config.label_share, config.seed)
-    if config.labels_per_class is not None:
-        return few_per_class(train, config.labels_per_class, config.seed)
-    return train
-
-
-def _check_mixing(config: FinetuneConfig, accelerator: Accelerator) -> None:
-    parts = accelerator.num_processes * config.accumulate
-    if (config.mixup or config.cutmix) and config.batch_size // parts % 2:
+def _check_batch_norm(config: FinetuneConfig, accelerator: Accelerator, network: nn.Module) -> None:
+    alone = config.batch_size == accelerator.num_processes * config.accumulate
+    if alone and any(isinstance(part, _BatchNorm) for part in network.modules()):
         raise MapetError(
-            f"mixup and cutmix pair the images of a batch, so {config.batch_size // parts} at a time is odd; take "
-            f"--batch-size {config.batch_size + parts}, or --mixup 0 --cutmix 0"
+            f"model {config.model!r} has batch norm, which compares images, but it would see one at a time; take a "
+            "larger --batch-size, or a smaller --accumulate"
         )
 
 

@@ -76,7 +76,7 @@ def embed_images(values: Mapping[str, Any], out: str | Path, *, console: Console
             # Before the work: are there such features, and of what shape?
             tokens = read(torch.zeros(1, opened.channels, *opened.view.size, device=device))
             _features(config, tokens)
-        about = {**_about(config, opened), "features": list(config.features), "grid": list(tokens.grid)}
+        about = {**_about(config, opened), "features": list(config.features), "grid": list(tokens.grid or ()) or None}
         return _write_rows(
             open_rows(about), config, opened, images, read, partial(_features, config), "embedding", console
         )
@@ -176,9 +176,8 @@ def _write_rows(
 
 
 def _features(config: EmbedConfig, tokens: Tokens) -> Columns:
-    chosen = {kind: tokens.patches.flatten(1) if kind == "patches" else tokens.choose(kind) for kind in config.features}
     dtype = getattr(torch, config.dtype)
-    return {kind: values.to(dtype).cpu().numpy() for kind, values in chosen.items()}
+    return {kind: tokens.choose(kind).flatten(1).to(dtype).cpu().numpy() for kind in config.features}
 
 
 def _best(classes: list[str], top: int, logits: Tensor) -> Columns:

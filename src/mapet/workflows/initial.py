@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -19,7 +17,7 @@ from mapet.config import PretrainConfig, read_recipe
 from mapet.engine import RunFolder, read_state
 from mapet.errors import MapetError
 from mapet.inference import open_model
-from mapet.models import use_layouts
+from mapet.models import read_tensors, use_layouts
 from mapet.objectives import Objective, find_objective
 from mapet.tokenstore import TokenStore
 from mapet.workflows.converting import PRETRAINING_FILE
@@ -97,19 +95,22 @@ def inherit(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, of_source in (("mean", opened.view.mean), ("std", opened.view.std)):
             if values.get(key) is None:
                 values[key] = of_source
-    return values | (_of_run(values, RunFolder(init)) if values.get("init_parts") == "all" else {})
+    if values.get("init_parts") != "all":
+        return values
+    return values | _of_run(values, RunFolder(init))
 
 
-def _of_run(values: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+def _of_run(values: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     """Return a source run's objective and tokenizer, where nothing else is asked for."""
     found: dict[str, Any] = {}
-    if values.get("tokenizer") is None and values.get("tokens") is None and folder.tokenizer.is_dir():
-        found["tokenizer"] = str(folder.tokenizer)
     if "objective" not in values and folder.config.is_file():
         recorded = read_recipe(folder.config)
         found["objective"] = recorded.get("objective", "mapet")
         if "objective_args" not in values:
             found["objective_args"] = recorded.get("objective_args", {})
+    needs_ids = find_objective(str((values | found).get("objective", "mapet"))).needs_ids
+    if needs_ids and values.get("tokenizer") is None and values.get("tokens") is None and folder.tokenizer.is_dir():
+        found["tokenizer"] = str(folder.tokenizer)
     return found
 
 
@@ -168,7 +169,7 @@ class Start:
         )  # fmt: skip
 
     def check_parts(self, objective: Objective) -> None:
-        """Refuse an objective of other parts than the source has; the head of one that predicts ids is checked later.
+        """Refuse an objective of other parts than the source has; how many ids there are is checked later.
 
         Raises:
             MapetError: if parts are missing, left over, or of other shapes.
@@ -178,8 +179,9 @@ class Start:
         ids = objective.needs_ids
 
         def shapes(parts: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-            left_out = ("backbone.", "head.") if ids else ("backbone.",)
-            return {name: part.shape for name, part in parts.items() if not name.startswith(left_out)}
+            """By name; a head of ids is as long as there are ids."""
+            own = {name: part.shape for name, part in parts.items() if not name.startswith("backbone.")}
+            return {name: shape[1:] if ids and name.startswith("head.") else shape for name, shape in own.items()}
 
         here, there = shapes(objective.state_dict()), shapes(self.pretraining)
         differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
@@ -223,7 +225,9 @@ def read_start(config: PretrainConfig) -> Start:
     """
     assert config.init is not None
     opened = open_model(config.init, image_size=(config.image_size, config.image_size))
-    weights, tokenizer_hash = opened.network.state_dict(), None
+    network: Any = opened.network
+    weights, tokenizer_hash = network.state_dict(), None
+    embedding = weights["patch_embed.proj.weight"]
     pretraining: dict[str, Tensor] = {}
     if config.init_parts == "all":
         needs_ids = find_objective(config.objective).needs_ids
@@ -233,8 +237,14 @@ def read_start(config: PretrainConfig) -> Start:
                 "it was trained with; name that with --tokenizer or --tokens, or take --init-parts backbone"
             )
         own, pretraining, tokenizer_hash = _read_parts(config.init)
+        side = network.pretrained_cfg["input_size"][-1]  # before it was resized
+        if own and side != config.image_size:
+            raise MapetError(
+                f"init {config.init!r} was pre-trained at {side} px, this run is to be at {config.image_size} px: the "
+                "head would predict ids of another grid; leave --image-size out, or take --init-parts backbone"
+            )
         weights = own or weights  # of one moment with the head
-    embedding = weights["patch_embed.proj.weight"]
+        embedding = weights["patch_embed.proj.weight"]
     weights |= {"patch_embed.proj.weight": adapt_input_conv(config.channels, embedding, base_chans=opened.channels)}
     return Start(config.init, weights, pretraining, tokenizer_hash)
 
@@ -248,15 +258,15 @@ def _read_parts(init: str) -> tuple[dict[str, Tensor], dict[str, Tensor], str | 
             f"init {init!r} holds no mask vector and head; name a pre-training run or a folder made by mapet convert "
             "upstream, or take --init-parts backbone"
         )
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise MapetError(f"{file} cannot be read ({error}); take --init-parts backbone, or another source") from error
+    tensors, _ = read_tensors(file)
     lacking = [name for name in _PARTS if name not in tensors]
     if lacking:
         raise MapetError(
             f"{file} is not of a pre-training run, for it lacks {lacking[0]!r}; take --init-parts backbone"
         )
+    strange = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if strange:
+        raise MapetError(f"{file} holds {strange[0]!r} as integers, not floats; take another source")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise MapetError(f"{file} contains NaN or infinity (first {broken[0]!r}); take another source")
@@ -271,6 +281,6 @@ def _tokenizer_hash(run: RunFolder) -> str:
     """Return the content hash of the tokenizer that a run was trained with."""
     store = read_recipe(run.config).get("tokens")
     if store is not None:
-        with TokenStore.open(store) as opened:
+        with TokenStore.open(str(store)) as opened:
             return opened.header.tokenizer_hash
-    return str(read_state(run.checkpoint)["made_from"]["targets"])
+    return read_state(run.checkpoint).made_from.targets

@@ -52,7 +52,7 @@ from mapet.workflows.tokens import (
     settle_vocab_size,
     unfitted_tokenizer,
 )
-from mapet.workflows.training import Job, check_out, check_processes, log_to, run_folder, run_job, settle_config
+from mapet.workflows.training import Job, check_out, log_to, record_origin, run_folder, run_job, settle_config
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,6 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     if not find_objective(config.objective).needs_ids:
         check_no_tokens(config)
     accelerator = make_accelerator(config.precision, config.accumulate)
-    check_processes(config, accelerator)
     device, main = accelerator.device, accelerator.is_main_process
     images = main_first(accelerator, lambda: open_images(config.data))
     check_out(config.data, folder.root)
@@ -117,7 +116,7 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     evaluators = _evaluators(config, workers)
 
     # Built once without a tokenizer: what cannot work is refused before anything is fitted or written.
-    config = config.resolve(len(images))
+    config = config.resolve(len(images), accelerator.num_processes)
     backbone, start = initial_backbone(config), None
     if config.init is not None and not agree(accelerator, folder.holds_checkpoint()):
         start = main_first(accelerator, lambda: read_start(config))
@@ -135,6 +134,8 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
         }
     )
     source, config = _token_source(config, draft, start, images, folder, resume, accelerator, workers, console)
+    if start is not None:
+        on_main(accelerator, partial(record_origin, folder, start.name))
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, bool(config.mirror))
     dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
@@ -146,7 +147,9 @@ def _run(config: PretrainConfig, folder: RunFolder, resume: bool, console: Conso
     objective.to(device)
     baseline = on_main(accelerator, lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(accelerator, lambda: _draw_start(objective, source, dataset, config, folder))
-    export = partial(export_network, objective.backbone, mean=config.input_mean, std=config.input_std)
+    export = partial(
+        export_network, objective.backbone, mean=config.input_mean, std=config.input_std, tag=config.objective
+    )
     optimizer = build_optimizer(objective, config.peak_lr, config.weight_decay, config.beta2)
     job = Job(
         config, dataset, objective, optimizer, source, source.content_hash, (folder.exported, export),

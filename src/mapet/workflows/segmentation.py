@@ -34,7 +34,7 @@ from mapet.data import (
 )
 from mapet.engine import claimed_folder, explain_disk_errors, replace_folder
 from mapet.errors import MapetError
-from mapet.evaluate import Confusion, HeadRecipe, build_head, predict_classes, train_head
+from mapet.evaluate import Confusion, HeadRecipe, build_head, patch_maps, predict_classes, train_head
 from mapet.inference import OpenModel, open_model
 from mapet.report import Meter, draw_segmentation, segmentation_markdown
 from mapet.workflows.device import count_workers, one_device
@@ -108,6 +108,7 @@ def _prepare(config: SegmentConfig, console: Console) -> _Prepared:
             f"--batch-size {len(train)} or less"
         )
     opened = _open(config, config.seed)
+    _check_maps(opened, config)
     seen, tested = (_survey(part, config, what, console) for part, what in ((train, "training"), (test, "test")))
     return _Prepared(config, opened, train, test, *_settle_classes(config, seen, tested))
 
@@ -148,6 +149,16 @@ def _open(config: SegmentConfig, seed: int) -> OpenModel:
     opened = open_model(config.model, image_size=config.image_size, reinit=config.reinit, seed=seed)
     opened.network.to(one_device(config.precision)).requires_grad_(False)
     return opened
+
+
+def _check_maps(opened: OpenModel, config: SegmentConfig) -> None:
+    """Refuse a model that gives no patches, or too few for the head's batch norm."""
+    maps = patch_maps(opened, torch.zeros(1, opened.channels, *opened.view.size))
+    if config.batch_size * maps[0, 0].numel() < 2:
+        raise MapetError(
+            f"model {config.model!r} makes a single patch of an image, so a batch of one is too small for the head's "
+            "batch norm; take a larger --image-size or --batch-size"
+        )
 
 
 def _survey(part: MaskedSet, config: SegmentConfig, what: str, console: Console) -> Tensor:

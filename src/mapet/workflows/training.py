@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,17 @@ from mapet.data import DamageTally, StepSampler, ViewDataset, load_batches
 from mapet.engine import (
     Evaluator,
     JsonLines,
+    MadeFrom,
     Plan,
     Record,
     RunFolder,
     Sink,
+    State,
     StopRequest,
     Targets,
     TensorBoard,
     Trainee,
+    damaged_checkpoint,
     explain_disk_errors,
     read_checkpoint,
     read_state,
@@ -37,6 +41,7 @@ from mapet.engine import (
     write_checkpoint,
 )
 from mapet.errors import MapetError
+from mapet.export import read_origin
 from mapet.report import ProgressSink
 
 logger = logging.getLogger(__name__)
@@ -82,9 +87,14 @@ class Job:
 
 @contextmanager
 def run_folder(out: str | Path) -> Iterator[RunFolder]:
-    """Give the folder of a run, let go of it at the end, and put the system's refusals into one sentence."""
+    """Give the folder of a run, let go of it at the end, and put the system's refusals into one sentence.
+
+    Raises:
+        MapetError: at once if the folder holds other things than a run.
+    """
     folder = RunFolder(out)
     with explain_disk_errors(folder.root):
+        folder.check()
         try:
             yield folder
         finally:
@@ -120,16 +130,6 @@ def settle_config(config_class: type[Config], values: Mapping[str, Any], folder:
     return config
 
 
-def check_processes(config: TrainKeys, accelerator: Accelerator) -> None:
-    """Refuse a batch that cannot be shared out evenly."""
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts:
-        raise MapetError(
-            f"batch size {config.batch_size} cannot be divided among {accelerator.num_processes} processes with "
-            f"{config.accumulate} micro-batches each; take a multiple of {parts}"
-        )
-
-
 def check_out(data: str, out: str | Path) -> None:
     """Refuse an output folder without a name, or inside the image folder."""
     if not str(out):
@@ -148,6 +148,12 @@ def begin_run(folder: RunFolder, config: TrainKeys, resume: bool) -> None:
     log_to(folder.log)
     if not folder.config.exists():
         replace_file(folder.config, config_to_yaml(config))
+
+
+def record_origin(folder: RunFolder, model: str) -> None:
+    """Keep what the run says of itself that ``model`` is of: it may be gone by the time somebody asks."""
+    if not folder.origin.exists() and (origin := read_origin(model)) is not None:
+        replace_file(folder.origin, json.dumps(origin, indent=1) + "\n")
 
 
 def log_to(file: Path) -> None:
@@ -177,12 +183,12 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     config, objective, images = job.config, job.objective, job.dataset.images
     main = accelerator.is_main_process
     optimizer = job.optimizer
-    made_from = {
-        "images": len(images),
-        "fingerprint": images.fingerprint,
-        "targets": job.targets_hash,
-        "processes": accelerator.num_processes,
-    }
+    made_from = MadeFrom(
+        images=len(images),
+        fingerprint=images.fingerprint,
+        targets=job.targets_hash,
+        processes=accelerator.num_processes,
+    )
     first_step, damaged = _continue(job, folder, made_from, accelerator)
     plan = _plan(job, len(images), first_step)
     tally = DamageTally(images, config.max_damaged, damaged)
@@ -204,7 +210,10 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
         tally.indices.update(gather_object(sorted(tally.indices)))  # waits for every process
         if main:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {"step": done, "made_from": made_from, "damaged": sorted(tally.indices), "scaler": scaler}
+            state = State(
+                step=done, total_steps=plan.total_steps, made_from=made_from, damaged=sorted(tally.indices),
+                scaler=scaler,
+            )  # fmt: skip
             # The product first: where the last checkpoint is, its product is too.
             replace_folder(*job.product)
             replace_folder(folder.checkpoint, lambda fresh: write_checkpoint(fresh, objective, optimizer, state))
@@ -237,33 +246,37 @@ def run_job(job: Job, folder: RunFolder, accelerator: Accelerator, workers: int,
     return Outcome(steps, plan.total_steps, stop.signal)
 
 
-def _continue(
-    job: Job, folder: RunFolder, made_from: Mapping[str, Any], accelerator: Accelerator
-) -> tuple[int, list[int]]:
+def _continue(job: Job, folder: RunFolder, made_from: MadeFrom, accelerator: Accelerator) -> tuple[int, list[int]]:
     """Load the last checkpoint, if there is one; return the steps done and the images known to be damaged."""
     if not folder.checkpoint.exists():
         return 0, []
-    before = read_state(folder.checkpoint)["made_from"]
-    if before["fingerprint"] != made_from["fingerprint"]:
+    before = read_state(folder.checkpoint).made_from
+    if before.fingerprint != made_from.fingerprint:
         raise MapetError(
-            f"'data' changed since the run in {folder.root} began: it had {before['images']} images, now there are "
-            f"{made_from['images']}, or some have other names; restore it, or start another run with another --out"
+            f"'data' changed since the run in {folder.root} began: it had {before.images} images, now there are "
+            f"{made_from.images}, or some have other names; restore it, or start another run with another --out"
         )
-    if before["targets"] != made_from["targets"]:
+    if before.targets != made_from.targets:
         raise MapetError(
             f"{job.targets_name} is not what the run in {folder.root} began with, so its targets mean something else; "
             "restore it, or start another run with another --out"
         )
-    if before["processes"] != made_from["processes"]:
+    if before.processes != made_from.processes:
         logger.warning(
             "the run began with %d processes and goes on with %d: with the same images in the same order, but other "
             "visiting orders",
-            before["processes"], made_from["processes"],
+            before.processes, made_from.processes,
         )  # fmt: skip
     state = read_checkpoint(folder.checkpoint, job.objective, job.optimizer)
+    total = job.config.total_steps(before.images)
+    if state.step > total:
+        raise damaged_checkpoint(folder.checkpoint, ValueError(f"state.json says step {state.step} of {total}"))
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["step"], state["damaged"]
+        try:
+            accelerator.scaler.load_state_dict(state.scaler or {})
+        except (KeyError, RuntimeError) as error:  # it lacks an entry
+            raise damaged_checkpoint(folder.checkpoint, error) from error
+    return state.step, state.damaged
 
 
 def _plan(job: Job, images: int, first_step: int) -> Plan:

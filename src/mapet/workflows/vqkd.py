@@ -17,7 +17,7 @@ from mapet.engine import Record, RunFolder, build_optimizer, on_main
 from mapet.objectives import VQKDObjective
 from mapet.tokenizers import VQKD, Grid, Teacher, build_teacher, features_on_grid, hash_content, save_tokenizer
 from mapet.workflows.device import count_workers, main_first, make_accelerator
-from mapet.workflows.training import Job, begin_run, check_out, check_processes, run_folder, run_job, settle_config
+from mapet.workflows.training import Job, begin_run, check_out, run_folder, run_job, settle_config
 
 
 def train_vqkd(
@@ -45,14 +45,15 @@ def train_vqkd(
 def _run(config: VQKDConfig, folder: RunFolder, resume: bool, console: Console) -> dict[str, Any]:
     check_channels(config.channels)
     accelerator = make_accelerator(config.precision, config.accumulate)
-    check_processes(config, accelerator)
     device = accelerator.device
     check_out(config.data, folder.root)
     images = main_first(accelerator, lambda: open_images(config.data))
     teacher = main_first(
         accelerator, lambda: build_teacher(config.teacher, config.teacher_stage, config.teacher_weights)
     )
-    config = config.resolve(len(images)).model_copy(update={"precision": accelerator.mixed_precision})
+    config = config.resolve(len(images), accelerator.num_processes).model_copy(
+        update={"precision": accelerator.mixed_precision}
+    )
 
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     half = [0.5] * config.channels
