@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -30,6 +31,10 @@ from mapet.data import DEMO_SETS
 from mapet.export import export_network
 from mapet.models import build_vit
 from mapet.workflows import pretrain
+
+# A shell's background job, and what nohup starts, ignores them, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ORACLE = Path(__file__).parent / "oracle"
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -38,10 +39,10 @@ def stop(arguments: list[str], number: signal.Signals, begun: Callable[[], bool]
 def test_embedding_with_loading_processes_stops_and_leaves_nothing(
     number: signal.Signals, exported_vit: Path, tmp_path: Path
 ) -> None:
-    out, temporary = tmp_path / "out" / "f.parquet", tmp_path / "tmp"
-    temporary.mkdir()
+    out = tmp_path / "out" / "f.parquet"
     command = ["embed", str(exported_vit), "mnist", "--out", str(out), "--workers", "1", "--batch-size", "1"]
-    status, said = stop(command, number, lambda: (out.parent / ".f.parquet.new").exists(), temporary)
+    with tempfile.TemporaryDirectory() as temporary:  # of a name short enough for sockets
+        status, said = stop(command, number, lambda: (out.parent / ".f.parquet.new").exists(), Path(temporary))
     assert said == f"mapet: stopped by {number.name}; nothing is left half-written\n"
     assert status == 128 + number
     assert os.listdir(out.parent) == []

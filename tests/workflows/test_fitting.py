@@ -154,7 +154,7 @@ def test_folders_in_use_or_not_to_be_written_are_refused_before_the_work(digits:
         fit(digits, tmp_path / "again", teacher=str(digits))
     with pytest.raises(MapetError, match="teacher_stage is given, but there is no teacher"):
         fit(digits, tmp_path / "again", teacher_stage=1)
-    with pytest.raises(MapetError, match=r"holds 'tokenizer\.json', but no run"):
+    with pytest.raises(MapetError, match=r"holds 'atlas\.png', but no run"):
         pretrain({**TINY, "data": str(digits)}, tmp_path / "tok", console=QUIET)
 
 

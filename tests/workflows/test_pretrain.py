@@ -180,7 +180,11 @@ def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: 
         ("config.yaml", "data: x\n", "config.yaml lacks '.+', so it was cut short or edited"),
         ("checkpoints/last/state.json", "{}", "cannot be read"),
         ("baseline.json", '{"unigram', None),
-        ("checkpoints/last/state.json", '{"step": 2, "made_from": {}}', "state.json lacks 'made_from.images'"),
+        (
+            "checkpoints/last/state.json",
+            '{"step": 2, "total_steps": 4, "made_from": {}}',
+            "state.json lacks 'made_from.images'",
+        ),
         ("metrics.jsonl", 'rubbish\n5\n{"step": "1"}\n{"step": 0}\n', None),
     ],
 )

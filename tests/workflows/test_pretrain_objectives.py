@@ -99,8 +99,8 @@ def test_it_is_continued(mae_run: Path, digits: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(after[name], before[name], atol=1e-9) for name in after if name.startswith("backbone."))
 
     for values, says in (
-        ({"objective": "simmim"}, "its 'decoder.0.attn.proj.bias' is not that of this SimMIM"),
-        ({"objective": "mae"}, "is not that of this MAE; take its objective and objective arguments"),
+        ({"objective": "simmim"}, r"its 'decoder\..*' is not that of this SimMIM"),
+        ({"objective": "mae"}, "as this MAE's; take its objective and objective arguments"),
         ({"objective": "mim", "tokenizer": "pixels"}, "takes over the head of"),
     ):
         with pytest.raises(MapetError, match=says):
@@ -110,7 +110,7 @@ def test_it_is_continued(mae_run: Path, digits: Path, tmp_path: Path) -> None:
 
 def test_a_head_of_ids_is_not_taken_for_one_of_pixels(pretrained_run: Path, digits: Path, tmp_path: Path) -> None:
     values = {"data": str(digits), "init": str(pretrained_run), "init_parts": "all", "objective": "simmim"}
-    with pytest.raises(MapetError, match="its 'head.bias' is not that of this SimMIM"):
+    with pytest.raises(MapetError, match="its 'head.weight' has shape .* as this SimMIM's"):
         pretrain({**values, "batch_size": 8, "workers": 0, "steps": 1}, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run" / "config.yaml").exists()
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing.util
 import random
-import signal
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TypedDict
 
 import torch
@@ -21,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
+from mapet.data.workers import loading_processes, one_thread
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -141,17 +136,6 @@ class ViewDataset(Dataset[Sample]):
         }  # fmt: skip
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As in a loading process: a mean's rounding depends on the number of threads; small images are not worth more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class DamageTally:
     """Counts damaged files, names each in the log once, and stops the run when there are too many.
 
@@ -215,37 +199,10 @@ def load_batches(
     return DataLoader(
         dataset,
         batch_sampler=keys,
-        num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=ignore_stops,
+        **loading_processes(workers),
     )
-
-
-def _end_workers() -> None:
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-# After an error, Python waits for its child processes, having asked them to stop by the very signal that loading
-# processes ignore. Registered after multiprocessing's own exit function, it runs before it.
-atexit.register(_end_workers)
-
-
-def ignore_stops(worker: int) -> None:
-    """Leave it to the main process to end a loading process."""
-    # Ctrl-C and hanging up reach every process of a terminal, SLURM's SIGTERM every process of a job. The main one
-    # decides when to stop, and until then needs batches; workers end with it by themselves.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    sys.excepthook = _silent_when_left
-
-
-def _silent_when_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say nothing of a main process that stopped while a batch was handed over to it; that is not the worker's news."""
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mapet.data.batches import Met, ignore_stops, one_thread
+from mapet.data.batches import Met
 from mapet.data.seeds import Draws
 from mapet.data.sources import ImageSet
 from mapet.data.views import TrainView
+from mapet.data.workers import loading_processes, one_thread
 
 Part = TypeVar("Part")
 
@@ -92,4 +93,4 @@ def load_passes(dataset: Dataset[Part], indices: Sequence[int], batch_size: int,
     """Return a loader over the images at ``indices``, in that order."""
     parts = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
     # A whole batch is made by one worker: batch_size None hands on what the dataset gives.
-    return DataLoader(dataset, batch_size=None, sampler=parts, num_workers=workers, worker_init_fn=ignore_stops)
+    return DataLoader(dataset, batch_size=None, sampler=parts, **loading_processes(workers))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -176,22 +175,25 @@ class Start:
         """
         if not self.pretraining:
             return
+        there = self.pretraining
+        here = {name: part.shape for name, part in objective.state_dict().items() if not name.startswith("backbone.")}
         ids = objective.needs_ids
-
-        def shapes(parts: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-            """By name; a head of ids is as long as there are ids."""
-            own = {name: part.shape for name, part in parts.items() if not name.startswith("backbone.")}
-            return {name: shape[1:] if ids and name.startswith("head.") else shape for name, shape in own.items()}
-
-        here, there = shapes(objective.state_dict()), shapes(self.pretraining)
-        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if ids:  # as many as the source has
+            count = there["head.weight"].shape[:1]
+            here |= {name: count + here[name][1:] for name in ("head.weight", "head.bias")}
+        differing = [name for name in {**here, **there} if name not in there or here.get(name) != there[name].shape]
         if not ids and self.tokenizer_hash != NoTokens.tokenizer_hash:
             differing.append("head.weight")  # of ids, though there may be as many as a patch has pixels
-        if differing:
-            raise MapetError(
-                f"init_parts all takes over all parts of {self.name!r}, but its {differing[0]!r} is not that of this "
-                f"{type(objective).__name__}; take its objective and objective arguments, or --init-parts backbone"
-            )
+        if not differing:
+            return
+        name, kind = differing[0], type(objective).__name__
+        how = f"is not that of this {kind}"
+        if name in here and name in there and here[name] != there[name].shape:
+            how = f"has shape {tuple(there[name].shape)} instead of {tuple(here[name])} as this {kind}'s"
+        raise MapetError(
+            f"init_parts all takes over all parts of {self.name!r}, but its {name!r} {how}; take its objective and "
+            "objective arguments, or --init-parts backbone"
+        )
 
     def check_ids(self, tokenizer_hash: str, vocab_size: int) -> None:
         """Refuse ids that the head was not trained for.
