@@ -86,7 +86,7 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     )
     eval_every: Count = Field(10, description="epochs between evaluations (and one at the end)", json_schema_extra=Free)
 
-    @field_validator("model_args")
+    @field_validator("model_args", "objective_args")
     @classmethod
     def _no_absurd_sizes(cls, arguments: dict[str, int | float | bool | str]) -> dict[str, int | float | bool | str]:
         for name, value in arguments.items():
