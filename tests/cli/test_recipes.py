@@ -15,6 +15,12 @@ def test_a_recipe_stands_on_another(tmp_path: Path) -> None:
     assert values == {**{key: value for key, value in demo.items() if key != "steps"}, "epochs": 2, "lr": 0.1}
 
 
+def test_a_base_is_looked_for_beside_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("base: other.yaml\nlr: 0.1\n")
+    (tmp_path / "other.yaml").write_text("lr: 0.2\nseed: 3\n")
+    assert load_recipe(str(tmp_path / "own.yaml")) == {"lr": 0.1, "seed": 3}
+
+
 def test_recipes_in_a_circle_are_refused(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text(f"base: {second}\n")

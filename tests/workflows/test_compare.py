@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,8 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
     assert untrained["flops"] == 0
     assert [len(row.curve) for row in found.rows] == [4, 0]
 
-    assert list(found.failures) == ["bold, pixels, seed 0"]
-    assert "loss nan" in found.failures["bold, pixels, seed 0"]
+    assert list(found.failures) == ["bold, pixels, seed 0, equal steps"]
+    assert "loss nan" in found.failures["bold, pixels, seed 0, equal steps"]
     assert [(row["arm"], row["budget"], row["steps"]) for row in written(out)] == [
         ("mim", "steps", "4"), ("random", "steps", "0")
     ]  # fmt: skip
@@ -48,7 +49,7 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
     table = (out / "results.md").read_text()
     assert "One seed: there is no spread" in table
     assert "| bold, pixels | - |" in table
-    assert "Failed: bold, pixels, seed 0: " in table
+    assert "Failed: bold, pixels, seed 0, equal steps: " in table
 
     with pytest.raises(MapetError, match="holds a comparison; pass --resume"):
         compare({**VALUES, "data": str(digits)}, out)
@@ -59,9 +60,40 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
     for row, before in zip(extended.rows, found.rows, strict=True):
         assert row.measured["knn"] == before.measured["knn"]
         assert 0 <= row.measured["linear"] <= 1
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")}
-    assert compare({}, out, resume=True).rows == extended.rows
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("cell.json")} == times
+    moved = out.rename(tmp_path / "moved")
+    times = {path: path.stat().st_mtime_ns for path in moved.rglob("cell.json")}
+    linear = {"steps": 5, "lr": (0.3,), "weight_decay": (1e-3,)}  # of Python; in files they are lists
+    assert compare({"linear": linear, "workers": 1}, moved, resume=True).rows == extended.rows
+    assert {path: path.stat().st_mtime_ns for path in moved.rglob("cell.json")} == times
+
+    for content in ("[]", '{"cost": 3}', '{"knn": {"keys": {}}}'):
+        next(iter(times)).write_text(content)
+        with pytest.raises(MapetError, match=r"cell.json is damaged; remove the file"):
+            compare({}, moved, resume=True)
+
+
+def test_other_test_images_are_measured_on_anew(digits: Path, tmp_path: Path) -> None:
+    for part, number in (("train", "[0-3]"), ("test", "[45]")):
+        for file in digits.glob(f"*/{number}.png"):
+            copy = tmp_path / "data" / part / file.parent.name / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+    out = tmp_path / "out"
+    compare({**VALUES, "objectives": ["mim"], "steps": 1, "data": str(tmp_path / "data")}, out)
+    (file,) = out.rglob("cell.json")
+    before = json.loads(file.read_text())
+    (tmp_path / "data" / "test" / "class 0" / "4.png").unlink()
+    compare({}, out, resume=True)
+    after = json.loads(file.read_text())
+    assert after["cost"] == before["cost"]
+    assert after["knn"]["images"] != before["knn"]["images"]
+
+
+def test_a_length_said_anew_replaces_the_one_it_began_with(digits: Path, tmp_path: Path) -> None:
+    begun = {**VALUES, "objectives": ["mim"], "steps": 1, "data": str(digits)}
+    compare(begun, tmp_path / "out")
+    compare({"epochs": 1}, tmp_path / "out", resume=True)
+    assert [row["steps"] for row in written(tmp_path / "out")] == ["7"]
 
 
 @pytest.mark.slow
@@ -98,10 +130,13 @@ def test_what_is_refused_leaves_nothing(digits: Path, tmp_path: Path) -> None:
         ({**VALUES, "data": str(digits / "class 0")}, "subfolder"),
         ({**VALUES, "data": str(digits), "budget": ["hours"]}, "'hours' names no budget"),
         ({**VALUES, "data": str(digits), "seeds": 0}, "seeds = 0"),
+        ({**VALUES, "data": str(digits), "measure": ["knn"]}, "unknown key 'measure'; did you mean 'measures'"),
     ):
         with pytest.raises(MapetError, match=sentence):
             compare(values, out)
         assert not out.exists()
+    with pytest.raises(MapetError, match="name of the output folder is empty"):
+        compare({**VALUES, "data": str(digits)}, "")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("")
     with pytest.raises(MapetError, match=r"holds 'letter.txt', but no comparison"):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tests.conftest import TINY
 
 from mapet import MapetError
@@ -22,8 +24,7 @@ def cells(folder: Path, root: Path = Path("out"), shared: dict[str, Any] = SHARE
 
 
 def test_every_arm_gets_every_tokenizer_and_seed_and_the_rest_is_the_same(digits: Path) -> None:
-    found = cells(digits, objectives=["mapet", "mim", "mae", "random"], arms={"mae": DECODER}, seeds=2,
-                  tokenizers=["pixels", "dinov2"][:1])  # fmt: skip
+    found = cells(digits, objectives=["mapet", "mim", "mae", "random"], arms={"mae": DECODER}, seeds=2)
     assert [(cell.name, cell.seed) for cell in found] == [
         ("mapet, pixels", 0), ("mim, pixels", 0), ("mae", 0), ("random", 0),
         ("mapet, pixels", 1), ("mim, pixels", 1), ("mae", 1), ("random", 1),
@@ -71,6 +72,32 @@ def test_other_settings_are_other_cells(digits: Path) -> None:
     assert cells(digits, objectives=["mim"], measures=["linear"])[0].root == before.root
 
 
+def test_a_cell_stays_the_same_wherever_the_images_lie_and_whoever_loads_them(digits: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(digits, tmp_path / "moved")
+    before, after = (
+        cells(folder, objectives=["mim"], shared={**SHARED, "workers": workers})[0]
+        for folder, workers in ((digits, 0), (moved, 2))
+    )
+    assert (before.root, before.values["tokenizer"]) == (after.root, after.values["tokenizer"])
+    (moved / "class 0" / "0.png").unlink()
+    fewer = cells(moved, objectives=["mim"])[0]
+    assert fewer.root != after.root
+    assert fewer.values["tokenizer"] != after.values["tokenizer"]
+
+
+def test_tokenizers_are_fitted_on_the_crops_that_are_trained_on(digits: Path) -> None:
+    for crop_min, fitted in ((None, 0.2), (0.5, 0.5), (1, None)):
+        (cell,) = cells(digits, objectives=["mim"], shared={**SHARED, "crop_min": crop_min})
+        assert cell.fit is not None
+        assert cell.fit["crop_min"] == fitted
+
+
+def test_names_that_a_table_cannot_show_are_refused(digits: Path) -> None:
+    for arms in ({"a\nb": {"objective": "mim"}}, {"": {"objective": "mim"}}):
+        with pytest.raises(ValidationError):
+            CompareConfig(data=str(digits), arms=arms)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -83,6 +110,15 @@ def test_other_settings_are_other_cells(digits: Path) -> None:
         ({"objectives": ["mim"], "arms": {"mae": {"tokenizer": "pixels", **DECODER}}}, "objective 'mae' needs none"),
         ({"objectives": ["mim"], "measures": ["knn"], "knn": {"neighbours": 3}},
          "knn of the comparison has the unknown key 'neighbours'"),
+        ({"objectives": ["mim"], "measures": ["knn"], "knn": {"model": "vit_tiny_patch16_224"}},
+         "knn of the comparison has 'model', which is that of each cell"),
+        ({"objectives": ["mim"], "tokenizers": ["k-pixels"]}, "'k-pixels'; did you mean 'pixels'"),
+        ({"objectives": ["mim"], "tokenizers": ["none/such"]}, "tokenizer folder 'none/such' does not exist"),
+        ({"arms": {"odd": {"objective": ["mim"]}}}, "arm 'odd' is wrong: objective = "),
+        ({"arms": {"odd": {"objective": "mim", "tokenizer": 5}}}, "arm 'odd' is wrong: tokenizer = 5"),
+        ({"objectives": ["mim"], "arms": {"random": {"tokenizer": "pixels"}}}, "objective 'random' needs none"),
+        ({"objectives": ["mim"], "budget": ["flops=1"]}, "1 flops are less than an optimiser step of 'mim, pixels'"),
+        ({"objectives": ["mim"], "budget": ["flops=9e29"]}, "arm 'mim' is wrong: steps = "),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_trained(
@@ -90,6 +126,13 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(MapetError, match=sentence):
         cells(digits, **values)
+
+
+def test_damaged_times_are_named(digits: Path, tmp_path: Path) -> None:
+    for content in ("{", "[]", '{"a": "b"}'):
+        (tmp_path / "times.json").write_text(content)
+        with pytest.raises(MapetError, match=r"times.json is damaged"):
+            cells(digits, tmp_path, objectives=["mim"], budget=["minutes=0.05"])
 
 
 def test_minutes_are_measured_once(digits: Path, tmp_path: Path) -> None:
@@ -111,9 +154,6 @@ def test_a_plan_can_be_made_of_the_recipes(path: Path, digits: Path) -> None:
     shared = {key: value for key, value in values.items() if key not in ("objective", "tokenizer")}
     for arm in own.get("arms", {}).values():
         arm.pop("vocab_size", None)  # the digits have patches for 16
-        arm.pop("tokenizer", None)
-        arm.pop("teacher_stage", None)
-        arm.pop("teacher_size", None)
     config = CompareConfig(**{**own, "data": str(digits)})
     found = plan(config, {**shared, "batch_size": 8, "data": str(digits)}, Path("out"))
     assert len(found) >= 3 * len(config.differing)

@@ -10,8 +10,8 @@ from typing import Any, NoReturn, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from mapet.cli.recipes import load_recipe, one_length
-from mapet.config import StrictConfig, has_mark
+from mapet.cli.recipes import load_recipe
+from mapet.config import StrictConfig, has_mark, override
 from mapet.errors import MapetError, nearest
 
 # The longest that file systems take is 255, and beside NAME there is .NAME.lock for a while.
@@ -147,27 +147,27 @@ def _plain(value: object) -> str:
 
 def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]) -> dict[str, Any]:
     """Return the recipe's values overridden by the flags that were given, of one or several configurations."""
-    values: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     if getattr(parsed, "config", None) is not None:
-        values = load_recipe(parsed.config)
+        recipe = load_recipe(parsed.config)
     fields = {key: field for config_class in config_classes for key, field in config_class.model_fields.items()}
+    given: dict[str, Any] = {}
     for key, field in fields.items():
         text = getattr(parsed, key, None)
         if text is None:
             continue
         if _is_mapping(field.annotation):
-            before = values.get(key)
-            values[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
+            before = recipe.get(key)
+            given[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
         elif isinstance(text, list):
-            values[key] = [_parse(part) for item in text for part in item.split(",")]
+            given[key] = [_parse(part) for item in text for part in item.split(",")]
         elif isinstance(text, bool):
-            values[key] = text
+            given[key] = text
         else:
             optional = field.default is None
             as_text = key in _TEXT_KEYS and not (optional and text == "none")
-            values[key] = text if as_text else _parse(text)
-    steps, epochs = (getattr(parsed, key, None) is not None for key in ("steps", "epochs"))
-    return one_length(values, "steps" if steps and not epochs else "epochs" if epochs and not steps else None)
+            given[key] = text if as_text else _parse(text)
+    return override(recipe, given)
 
 
 _TEXT_KEYS = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mapet.config import read_recipe
+from mapet.config import override, read_recipe
 from mapet.errors import MapetError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -28,13 +28,8 @@ def _load(name: str, above: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    merged = {**_load(str(base), (*above, path)), **values}
-    return one_length(merged, next((key for key in ("steps", "epochs") if key in values), None))
-
-
-def one_length(values: dict[str, Any], said: str | None) -> dict[str, Any]:
-    """Return values that say how long by ``said`` (steps or epochs) alone; as they are if it is None."""
-    return {key: value for key, value in values.items() if said is None or key not in {"steps", "epochs"} - {said}}
+    beside = path.parent / str(base)
+    return override(_load(str(beside if beside.is_file() else base), (*above, path)), values)
 
 
 def find_recipe(name: str) -> Path:

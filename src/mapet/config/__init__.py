@@ -1,6 +1,6 @@
 """Configurations: strict, typed, flat, every key documented. Needs neither torch nor timm."""
 
-from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, read_recipe
+from mapet.config.base import StrictConfig, config_to_yaml, free_keys, has_mark, make_config, override, read_recipe
 from mapet.config.compare import CompareConfig
 from mapet.config.convert import ConvertConfig
 from mapet.config.evaluate import KNN_TEMPERATURE, AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
@@ -41,5 +41,6 @@ __all__ = [
     "free_keys",
     "has_mark",
     "make_config",
+    "override",
     "read_recipe",
 ]

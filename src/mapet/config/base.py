@@ -82,6 +82,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
+def override(values: dict[str, Any], anew: dict[str, Any]) -> dict[str, Any]:
+    """Return values with others on top; a length that is said anew, in steps or epochs, replaces either."""
+    lengths = {"steps", "epochs"}
+    gone = lengths if lengths & anew.keys() else set()
+    return {**{key: value for key, value in values.items() if key not in gone}, **anew}
+
+
 def config_to_yaml(config: StrictConfig) -> str:
     """Write a configuration as YAML, in the order of the definition."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

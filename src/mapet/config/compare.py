@@ -34,7 +34,7 @@ class CompareConfig(StrictConfig):
         description="what --tokenizer of pretrain takes; an objective that needs none is trained once",
         json_schema_extra=Common,
     )
-    arms: dict[str, dict[str, Any]] = Field(
+    arms: dict[Annotated[str, Field(min_length=1)], dict[str, Any]] = Field(
         default_factory=dict,
         description="further arms by name, or what an objective has of its own: the keys of pre-training in which it "
         "differs, as half='{objective: mapet, context_tokens: 8}'",
@@ -80,6 +80,14 @@ class CompareConfig(StrictConfig):
         if twins:
             raise ValueError(f"{twins[0]!r} is named twice")
         return names
+
+    @field_validator("objectives", "tokenizers", "arms")
+    @classmethod
+    def _can_be_shown(cls, named: Any) -> Any:
+        for name in named:
+            if not name.isprintable():
+                raise ValueError(f"{name!r} has characters that cannot be shown in a table; choose another name")
+        return named
 
     @model_validator(mode="after")
     def _something_to_compare(self) -> Self:

@@ -6,7 +6,7 @@ from mapet.tokenizers.files import CONFIG_FILE, PUBLISHED, TOKENIZERS, holds_tok
 from mapet.tokenizers.kfeatures import KFeatures, features_on_grid
 from mapet.tokenizers.kmeans import all_cores
 from mapet.tokenizers.kpixels import KPixels
-from mapet.tokenizers.teachers import Teacher, build_teacher
+from mapet.tokenizers.teachers import Teacher, build_teacher, library_of
 from mapet.tokenizers.vqkd import VQKD
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "features_on_grid",
     "hash_content",
     "holds_tokenizer",
+    "library_of",
     "load_tokenizer",
     "save_tokenizer",
 ]

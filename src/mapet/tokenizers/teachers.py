@@ -177,25 +177,39 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
     Raises:
         MapetError: for an unknown name or stage, or weights that cannot be had or do not fit.
     """
-    if os.path.isfile(Path(name) / "config.json"):  # noqa: PTH113 (false, not an error, for what is no file name)
+    if library_of(name) == TorchvisionTeacher.library:
+        node = str(stage) if stage is not None else _default_node(name)
+        return _torchvision_teacher(name, node, weights).frozen()
+    if _is_export(name):
         name = f"local-dir:{name}"
-    if ":" in name or timm.is_model(name):
-        teacher = _timm_teacher(name, _stage_index(name, stage), weights)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        teacher = _torchvision_teacher(name, str(stage) if stage is not None else _default_node(name), weights)
-    elif Path(name).is_dir():
+    return _timm_teacher(name, _stage_index(name, stage), weights).frozen()
+
+
+def library_of(name: str) -> str:
+    """Return which library a teacher's name is of; nothing is built or downloaded.
+
+    Raises:
+        MapetError: for a name that is of none.
+    """
+    if _is_export(name) or ":" in name or timm.is_model(name):
+        return TimmTeacher.library
+    if name in torchvision.models.list_models(module=torchvision.models):
+        return TorchvisionTeacher.library
+    if Path(name).is_dir():
         raise MapetError(
             f"folder {name!r} holds neither a tokenizer nor an exported backbone (config.json); name the exported/ "
             "folder of a run, or that of a fitted tokenizer"
         )
-    else:
-        known = [*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
-        hint = nearest(name, {"pixels", *known} - {name})
-        raise MapetError(
-            f"unknown tokenizer or teacher {name!r}{hint}; a tokenizer is 'pixels' or the folder of a fitted one, a "
-            "teacher is a timm or torchvision model name or the exported/ folder of an earlier run"
-        )
-    return teacher.frozen()
+    known = [*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
+    hint = nearest(name, {"pixels", *known} - {name})
+    raise MapetError(
+        f"unknown tokenizer or teacher {name!r}{hint}; a tokenizer is 'pixels' or the folder of a fitted one, a "
+        "teacher is a timm or torchvision model name or the exported/ folder of an earlier run"
+    )
+
+
+def _is_export(name: str) -> bool:
+    return os.path.isfile(Path(name) / "config.json")  # noqa: PTH113 (false, not an error, for what is no file name)
 
 
 def _timm_teacher(name: str, stage: int, weights: str | Path | None) -> Teacher:

@@ -22,10 +22,11 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from mapet.config import PretrainConfig, make_config
+from mapet.config import FinetuneConfig, PretrainConfig, StrictConfig, free_keys, make_config
 from mapet.engine import RunFolder, replace_file, replace_folder
 from mapet.errors import MapetError
 from mapet.export import export_network
+from mapet.report.comparison import COSTS
 from mapet.workflows.costs import step_seconds
 from mapet.workflows.evaluation import evaluate
 from mapet.workflows.finetune import finetune
@@ -56,6 +57,7 @@ class Cell:
         budgets: the names of those that it is trained under.
         measures: what is measured, and how: the keys of ``mapet eval KIND`` and ``mapet finetune``.
         data: labelled, for the measures.
+        test_images: fingerprint of those that are measured on.
     """
 
     arm: str
@@ -68,6 +70,7 @@ class Cell:
     budgets: tuple[str, ...] = ()
     measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: str = ""
+    test_images: str = ""
 
     @property
     def name(self) -> str:
@@ -77,13 +80,24 @@ class Cell:
     @property
     def title(self) -> str:
         """The cell in words."""
-        return f"{self.name}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}, equal {' and '.join(self.budgets)}"
 
     @property
     def is_done(self) -> bool:
         """Whether it is trained and measured in every way asked for."""
         record = read_record(self.root)
-        return "cost" in record and all(measured_as(record, kind, keys) for kind, keys in self.measures.items())
+        return "cost" in record and all(self.has_taken(kind, record) for kind in self.measures)
+
+    def has_taken(self, kind: str, record: Record) -> bool:
+        """Whether a measure has been taken, in the way and on the images that are asked for."""
+        return kind in record and {**record[kind], "accuracy": None} == {**self._asked(kind), "accuracy": None}
+
+    def taken(self, kind: str, accuracy: float) -> Record:
+        """Return what is written down of a measure."""
+        return {**self._asked(kind), "accuracy": accuracy}
+
+    def _asked(self, kind: str) -> Record:
+        return {"keys": dict(self.measures[kind]), "images": self.test_images}
 
 
 def folder_name(name: str, values: Mapping[str, Any], fingerprint: str) -> str:
@@ -103,14 +117,21 @@ def read_record(root: Path) -> Record:
         return {}
     except ValueError:
         record = None
-    if not isinstance(record, dict):
+    if not _is_record(record):
         raise MapetError(f"{root / 'cell.json'} is damaged; remove the file, and the cell is finished anew")
-    return record
+    return dict(record)
 
 
-def measured_as(record: Record, kind: str, keys: Mapping[str, Any]) -> bool:
-    """Whether a measure has been taken, in the way that is asked for."""
-    return kind in record and record[kind]["keys"] == dict(keys)
+def _is_record(content: Any) -> bool:
+    if not isinstance(content, dict):
+        return False
+    measures = [value for key, value in content.items() if key not in ("cost", "failed")]
+    costs = content.get("cost", dict.fromkeys(COSTS, 0))
+    return (
+        isinstance(costs, dict)
+        and all(isinstance(costs.get(key), int | float) for key in COSTS)
+        and all(isinstance(value, dict) and isinstance(value.get("accuracy"), int | float) for value in measures)
+    )
 
 
 def run_cell(cell: Cell) -> str | None:
@@ -169,7 +190,9 @@ def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell) -> None:
 def _fit(cell: Cell, record: Record) -> None:
     """Fit the tokenizer that the cells of a seed have in common."""
     assert cell.fit is not None
-    fit_tokenizer(cell.fit, cell.values["tokenizer"])
+    # The process of a comparison that was killed may have finished it while this one waited.
+    if not Path(cell.values["tokenizer"]).exists():
+        fit_tokenizer(cell.fit, cell.values["tokenizer"])
 
 
 def _finish(cell: Cell, record: Record) -> int | None:
@@ -182,8 +205,8 @@ def _finish(cell: Cell, record: Record) -> int | None:
             record["cost"] = {"steps": 0, "flops": 0.0, "seconds": 0.0, "memory": 0}
         else:
             # What has begun knows its tokenizer, by a path that may have been another.
-            begun = {} if run.config.exists() else cell.values
-            result = pretrain(begun, run.root, resume=True, console=console)
+            values = _free(PretrainConfig, cell.values) if run.config.exists() else cell.values
+            result = pretrain(values, run.root, resume=True, console=console)
             if result.steps < result.total_steps:
                 return result.stopped_by
             batch = result.config.batch_size
@@ -195,18 +218,19 @@ def _finish(cell: Cell, record: Record) -> int | None:
             }
         _write(cell, record)
     for kind, keys in cell.measures.items():
-        if measured_as(record, kind, keys):
+        if cell.has_taken(kind, record):
             continue
         given = {"model": str(run.exported), "data": cell.data, "seed": cell.seed, **REPEATED.get(kind, {}), **keys}
         if kind == "finetune":
-            out = cell.root / folder_name("finetuned", keys, "")
-            tuned = finetune({} if RunFolder(out).config.exists() else given, out, resume=True, console=console)
+            out = cell.root / folder_name("finetuned", keys, cell.test_images)
+            values = _free(FinetuneConfig, given) if RunFolder(out).config.exists() else given
+            tuned = finetune(values, out, resume=True, console=console)
             if tuned.scores is None:
                 return tuned.stopped_by
             accuracy = tuned.scores.accuracy
         else:
             accuracy = evaluate(kind, given, console=console)["accuracy"]
-        record[kind] = {"keys": dict(keys), "accuracy": accuracy}
+        record[kind] = cell.taken(kind, accuracy)
         _write(cell, record)
     return None
 
@@ -217,6 +241,11 @@ def _export_untrained(cell: Cell, run: RunFolder) -> None:
     export = partial(export_network, initial_backbone(config), mean=config.input_mean, std=config.input_std)
     run.root.mkdir(parents=True, exist_ok=True)
     replace_folder(run.exported, export)
+
+
+def _free(config_class: type[StrictConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what may change when a run goes on, such as the place of the images."""
+    return {key: values[key] for key in free_keys(config_class) & values.keys()}
 
 
 def _write(cell: Cell, record: Record) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from mapet.config import CompareConfig, make_config, read_recipe
+from mapet.config import CompareConfig, PretrainConfig, make_config, override, read_recipe
 from mapet.data import train_and_test
 from mapet.engine import RunFolder, explain_disk_errors, replace_file
-from mapet.errors import MapetError
+from mapet.errors import MapetError, nearest
 from mapet.report import Comparison, Row, write_comparison
-from mapet.workflows.cells import Cell, measured_as, read_record, run_cell
+from mapet.workflows.cells import Cell, read_record, run_cell
 from mapet.workflows.compare_plan import plan
 from mapet.workflows.training import check_out
 
@@ -42,6 +42,8 @@ def compare(values: Mapping[str, Any], out: str | Path, *, resume: bool = False)
     Raises:
         MapetError: for input that cannot work, before anything is trained. A cell that fails later is in the result.
     """
+    if not str(out):
+        raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
     root = Path(out)
     with explain_disk_errors(root), _held(root):
         asked = _settle(values, root, resume)
@@ -83,7 +85,7 @@ def _settle(values: Mapping[str, Any], root: Path, resume: bool) -> dict[str, An
         raise MapetError(
             f"output folder {root} holds a comparison; pass --resume to continue or extend it, or another --out"
         )
-    return {**read_recipe(saved), **values}
+    return override(read_recipe(saved), dict(values))
 
 
 def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
@@ -92,6 +94,10 @@ def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
     for key in NOT_SHARED:
         if shared.get(key) is not None:
             raise MapetError(f"{key!r} is for mapet pretrain; a comparison has no use for it, leave it out")
+    for key in shared:
+        if key not in PretrainConfig.model_fields:
+            known = {*CompareConfig.model_fields, *PretrainConfig.model_fields} - set(NOT_SHARED)
+            raise MapetError(f"the comparison has the unknown key {key!r}{nearest(str(key), known) or '; see --help'}")
     # A recipe of pre-training names one objective, one tokenizer and one seed.
     for key in ("objective", "tokenizer", "seed"):
         shared.pop(key, None)
@@ -128,7 +134,6 @@ def _row(cell: Cell) -> Row | None:
     record = read_record(cell.root)
     if "cost" not in record:
         return None
-    taken = [kind for kind, keys in cell.measures.items() if measured_as(record, kind, keys)]
-    measured = {kind: record[kind]["accuracy"] for kind in taken}
+    measured = {kind: record[kind]["accuracy"] for kind in cell.measures if cell.has_taken(kind, record)}
     curve = [(line["epoch"], line["loss"]) for line in RunFolder(cell.root / "run").metric_lines()]
     return Row(cell.name, cell.arm, cell.tokenizer, cell.seed, cell.budgets, record["cost"], measured, curve)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mapet.config import CompareConfig, FinetuneConfig, FitConfig, KMeansKeys, PretrainConfig, make_config
+from mapet.config import CompareConfig, FinetuneConfig, FitConfig, KMeansKeys, PretrainConfig, free_keys, make_config
 from mapet.data import ImageSet, open_images, open_labelled
 from mapet.engine import replace_file
 from mapet.errors import MapetError, nearest
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # What must be the same for all arms, or is said otherwise.
 NOT_OF_AN_ARM = ("data", "epochs", "eval_data", "init", "seed", "steps", "tokens")
+# What every measure is given by the cell that it measures.
+NOT_OF_A_MEASURE = ("data", "model", "reinit")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Variant:
 
     def steps(self, images: int, **length: int | None) -> int:
         """Return the optimiser steps of a run over so many images, as long as its recipe says or as is said here."""
-        return _config(self.arm, {**self.values, **length}).resolve(images).total_steps(images)
+        return _config(self.arm, self.tokenizer, {**self.values, **length}).resolve(images).total_steps(images)
 
 
 def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> Iterator[Variant]:
@@ -72,25 +74,27 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
             if key in differing:
                 raise MapetError(f"arm {arm!r} has its own {key!r}, which must be the same for all; leave it out")
         values = {**shared, "objective": arm, **differing}  # the name may say it all
+        _config(
+            arm, values.get("tokenizer"), {key: v for key, v in values.items() if key not in KMeansKeys.model_fields}
+        )
         own = values.pop("tokenizer", None)
         objective = values["objective"]
+        if own and (objective == UNTRAINED or (objective in OBJECTIVES and not OBJECTIVES[objective].needs_ids)):
+            raise MapetError(f"arm {arm!r} names a tokenizer, but objective {objective!r} needs none; leave it out")
         if objective == UNTRAINED:
-            _config(arm, {key: value for key, value in values.items() if key != "objective"})
             yield Variant(arm, "", values, FREE)
             continue
         if objective not in OBJECTIVES:
             choice = [*OBJECTIVES, UNTRAINED]
-            hint = nearest(str(objective), choice) or f"; choose from {sorted(choice)}"
+            hint = nearest(objective, choice) or f"; choose from {sorted(choice)}"
             raise MapetError(f"arm {arm!r} has the unknown objective {objective!r}{hint}")
         if not OBJECTIVES[objective].needs_ids:
-            if own:
-                raise MapetError(f"arm {arm!r} names a tokenizer, but objective {objective!r} needs none; leave it out")
             tokenizers: Sequence[str] = ("",)
             values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
         else:
             tokenizers = (own,) if own else config.tokenizers
         for tokenizer in tokenizers:
-            resolved = _config(arm, values).resolve(images)
+            resolved = _config(arm, tokenizer, values).resolve(images)
             try:
                 cost = measure_cost(resolved, tokenizer, images)
             except MapetError as error:
@@ -109,12 +113,9 @@ def plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> list[C
     Raises:
         MapetError: for what cannot work.
     """
-    open_labelled(config.data)  # what cannot be measured need not be trained
+    _, test = open_labelled(config.data)  # what cannot be measured need not be trained
     images = open_images(shared["data"])
-    measures: dict[str, Mapping[str, Any]] = {kind: getattr(config, kind) for kind in config.measures}
-    for kind, keys in measures.items():
-        config_class = FinetuneConfig if kind == "finetune" else KINDS[kind][0]
-        make_config(config_class, {"model": "-", "data": config.data, "seed": 0, **keys}, f"{kind} of the comparison")
+    measures = _measures(config)
     compared = list(variants(config, shared, len(images)))
     lengths = _lengths(config, compared, len(images), root)
     found: dict[Path, Cell] = {}
@@ -123,19 +124,34 @@ def plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> list[C
             for budget, steps in steps_by_budget.items():
                 cell = _cell(variant, seed, steps, images, root)
                 budgets = (*found[cell.root].budgets, budget) if cell.root in found else (budget,)
-                found[cell.root] = replace(cell, budgets=budgets, measures=measures, data=config.data)
+                found[cell.root] = replace(cell, budgets=budgets, measures=measures, data=config.data,
+                                           test_images=test.fingerprint)  # fmt: skip
     return list(found.values())
+
+
+def _measures(config: CompareConfig) -> dict[str, Mapping[str, Any]]:
+    """Return the keys of each measure, as they are found again in a file."""
+    measures: dict[str, Mapping[str, Any]] = {}
+    for kind in config.measures:
+        keys, origin = getattr(config, kind), f"{kind} of the comparison"
+        for key in NOT_OF_A_MEASURE:
+            if key in keys:
+                raise MapetError(f"{origin} has {key!r}, which is that of each cell; leave it out")
+        config_class = FinetuneConfig if kind == "finetune" else KINDS[kind][0]
+        make_config(config_class, {"model": "-", "data": config.data, "seed": 0, **keys}, origin)
+        measures[kind] = json.loads(json.dumps(keys))
+    return measures
 
 
 def _cell(variant: Variant, seed: int, steps: int, images: ImageSet, root: Path) -> Cell:
     """Return a cell that is measured in no way yet."""
     values = {**variant.values, "seed": seed, "steps": steps or None, "epochs": None}
-    identity = {**values, "tokenizer": variant.tokenizer}
+    identity = {**_decisive(values), "tokenizer": variant.tokenizer}
     fit: Mapping[str, Any] | None = None
     if variant.tokenizer and not is_ready(variant.tokenizer):
         fit = _fit_values(variant, seed)
         values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
-        folder = root / "tokenizers" / folder_name(Path(variant.tokenizer).name, fit, images.fingerprint)
+        folder = root / "tokenizers" / folder_name(Path(variant.tokenizer).name, _decisive(fit), images.fingerprint)
         values["tokenizer"] = str(folder)
     elif variant.tokenizer:
         values["tokenizer"] = variant.tokenizer
@@ -148,7 +164,7 @@ def _fit_values(variant: Variant, seed: int) -> dict[str, Any]:
     """Return how the tokenizer is fitted that all arms of a seed have in common; see ``FitConfig``."""
     keys = [key for key in FitConfig.model_fields if key in variant.values]
     given = {key: variant.values[key] for key in keys if key not in ("crop_min", "batch_size")}
-    crop_min = variant.values.get("crop_min", 0.2)
+    crop_min = _config(variant.arm, variant.tokenizer, variant.values).view_settings["crop_min"]
     return {
         **given, "teacher": variant.tokenizer, "seed": seed, "vocab_size": variant.cost.vocab_size,
         "image_size": variant.cost.image_size, "patch_size": variant.cost.patch_size,
@@ -156,8 +172,14 @@ def _fit_values(variant: Variant, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _config(arm: str, values: Mapping[str, Any]) -> PretrainConfig:
-    return make_config(PretrainConfig, dict(values), f"arm {arm!r}")
+def _decisive(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that what is computed depends on; the images do by their fingerprint, wherever they lie."""
+    free = free_keys(PretrainConfig)
+    return {key: value for key, value in values.items() if key not in free}
+
+
+def _config(arm: str, tokenizer: str | None, values: Mapping[str, Any]) -> PretrainConfig:
+    return make_config(PretrainConfig, {**values, "tokenizer": tokenizer or None}, f"arm {arm!r}")
 
 
 def _lengths(config: CompareConfig, compared: Sequence[Variant], images: int, root: Path) -> list[dict[str, int]]:
@@ -180,7 +202,13 @@ def _lengths(config: CompareConfig, compared: Sequence[Variant], images: int, ro
         price = prices[kind]
         if amount is None:
             amount = first.steps(images) * price[first.name]
-        return max(1, round(amount / price[variant.name]))
+        steps = round(amount / price[variant.name])
+        if steps < 1:
+            raise MapetError(
+                f"{amount:.3g} {kind} are less than an optimiser step of {variant.name!r}, which takes "
+                f"{price[variant.name]:.3g}; take a larger budget or a smaller --batch-size"
+            )
+        return variant.steps(images, epochs=None, steps=steps)
 
     return [
         {budget: spend(variant, kind, amount) for budget, (kind, amount) in config.budgets.items()}
@@ -191,8 +219,10 @@ def _lengths(config: CompareConfig, compared: Sequence[Variant], images: int, ro
 def _time_steps(trained: Sequence[Variant], root: Path) -> dict[str, float]:
     """Return the minutes of a step, measured once: measured again they would be others, and so would the cells."""
     file = root / "times.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    keys = {variant.name: json.dumps([variant.tokenizer, variant.values], sort_keys=True) for variant in trained}
+    known = _known_times(file)
+    keys = {
+        variant.name: json.dumps([variant.tokenizer, _decisive(variant.values)], sort_keys=True) for variant in trained
+    }
     for variant in trained:
         if keys[variant.name] not in known:
             logger.info("timing %s", variant.name)
@@ -200,3 +230,15 @@ def _time_steps(trained: Sequence[Variant], root: Path) -> dict[str, float]:
             known[keys[variant.name]] = time_step(values) / 60
             replace_file(file, json.dumps(known, indent=1) + "\n")
     return {name: known[key] for name, key in keys.items()}
+
+
+def _known_times(file: Path) -> dict[str, float]:
+    try:
+        known = json.loads(file.read_text())
+        return {key: float(minutes) for key, minutes in known.items() if minutes > 0}
+    except FileNotFoundError:
+        return {}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MapetError(
+            f"{file} is damaged ({error}); restore it, or remove it and the cells of budgets in minutes begin anew"
+        ) from error

@@ -18,7 +18,7 @@ from mapet.config import PretrainConfig
 from mapet.engine import RunFolder
 from mapet.objectives import build_objective, find_objective
 from mapet.workflows.pretrain import initial_backbone, pretrain
-from mapet.workflows.tokens import is_ready, ready_tokenizer, settle_vocab_size
+from mapet.workflows.tokens import check_fittable, is_ready, ready_tokenizer, settle_vocab_size
 
 COUNTED_IMAGES = 2
 WARM_UP_STEPS, TIMED_STEPS = 5, 20
@@ -65,6 +65,7 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
     if needs_ids and is_ready(tokenizer):
         vocab_size = ready_tokenizer(tokenizer, config, (rows, columns)).vocab_size
     elif needs_ids:
+        check_fittable(tokenizer)
         vocab_size = settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
     objective = build_objective(
         config.objective, backbone, vocab_size, config.context_tokens, config.order, config.objective_args

@@ -26,6 +26,7 @@ from mapet.tokenizers import (
     Tokenizer,
     build_teacher,
     holds_tokenizer,
+    library_of,
     load_tokenizer,
 )
 
@@ -68,6 +69,14 @@ def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
     return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
 
 
+def check_fittable(name: str) -> None:
+    """Refuse a name that is of nothing whose features could be clustered; nothing is built or downloaded."""
+    if os.sep in name and ":" not in name and not Path(name).is_dir():
+        raise MapetError(f"tokenizer folder {name!r} does not exist")
+    if name != "pixels":
+        library_of(name)
+
+
 def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: int, channels: int) -> KTokenizer:
     """Return a k-means tokenizer that is still to be fitted.
 
@@ -81,8 +90,7 @@ def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: in
         MapetError: if there is no such teacher, or it cannot be had.
     """
     assert config.vocab_size is not None, "settle_vocab_size() gives one that is to be fitted a size"
-    if os.sep in name and ":" not in name and not Path(name).is_dir():
-        raise MapetError(f"tokenizer folder {name!r} does not exist")
+    check_fittable(name)
     if name == "pixels":
         patch = image_size // grid[0]
         return KPixels(image_size, patch, channels, config.vocab_size, config.contrast, config.spherical)
