@@ -20,6 +20,7 @@ from mapet.config import (
     config_to_yaml,
     free_keys,
     make_config,
+    override,
     read_recipe,
 )
 
@@ -187,3 +188,10 @@ def test_few_labels_are_cut_into_ten_steps(given: dict[str, int], images: int, b
     assert config.batch_size == batch_size
     assert config.lr == pytest.approx(5e-4 * (max(32, batch_size) / 512) ** 0.5)
     assert (config.epochs, config.eval_every) == (100, 10)
+
+
+def test_what_is_said_anew_replaces_also_a_length_in_the_other_unit() -> None:
+    before = {"steps": 3, "lr": 0.1}
+    assert override(before, {"lr": 0.2}) == {"steps": 3, "lr": 0.2}
+    assert override(before, {"epochs": 2}) == {"lr": 0.1, "epochs": 2}
+    assert override(before, {"steps": 4, "epochs": 2}) == {"lr": 0.1, "steps": 4, "epochs": 2}  # to be refused

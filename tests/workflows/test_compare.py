@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +38,7 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
     assert [len(row.curve) for row in found.rows] == [4, 0]
 
     assert list(found.failures) == ["bold, pixels, seed 0, equal steps"]
-    assert "loss nan" in found.failures["bold, pixels, seed 0, equal steps"]
+    assert "start another run with a lower --lr" in found.failures["bold, pixels, seed 0, equal steps"]
     assert [(row["arm"], row["budget"], row["steps"]) for row in written(out)] == [
         ("mim", "steps", "4"), ("random", "steps", "0")
     ]  # fmt: skip
@@ -70,30 +69,6 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
         next(iter(times)).write_text(content)
         with pytest.raises(MapetError, match=r"cell.json is damaged; remove the file"):
             compare({}, moved, resume=True)
-
-
-def test_other_test_images_are_measured_on_anew(digits: Path, tmp_path: Path) -> None:
-    for part, number in (("train", "[0-3]"), ("test", "[45]")):
-        for file in digits.glob(f"*/{number}.png"):
-            copy = tmp_path / "data" / part / file.parent.name / file.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
-    out = tmp_path / "out"
-    compare({**VALUES, "objectives": ["mim"], "steps": 1, "data": str(tmp_path / "data")}, out)
-    (file,) = out.rglob("cell.json")
-    before = json.loads(file.read_text())
-    (tmp_path / "data" / "test" / "class 0" / "4.png").unlink()
-    compare({}, out, resume=True)
-    after = json.loads(file.read_text())
-    assert after["cost"] == before["cost"]
-    assert after["knn"]["images"] != before["knn"]["images"]
-
-
-def test_a_length_said_anew_replaces_the_one_it_began_with(digits: Path, tmp_path: Path) -> None:
-    begun = {**VALUES, "objectives": ["mim"], "steps": 1, "data": str(digits)}
-    compare(begun, tmp_path / "out")
-    compare({"epochs": 1}, tmp_path / "out", resume=True)
-    assert [row["steps"] for row in written(tmp_path / "out")] == ["7"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,29 @@ def test_a_cell_stays_the_same_wherever_the_images_lie_and_whoever_loads_them(di
     fewer = cells(moved, objectives=["mim"])[0]
     assert fewer.root != after.root
     assert fewer.values["tokenizer"] != after.values["tokenizer"]
+
+
+def test_a_measure_is_taken_anew_of_other_test_images_or_in_another_way(digits: Path, tmp_path: Path) -> None:
+    for part, numbers in (("train", "[0-3]"), ("test", "[45]")):
+        for file in digits.glob(f"*/{numbers}.png"):
+            copy = tmp_path / part / file.parent.name / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+
+    def cell(**knn: Any) -> Cell:
+        config = CompareConfig(
+            data=str(tmp_path), objectives=("mim",), budget=("steps",), seeds=1, measures=("knn",), knn=knn
+        )
+        return plan(config, {**SHARED, "data": str(tmp_path / "train")}, Path("out"))[0]
+
+    before = cell(k=(3,))  # a tuple of Python; in files it is a list
+    record = json.loads(json.dumps({"knn": before.taken("knn", 0.5)}))
+    assert before.has_taken("knn", record)
+    assert not cell(k=[4]).has_taken("knn", record)
+    (tmp_path / "test" / "class 0" / "4.png").unlink()
+    after = cell(k=(3,))
+    assert after.root == before.root
+    assert not after.has_taken("knn", record)
 
 
 def test_tokenizers_are_fitted_on_the_crops_that_are_trained_on(digits: Path) -> None:
