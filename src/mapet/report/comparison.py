@@ -103,8 +103,8 @@ class Comparison:
             found.append("One seed: there is no spread, so small differences mean nothing; take --seeds 3 or more.")
         elif self.seeds > 1:
             found.append(
-                f"Mean +- standard deviation of {self.seeds} seeds, which also choose network, batches, crops, codebook, "
-                "and what is held out where there is no test folder; arms of the same seed have these in common."
+                f"Mean +- standard deviation of {self.seeds} seeds, which also choose network, batches, crops, "
+                "codebook, and what is held out where there is no test folder; arms of the same seed have these in common."
             )
         if self.seeds == 2:
             found.append("Two seeds say little of the spread; take --seeds 3 or more.")
