@@ -104,7 +104,7 @@ class Comparison:
         elif self.seeds > 1:
             found.append(
                 f"Mean +- standard deviation of {self.seeds} seeds, which also choose network, batches, crops, "
-                "codebook, and what is held out where there is no test folder; arms of the same seed have these in common."
+                "codebook, and what is held out if there is no test folder; arms of the same seed have these in common."
             )
         if self.seeds == 2:
             found.append("Two seeds say little of the spread; take --seeds 3 or more.")
