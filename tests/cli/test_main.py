@@ -40,7 +40,10 @@ def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys
         (["--tokenizer", "/no/folder"], "tokenizer folder '/no/folder' does not exist"),
         (["--objective", "mapett"], "unknown objective 'mapett'; did you mean 'mapet'"),
         (["--objective", "mae"], "'mae' predicts pixels and takes no token ids"),
-        (["--objective-args", "decoder_depth=1"], "objective 'mapet' has no argument 'decoder_depth'; it takes none"),
+        (
+            ["--objective-args", "decoder_depth=1"],
+            "objective 'mapet' has no argument 'decoder_depth'; it takes targets_per_image",
+        ),
         (["--objective-args", "depth"], "--objective-args takes KEY=VALUE"),
         (["--context-tokens", "17"], "no target is left to predict"),
         (["--channels", "4"], "image files are read as 1 (grey) or 3 (RGB)"),

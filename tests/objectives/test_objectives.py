@@ -68,7 +68,7 @@ def test_unknown_names_are_refused_with_the_nearest(tiny_vit: Callable[..., Any]
     [
         ("mae", {"decoder_dept": 2}, "'mae' has no argument 'decoder_dept'; did you mean 'decoder_depth'"),
         ("simmim", {"vocab_size": 2}, "'simmim' has no argument 'vocab_size'; it takes mask_cell"),
-        ("mapet", {"backbone": 2}, "'mapet' has no argument 'backbone'; it takes none"),
+        ("mapet", {"backbone": 2}, "'mapet' has no argument 'backbone'; it takes targets_per_image"),
         ("mae", {"decoder_depth": 0}, "decoder_depth is 0; it must be a whole number of at least 1"),
         ("mae", {"decoder_dim": "wide"}, "decoder_dim is 'wide'; it must be a whole number"),
         ("mae", {"decoder_dim": 12, "decoder_heads": 5}, "decoder_dim 12 is not divisible among 5 decoder_heads"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from typing import Any
 
 from rich.console import Console
 
 from mapet.cli.flags import add_config_flags, add_out_flag, given_values
 from mapet.cli.output import set_up_logging
+from mapet.cli.stopping import Stopped
 from mapet.config import CompareConfig, PretrainConfig
 
 # What is said of pre-training by the comparison, or makes no sense for several.
@@ -45,9 +45,9 @@ def run(parsed: argparse.Namespace) -> int:
     values = given_values(parsed, CompareConfig, PretrainConfig)
     try:
         comparison = compare(values, parsed.out, resume=parsed.resume)
-    except KeyboardInterrupt:
-        console.print(f"stopped; what is done is saved: --resume continues {parsed.out}", soft_wrap=True)
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, Stopped):
+        console.print(f"what is done is saved: --resume continues {parsed.out}", soft_wrap=True)
+        raise
     for table in comparison_tables(comparison):
         Console().print(table)
     for remark in comparison.remarks:
