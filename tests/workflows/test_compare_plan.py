@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 from tests.conftest import TINY
 
 from mapet import MapetError
@@ -14,6 +15,7 @@ from mapet.cli.recipes import RECIPES, load_recipe
 from mapet.config import CompareConfig
 from mapet.workflows.cells import Cell
 from mapet.workflows.compare_plan import plan
+from mapet.workflows.tokenizer import fit_tokenizer
 
 SHARED = {**TINY, "steps": 40}
 DECODER = {"objective_args": {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}}
@@ -71,6 +73,20 @@ def test_other_settings_are_other_cells(digits: Path) -> None:
     )
     assert before.root == same.root != other.root
     assert cells(digits, objectives=["mim"], measures=["linear"])[0].root == before.root
+
+
+def test_a_tokenizer_fitted_anew_makes_other_cells(digits: Path, tmp_path: Path) -> None:
+    def found() -> Path:
+        return cells(digits, objectives=["mim"], tokenizers=[str(tmp_path / "tok")], shared=shared)[0].root
+
+    shared = {key: value for key, value in SHARED.items() if key != "vocab_size"}
+    roots = []
+    for seed in (0, 0, 1):
+        fit = {"data": str(digits), "image_size": 28, "patch_size": 7, "channels": 1, "vocab_size": 16, "seed": seed}
+        fit_tokenizer(fit, tmp_path / "tok", console=Console(quiet=True))
+        roots.append(found())
+        shutil.rmtree(tmp_path / "tok")
+    assert roots[0] == roots[1] != roots[2]
 
 
 def test_a_cell_stays_the_same_wherever_the_images_lie_and_whoever_loads_them(digits: Path, tmp_path: Path) -> None:

@@ -144,6 +144,9 @@ def run_cell(cell: Cell) -> str | None:
         KeyboardInterrupt: if it was stopped by a signal, and saved.
     """
     cell.root.mkdir(parents=True, exist_ok=True)
+    if "failed" in (record := read_record(cell.root)):
+        del record["failed"]  # it was another time
+        _write(cell, record)
     if cell.fit is not None and not Path(cell.values["tokenizer"]).exists() and (failure := _isolated(_fit, cell)):
         return failure
     return _isolated(_finish, cell)
@@ -164,7 +167,11 @@ def _isolated(work: Callable[[Cell, Record], int | None], cell: Cell) -> str | N
         return f"its process was ended by {signal.Signals(-code).name}{why}"
     if code > 128:
         raise KeyboardInterrupt
-    return read_record(cell.root).get("failed", f"its process ended with status {code}") if code else None
+    return (
+        read_record(cell.root).get("failed", f"its process ended with status {code}; what it printed says why")
+        if code
+        else None
+    )
 
 
 def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell) -> None:
@@ -175,7 +182,6 @@ def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     with FileLock(cell.root / ".lock", timeout=PATIENCE_S):
         record = read_record(cell.root)
-        record.pop("failed", None)
         try:
             stopped_by = work(cell, record)
         except Exception as error:

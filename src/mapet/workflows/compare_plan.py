@@ -146,7 +146,7 @@ def _measures(config: CompareConfig) -> dict[str, Mapping[str, Any]]:
 def _cell(variant: Variant, seed: int, steps: int, images: ImageSet, root: Path) -> Cell:
     """Return a cell that is measured in no way yet."""
     values = {**variant.values, "seed": seed, "steps": steps or None, "epochs": None}
-    identity = {**_decisive(values), "tokenizer": variant.tokenizer}
+    identity = {**_decisive(values), "tokenizer": variant.cost.tokenizer_hash or variant.tokenizer}
     fit: Mapping[str, Any] | None = None
     if variant.tokenizer and not is_ready(variant.tokenizer):
         fit = _fit_values(variant, seed)

@@ -33,6 +33,7 @@ class Cost:
         batch_size: images per optimiser step.
         vocab_size: ids that its head tells apart; None without ids.
         image_size, patch_size: in pixels.
+        tokenizer_hash: of a tokenizer that is not to be fitted; None for others.
     """
 
     flops: float
@@ -40,6 +41,7 @@ class Cost:
     vocab_size: int | None
     image_size: int
     patch_size: int
+    tokenizer_hash: str | None = None
 
     @property
     def step_flops(self) -> float:
@@ -61,9 +63,10 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
     backbone = initial_backbone(config)
     rows, columns = backbone.patch_embed.grid_size
     needs_ids = find_objective(config.objective).needs_ids
-    vocab_size = None
+    vocab_size, tokenizer_hash = None, None
     if needs_ids and is_ready(tokenizer):
-        vocab_size = ready_tokenizer(tokenizer, config, (rows, columns)).vocab_size
+        ready = ready_tokenizer(tokenizer, config, (rows, columns))
+        vocab_size, tokenizer_hash = ready.vocab_size, ready.content_hash
     elif needs_ids:
         check_fittable(tokenizer)
         vocab_size = settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
@@ -78,7 +81,7 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
         objective(*inputs)["loss"].backward()
     return Cost(
         counter.get_total_flops() / COUNTED_IMAGES, config.batch_size, vocab_size, config.image_size,
-        config.image_size // rows,
+        config.image_size // rows, tokenizer_hash,
     )  # fmt: skip
 
 
