@@ -113,6 +113,12 @@ def test_no_such_model() -> None:
         mapet.load("vit_tinny_patch16_224")
 
 
+def test_a_file_is_to_be_converted_first(tmp_path: Path) -> None:
+    (file := tmp_path / "mae.pth").write_bytes(b"weights")
+    with pytest.raises(MapetError, match=r"mae.pth' is a file, not a folder; turn .* with mapet convert"):
+        mapet.load(file)
+
+
 @pytest.mark.parametrize(
     ("image", "said"),
     [
