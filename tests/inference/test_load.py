@@ -111,3 +111,24 @@ def test_classes(classifier: Path, pretrained_run: Path) -> None:
 def test_no_such_model() -> None:
     with pytest.raises(MapetError, match=r"unknown model 'vit_tinny_patch16_224'.*did you mean 'vit_tiny_patch16_224'"):
         mapet.load("vit_tinny_patch16_224")
+
+
+def test_a_file_is_to_be_converted_first(tmp_path: Path) -> None:
+    (file := tmp_path / "mae.pth").write_bytes(b"weights")
+    with pytest.raises(MapetError, match=r"mae.pth' is a file, not a folder; turn .* with mapet convert"):
+        mapet.load(file)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (np.zeros((28, 28), np.float32), r"type float32 and shape \(28, 28\)"),
+        (np.zeros((28, 28), np.uint16), "type uint16"),
+        (np.zeros((3, 28, 28), np.uint8), r"shape \(3, 28, 28\) cannot be transformed; pass uint8 values"),
+        (np.zeros((2, 28, 28, 3), np.uint8), r"shape \(2, 28, 28, 3\)"),
+        (torch.zeros(3, 28, 28), "type Tensor cannot be transformed; pass a path, a Pillow image or a uint8 array"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: object, said: str, pretrained_run: Path) -> None:
+    with pytest.raises(MapetError, match=said):
+        mapet.load(pretrained_run).transform(image)  # type: ignore[arg-type]

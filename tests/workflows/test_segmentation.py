@@ -131,7 +131,8 @@ def test_what_masks_say_must_make_sense(exported_vit: Path, mosaics: Path, tmp_p
     assert "the test masks" in (said := refused())
     assert "hold no class at all" in said
     paint(root, "train", 0)
-    assert "hold the single class 0 (--ignore-index is 255); at least 2" in refused()
+    assert "hold the single class 0 (--ignore-index is 255); at least 2" in (said := refused())
+    assert "masks of 0 and 255 must be saved as 0 and 1" in said
     paint(root, "train", 255)
     assert "hold no class at all" in refused()
 

@@ -31,13 +31,14 @@ class ImageTransform:
         """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, 3)`` uint8 array.
 
         Raises:
-            MapetError: for a file that cannot be read.
+            MapetError: for a file that cannot be read, and for what is no such array.
         """
         if isinstance(image, str | Path):
             pixels = self._read(Path(image))
         elif isinstance(image, Image.Image):
             pixels = from_pil(image, self.channels)
         else:
+            _check_array(image)
             pixels = to_channels(image, self.channels)
         return self.view(pixels, Draw(0, 0))[1]
 
@@ -49,6 +50,19 @@ class ImageTransform:
             raise MapetError(
                 f"image {str(file)!r} cannot be read ({reason}); name a single image file that is whole"
             ) from error
+
+
+def _check_array(image: object) -> None:
+    if not isinstance(image, np.ndarray):
+        raise MapetError(
+            f"an image of type {type(image).__name__} cannot be transformed; pass a path, a Pillow image or a uint8 "
+            "array"
+        )
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+        raise MapetError(
+            f"an image array of type {image.dtype} and shape {image.shape} cannot be transformed; pass uint8 values "
+            "from 0 to 255 of shape (H, W) or (H, W, 3)"
+        )
 
 
 class Loaded(NamedTuple):

@@ -135,6 +135,11 @@ def _timm_name(source: str) -> str:
     if not os.path.isdir(folder):  # noqa: PTH112
         if (":" in source and not local) or timm.is_model(source):
             return source
+        if os.path.isfile(folder):  # noqa: PTH113
+            raise MapetError(
+                f"model {source!r} is a file, not a folder; turn a published checkpoint into one with mapet convert, "
+                "or name a run, an exported folder or a timm model"
+            )
         # A folder is meant where there is a separator, for no timm name has one.
         if local or os.sep in source or os.path.exists(folder):  # noqa: PTH110
             raise MapetError(f"model folder {source!r} does not exist; name a run, an exported folder or a timm model")

@@ -125,7 +125,7 @@ def _settle_classes(config: SegmentConfig, seen: Tensor, tested: Tensor) -> tupl
         only = "no class at all" if not seen.any() else f"the single class {int(seen.argmax())}"
         raise MapetError(
             f"the training masks of {config.data} hold {only} (--ignore-index is {config.ignore_index}); at least 2 "
-            "are needed"
+            "are needed, numbered from 0, so that masks of 0 and 255 must be saved as 0 and 1"
         )
     if not tested.any():
         raise MapetError(
