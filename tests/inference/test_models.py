@@ -182,3 +182,6 @@ def test_a_run_that_has_not_finished_says_how_far_it_is(
     caplog.clear()
     open_model(run)
     assert not caplog.records
+    (run / "checkpoints" / "last" / "state.json").write_text("{")
+    open_model(run)
+    assert f"nothing tells whether run {run} has finished" in caplog.text

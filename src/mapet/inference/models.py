@@ -161,9 +161,12 @@ def _timm_name(source: str) -> str:
 
 def _warn_of_unfinished(run: RunFolder) -> None:
     """Say how far a run is, unless it has finished or nothing tells."""
+    if not run.checkpoint.exists():  # no run, or its checkpoint was removed to save space
+        return
     try:
         state = read_state(run.checkpoint)
-    except MapetError:  # no run, or its checkpoint was removed to save space
+    except MapetError as error:
+        logger.warning("nothing tells whether run %s has finished: %s", run.root, error)
         return
     if state.step < state.total_steps:
         logger.warning(
