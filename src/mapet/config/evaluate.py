@@ -66,9 +66,8 @@ class LinearConfig(HeadKeys, FeatureKeys):
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
-    steps: int | None = Field(
+    steps: Count | None = Field(
         None,
-        ge=1,
         description="optimiser steps; default: 2000, or 300 passes if that is less, or 10 passes if that is more",
         json_schema_extra=Common,
     )

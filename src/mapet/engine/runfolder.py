@@ -96,7 +96,7 @@ class RunFolder:
             raise MapetError(
                 f"output folder {self.root} cannot be written to ({error.strerror}); choose another --out"
             ) from error
-        self._lock()
+        self.lock = lock_folder(self.root)
         for folder in (self.tokenizer, self.checkpoint, self.exported):
             recover_folder(folder)
 
@@ -107,18 +107,6 @@ class RunFolder:
     def find_export(self) -> Path | None:
         """Return where the exported network is, be it under the name that a kill left it with; None without one."""
         return find_folder(self.exported)
-
-    def _lock(self) -> None:
-        """Hold the folder for this process; the system lets go of it however the process ends."""
-        self.lock = FileLock(self.root / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise MapetError(
-                f"output folder {self.root} is in use by another process; wait for it or choose another --out"
-            ) from None
-        except (NotImplementedError, OSError) as error:
-            logger.warning("output folder %s cannot be locked (%s); let no other process write to it", self.root, error)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -145,6 +133,24 @@ class RunFolder:
         """Drop the lines of steps that a resumed run will compute again."""
         kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
         replace_file(self.metrics, "".join(kept))
+
+
+def lock_folder(root: Path) -> FileLock:
+    """Hold a folder for this process; the system lets go of it however the process ends.
+
+    Raises:
+        MapetError: if another process holds it. Where nothing can be locked that is said, and the folder taken.
+    """
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MapetError(
+            f"output folder {root} is in use by another process; wait for it or choose another --out"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        logger.warning("output folder %s cannot be locked (%s); let no other process write to it", root, error)
+    return lock
 
 
 def _is_record(content: object) -> bool:

@@ -2,7 +2,7 @@
 
 from mapet.models.layout_blocks import LayoutAttention, LayoutBlock, attend, cpu_has_bfloat16, use_layouts
 from mapet.models.peers import beit_blueprint, beitv2_blueprint, mae_blueprint, recognise
-from mapet.models.published import Blueprint, check_pretraining
+from mapet.models.published import Blueprint
 from mapet.models.tensors import check_fit, read_tensors
 from mapet.models.upstream import PRETRAINING_NAMES, read_upstream, upstream_blueprint, vit_from_upstream
 from mapet.models.vit import build_vit
@@ -17,7 +17,6 @@ __all__ = [
     "beitv2_blueprint",
     "build_vit",
     "check_fit",
-    "check_pretraining",
     "cpu_has_bfloat16",
     "mae_blueprint",
     "read_tensors",

@@ -47,7 +47,8 @@ class Cell:
     """One pre-training and its measures.
 
     Attributes:
-        arm: the name of what is compared.
+        name: of what is compared: arm and tokenizer.
+        arm: its name alone.
         tokenizer: its name; "" where the objective needs none.
         seed: of everything random.
         values: of pre-training, by key, see ``PretrainConfig``; for the untrained network those of its backbone.
@@ -60,6 +61,7 @@ class Cell:
         test_images: fingerprint of those that are measured on.
     """
 
+    name: str
     arm: str
     tokenizer: str
     seed: int
@@ -71,11 +73,6 @@ class Cell:
     measures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: str = ""
     test_images: str = ""
-
-    @property
-    def name(self) -> str:
-        """What is compared: arm and tokenizer."""
-        return f"{self.arm}, {self.tokenizer}" if self.tokenizer else self.arm
 
     @property
     def title(self) -> str:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from mapet.config import CompareConfig, PretrainConfig, make_config, override, read_recipe
 from mapet.data import train_and_test
-from mapet.engine import RunFolder, explain_disk_errors, replace_file
+from mapet.engine import RunFolder, explain_disk_errors, lock_folder, replace_file
 from mapet.errors import MapetError, nearest
 from mapet.report import Comparison, Row, write_comparison
 from mapet.workflows.cells import Cell, read_record, run_cell
@@ -59,13 +58,7 @@ def _held(root: Path) -> Iterator[None]:
     """Hold the folder for this process."""
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise MapetError(
-            f"output folder {root} is in use by another process; wait for it or choose another --out"
-        ) from None
+    lock = lock_folder(root)
     try:
         yield
     finally:
@@ -109,6 +102,7 @@ def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
 def _run(cells: Sequence[Cell], asked: CompareConfig, root: Path) -> Comparison:
     """Finish the cells one by one, and the table after each."""
     failures: dict[str, str] = {}
+    comparison = None
     for number, cell in enumerate(cells, 1):
         if cell.is_done:
             continue
@@ -116,8 +110,8 @@ def _run(cells: Sequence[Cell], asked: CompareConfig, root: Path) -> Comparison:
         if (failure := run_cell(cell)) is not None:
             failures[cell.title] = failure
             logger.warning("cell %s failed: %s; the others go on", cell.title, failure)
-        _report(cells, failures, asked, root)
-    return _report(cells, failures, asked, root)
+        comparison = _report(cells, failures, asked, root)
+    return comparison or _report(cells, failures, asked, root)
 
 
 def _report(cells: Sequence[Cell], failures: Mapping[str, str], asked: CompareConfig, root: Path) -> Comparison:

@@ -157,7 +157,7 @@ def _cell(variant: Variant, seed: int, steps: int, images: ImageSet, root: Path)
         values["tokenizer"] = variant.tokenizer
     name = "-".join(part for part in (variant.arm, Path(variant.tokenizer).name, f"seed{seed}") if part)
     folder = root / "cells" / folder_name(name, identity, images.fingerprint)
-    return Cell(variant.arm, variant.tokenizer, seed, values, fit, variant.cost.flops, folder)
+    return Cell(variant.name, variant.arm, variant.tokenizer, seed, values, fit, variant.cost.flops, folder)
 
 
 def _fit_values(variant: Variant, seed: int) -> dict[str, Any]:
