@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import TINY
 
 from mapet import MapetError
+from mapet.engine import lock_folder
 from mapet.workflows import compare
 
 VALUES = {**TINY, "objectives": ["mim", "random"], "seeds": 1, "steps": 4, "budget": ["steps"], "measures": ["knn"]}
@@ -116,3 +117,12 @@ def test_what_is_refused_leaves_nothing(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("")
     with pytest.raises(MapetError, match=r"holds 'letter.txt', but no comparison"):
         compare({**VALUES, "data": str(digits)}, tmp_path / "mine")
+
+
+def test_one_process_a_comparison(digits: Path, tmp_path: Path) -> None:
+    held = lock_folder(tmp_path)
+    try:
+        with pytest.raises(MapetError, match="is in use by another process"):
+            compare({**VALUES, "data": str(digits)}, tmp_path)
+    finally:
+        held.release()
