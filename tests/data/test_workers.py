@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,11 @@ if __name__ == "__main__":
 def test_sockets_fit_into_the_longest_temporary_folder_and_a_longer_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(SCRIPT)
     for length, said in ((75, "2"), (76, "set TMPDIR to one of at most 75 bytes, or pass --workers 0")):
-        folder = Path("/tmp") / "x".ljust(length - len("/tmp/"), "x")
-        folder.mkdir()
-        try:
+        with tempfile.TemporaryDirectory(dir="/tmp") as short:
+            folder = Path(short, "x" * (length - len(f"{short}/")))
+            folder.mkdir()
             process = subprocess.run(
                 [sys.executable, tmp_path / "load.py"], capture_output=True, text=True, timeout=120,
                 env={**os.environ, "TMPDIR": str(folder)}, check=False,
             )  # fmt: skip
-        finally:
-            folder.rmdir()
         assert said in process.stdout + process.stderr
