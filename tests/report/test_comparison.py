@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
-from mapet.report import Comparison, Row, comparison_tables, write_comparison
+from mapet.report import Comparison, Rates, Row, comparison_tables, write_comparison
+from mapet.report.comparison import comparison_markdown
 
 COST = {"steps": 100, "flops": 2.5e12, "seconds": 60.0, "memory": 2**30}
 FREE = {"steps": 0, "flops": 0.0, "seconds": 0.0, "memory": 0}
@@ -42,6 +44,24 @@ def test_few_seeds_and_failures_are_remarked() -> None:
     assert "Two seeds say little" in two
     assert "Two seeds" not in three
     assert "Failed: mim: a <reason>" in three
+
+
+def test_learning_rates_tried_have_a_table_and_the_one_taken_a_column() -> None:
+    rates = {"mapet, a|b": Rates({4e-3: 0.5, 1e-3: 0.75, 2e-3: 0.75}), "mim, a|b": Rates({2e-3: 0.5, 1e-3: 0.25})}
+    found = replace(comparison(), rates=rates, judge="linear")
+    *budgets, tried = found.tables()
+    assert [table.title for table in budgets] == ["Equal steps, on <digits>", "Equal flops, on <digits>"]
+    assert [line[3] for line in budgets[0].lines] == ["0.001", "0.002", "-"]
+    assert tried.title == "Learning rates: linear probe of training images held out (%), equal steps"
+    assert [list(tried.header), *map(list, tried.lines)] == [
+        ["", "0.001", "0.002", "0.004"],
+        ["mapet, a|b", "75.0 *", "75.0", "50.0"],
+        ["mim, a|b", "25.0", "50.0 *", "-"],
+    ]
+    remarks = "\n".join(found.remarks)
+    assert "best rate of mapet, a|b is the least tried" in remarks
+    assert "best rate of mim, a|b is the greatest tried" in remarks
+    assert "75.0 *" in comparison_markdown(found)
 
 
 def test_files_hold_what_was_found(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.conftest import TINY
 
 from mapet import MapetError
@@ -70,6 +71,18 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
         next(iter(times)).write_text(content)
         with pytest.raises(MapetError, match=r"cell.json is damaged; remove the file"):
             compare({}, moved, resume=True)
+
+
+def test_the_learning_rate_that_does_best_on_held_out_images_is_taken(digits: Path, tmp_path: Path) -> None:
+    asked = {**VALUES, "lrs": [1e-5, 1e3], "weight_decay": 1e3, "data": str(digits)}
+    found = compare(asked, tmp_path)
+    assert [(row.name, row.seed) for row in found.rows] == [("mim, pixels", 0), ("random", 0)]
+    assert list(found.rates) == ["mim, pixels"]
+    assert list(found.rates["mim, pixels"].held_out) == [1e-5]
+    assert list(found.failures) == ["mim, pixels, learning rate 1000 on trial"]
+    run = next((tmp_path / "cells").glob("mim-pixels-seed0-*/run/config.yaml"))
+    assert yaml.safe_load(run.read_text())["lr"] == 1e-5
+    assert [line["lr"] for line in written(tmp_path)] == ["1e-05", ""]
 
 
 @pytest.mark.slow

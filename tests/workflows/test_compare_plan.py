@@ -14,16 +14,20 @@ from mapet import MapetError
 from mapet.cli.recipes import RECIPES, load_recipe
 from mapet.config import CompareConfig
 from mapet.workflows.cells import Cell
-from mapet.workflows.compare_plan import plan
+from mapet.workflows.compare_plan import TRIAL_SEED, Plan, make_plan
 from mapet.workflows.tokenizer import fit_tokenizer
 
 SHARED = {**TINY, "steps": 40}
 DECODER = {"objective_args": {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}}
 
 
-def cells(folder: Path, root: Path = Path("out"), shared: dict[str, Any] = SHARED, **values: Any) -> list[Cell]:
+def planned(folder: Path, root: Path = Path("out"), shared: dict[str, Any] = SHARED, **values: Any) -> Plan:
     config = CompareConfig(data=str(folder), **{"seeds": 1, "budget": ["steps"], **values})
-    return plan(config, {**shared, "data": str(folder)}, root)
+    return make_plan(config, {**shared, "data": str(folder)}, root)
+
+
+def cells(folder: Path, root: Path = Path("out"), shared: dict[str, Any] = SHARED, **values: Any) -> list[Cell]:
+    return planned(folder, root, shared, **values).cells({})
 
 
 def test_every_arm_gets_every_tokenizer_and_seed_and_the_rest_is_the_same(digits: Path) -> None:
@@ -113,16 +117,52 @@ def test_a_measure_is_taken_anew_of_other_test_images_or_in_another_way(digits: 
         config = CompareConfig(
             data=str(tmp_path), objectives=("mim",), budget=("steps",), seeds=1, measures=("knn",), knn=knn
         )
-        return plan(config, {**SHARED, "data": str(tmp_path / "train")}, Path("out"))[0]
+        return make_plan(config, {**SHARED, "data": str(tmp_path / "train")}, Path("out")).cells({})[0]
 
     before = cell(k=(3,))  # a tuple of Python; in files it is a list
-    record = json.loads(json.dumps({"knn": before.taken("knn", 0.5)}))
+    record = json.loads(json.dumps({"knn": before.taken("knn", {"accuracy": 0.5, "sweep": [{"held_out": 0.5}]})}))
     assert before.has_taken("knn", record)
     assert not cell(k=[4]).has_taken("knn", record)
     (tmp_path / "test" / "class 0" / "4.png").unlink()
     after = cell(k=(3,))
     assert after.root == before.root
     assert not after.has_taken("knn", record)
+
+
+def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reported(digits: Path) -> None:
+    asked = {"objectives": ["mapet", "mim", "random"], "budget": ["steps", "flops"], "seeds": 2,
+             "lrs": [1e-3, 2e-3], "measures": ["finetune", "linear", "knn"]}  # fmt: skip
+    plan = planned(digits, **asked)
+    trials = plan.trials()
+    assert [(cell.arm, cell.values["lr"]) for cell in trials] == [
+        ("mapet", 1e-3), ("mapet", 2e-3), ("mim", 1e-3), ("mim", 2e-3)
+    ]  # fmt: skip
+    assert {(cell.seed, cell.values["seed"], cell.values["steps"]) for cell in trials} == {(TRIAL_SEED, TRIAL_SEED, 40)}
+    assert all(list(cell.measures) == ["linear"] for cell in trials)
+    assert trials[1].title == "mapet, pixels, learning rate 0.002 on trial"
+
+    found = plan.cells({"mapet, pixels": 1e-3, "mim, pixels": 2e-3})
+    assert {(cell.arm, cell.values.get("lr")) for cell in found} == {
+        ("mapet", 1e-3), ("mim", 2e-3), ("random", SHARED.get("lr"))
+    }  # fmt: skip
+    assert not {cell.root for cell in found} & {cell.root for cell in trials}
+    # With one rate for all the cells are those of a comparison without a choice.
+    assert {cell.root for cell in cells(digits, shared={**SHARED, "lr": 1e-3}, **{**asked, "lrs": []})
+            if cell.arm == "mapet"} == {cell.root for cell in found if cell.arm == "mapet"}  # fmt: skip
+    assert {cell.arm for cell in plan.cells({"mim, pixels": 2e-3})} == {"mim", "random"}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"lrs": [1e-3], "measures": ["finetune"]}, "add knn, linear or attentive"),
+        ({"lrs": [1e-3, 0.001]}, "0.001 is named twice"),
+        ({"lrs": [-1.0]}, "greater than 0"),
+    ],
+)
+def test_rates_that_cannot_be_chosen_from(digits: Path, values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        CompareConfig(data=str(digits), **values)
 
 
 def test_tokenizers_are_fitted_on_the_crops_that_are_trained_on(digits: Path) -> None:
@@ -147,6 +187,7 @@ def test_names_that_a_table_cannot_show_are_refused(digits: Path) -> None:
         ({"arms": {"long": {"objective": "mim", "steps": 3}}}, "arm 'long' has its own 'steps'"),
         ({"arms": {"odd": {"objective": "mim", "learning": 3}}}, "arm 'odd' has the unknown key 'learning'"),
         ({"objectives": ["random"]}, "no arm is trained"),
+        ({"arms": {"fast": {"objective": "mim", "lr": 0.1}}, "lrs": [1e-3]}, "arm 'fast' has its own 'lr', but lrs"),
         ({"objectives": ["mim"], "arms": {"mae": {"tokenizer": "pixels", **DECODER}}}, "objective 'mae' needs none"),
         ({"objectives": ["mim"], "measures": ["knn"], "knn": {"neighbours": 3}},
          "knn of the comparison has the unknown key 'neighbours'"),
@@ -195,5 +236,5 @@ def test_a_plan_can_be_made_of_the_recipes(path: Path, digits: Path) -> None:
     for arm in own.get("arms", {}).values():
         arm.pop("vocab_size", None)  # the digits have patches for 16
     config = CompareConfig(**{**own, "data": str(digits)})
-    found = plan(config, {**shared, "batch_size": 8, "data": str(digits)}, Path("out"))
+    found = make_plan(config, {**shared, "batch_size": 8, "data": str(digits)}, Path("out")).cells({})
     assert len(found) >= 3 * len(config.differing)

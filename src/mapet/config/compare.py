@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mapet.config.base import Common, StrictConfig
+from mapet.config.groups import LearningRate
 
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 Measure = Literal["knn", "linear", "attentive", "finetune"]
@@ -47,6 +48,13 @@ class CompareConfig(StrictConfig):
         "what the first arm needs for that",
         json_schema_extra=Common,
     )
+    lrs: Annotated[tuple[LearningRate, ...], Field(max_length=100)] = Field(
+        (),
+        description="peak learning rates to choose from, in place of lr: each arm tries each of them once, with a seed "
+        "of its own and under the first budget; the best by the first probe of measures, on training images held out, "
+        "is taken for all seeds and budgets",
+        json_schema_extra=Common,
+    )
     measures: Annotated[tuple[Measure, ...], Field(min_length=1)] = Field(
         ("knn", "linear"),
         description="how the outcome is measured: knn, linear, attentive, finetune",
@@ -73,9 +81,9 @@ class CompareConfig(StrictConfig):
             raise ValueError("a budget is named twice")
         return budgets
 
-    @field_validator("objectives", "tokenizers", "measures")
+    @field_validator("objectives", "tokenizers", "lrs", "measures")
     @classmethod
-    def _no_twins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _no_twins(cls, names: tuple[Any, ...]) -> tuple[Any, ...]:
         twins = sorted({name for name in names if names.count(name) > 1})
         if twins:
             raise ValueError(f"{twins[0]!r} is named twice")
@@ -93,7 +101,14 @@ class CompareConfig(StrictConfig):
     def _something_to_compare(self) -> Self:
         if not self.differing:
             raise ValueError("there are neither objectives nor arms; name what is to be compared")
+        if self.lrs and self.judge is None:
+            raise ValueError("lrs are chosen from by a probe, but measures name none; add knn, linear or attentive")
         return self
+
+    @property
+    def judge(self) -> Measure | None:
+        """The probe that learning rates are chosen by: the first of the measures; None if there is none."""
+        return next((kind for kind in self.measures if kind != "finetune"), None)
 
     @property
     def differing(self) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from mapet.report.atlas import write_codebook_report
 from mapet.report.codebook import CodebookReport, CodebookStatistics, report_table, shortcomings
-from mapet.report.comparison import Comparison, Row, comparison_tables, write_comparison
+from mapet.report.comparison import Comparison, Rates, Row, comparison_tables, write_comparison
 from mapet.report.figures import draw_curve, draw_layout, draw_tokens
 from mapet.report.progress import Baseline, Meter, ProgressSink
 from mapet.report.results import results_table, write_results
@@ -15,6 +15,7 @@ __all__ = [
     "Comparison",
     "Meter",
     "ProgressSink",
+    "Rates",
     "Row",
     "comparison_tables",
     "draw_curve",

@@ -7,9 +7,9 @@ import csv
 import html
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -51,6 +51,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """The learning rates that were tried by one of those compared.
+
+    Attributes:
+        held_out: accuracy in 0..1 on training images held out, by rate.
+    """
+
+    held_out: Mapping[float, float]
+
+    @property
+    def best(self) -> float:
+        """The one to take: the least of those that did best."""
+        return max(sorted(self.held_out), key=self.held_out.__getitem__)
+
+
+class Lines(NamedTuple):
+    """A table as text: its title, the names of its columns, and its lines; what is first in each names it."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What was compared, and what came of it.
 
@@ -62,6 +86,8 @@ class Comparison:
         names: arms with their tokenizers, in the order that they were named.
         rows: of what is finished.
         failures: why cells failed, by their names.
+        rates: the learning rates tried, by the names of ``names``; {} if none were.
+        judge: the kind of measure that they were chosen by.
     """
 
     data: str
@@ -71,16 +97,33 @@ class Comparison:
     names: tuple[str, ...]
     rows: tuple[Row, ...]
     failures: Mapping[str, str]
+    rates: Mapping[str, Rates] = field(default_factory=dict)
+    judge: str | None = None
 
     def under(self, budget: str) -> Iterator[tuple[str, list[Row]]]:
         """Yield each arm's name and its rows under a budget."""
         for name in self.names:
             yield name, [row for row in self.rows if row.name == name and budget in row.budgets]
 
-    @property
-    def header(self) -> list[str]:
-        """The columns of a table."""
-        return ["", *(f"{TITLES[kind]} (%)" for kind in self.measures), "steps", "TFLOPs", "seconds", "peak GiB"]
+    def tables(self) -> Iterator[Lines]:
+        """Yield the tables as text: one per budget, and one of the learning rates that were tried."""
+        measures = [f"{TITLES[kind]} (%)" for kind in self.measures]
+        rate = ["learning rate"] if self.rates else []
+        header = ["", *measures, *rate, "steps", "TFLOPs", "seconds", "peak GiB"]
+        for budget in self.budgets:
+            yield Lines(f"Equal {budget}, on {self.data}", header, list(self.cells(budget)))
+        if self.rates:
+            tried = sorted({rate for rates in self.rates.values() for rate in rates.held_out})
+            lines = [[name, *self._tried(name, tried)] for name in self.names if name in self.rates]
+            judge = TITLES[str(self.judge)]
+            title = f"Learning rates: {judge} of training images held out (%), equal {self.budgets[0]}"
+            yield Lines(title, ["", *(f"{rate:g}" for rate in tried)], lines)
+
+    def _tried(self, name: str, tried: Sequence[float]) -> Iterator[str]:
+        rates = self.rates[name]
+        for rate in tried:
+            mark = " *" if rate == rates.best else ""
+            yield f"{100 * rates.held_out[rate]:.1f}{mark}" if rate in rates.held_out else "-"
 
     def cells(self, budget: str) -> Iterator[list[str]]:
         """Yield the lines of a budget's table, as text: means over seeds +- standard deviations."""
@@ -93,7 +136,8 @@ class Comparison:
                  f"{means['memory'] / 2**30:.2f}"]
                 if means.get("steps") else ["-"] * len(COSTS)
             )  # fmt: skip
-            yield [name, *measures, *costs]
+            rate = [f"{self.rates[name].best:g}" if name in self.rates else "-"] if self.rates else []
+            yield [name, *measures, *rate, *costs]
 
     @property
     def remarks(self) -> list[str]:
@@ -112,16 +156,26 @@ class Comparison:
             "FLOPs are the student's, forward and backward, without the tokenizer's; seconds are those of the steps, "
             "tokenizer and loading included."
         )
+        if self.rates:
+            found.append(
+                "Learning rates marked * are those taken: each was tried once, with a seed that is in no other table."
+            )
+            found += [
+                f"The best rate of {name} is the {'least' if rates.best == min(rates.held_out) else 'greatest'} tried; "
+                "one beyond it may be better."
+                for name, rates in self.rates.items()
+                if len(rates.held_out) > 1 and rates.best in (min(rates.held_out), max(rates.held_out))
+            ]
         return found + [f"Failed: {name}: {why}" for name, why in self.failures.items()]
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
-    """Yield a table for the terminal per budget."""
-    for budget in comparison.budgets:
-        table = Table(title=Text(f"{comparison.data}: equal {budget}"))
-        for number, column in enumerate(comparison.header):
+    """Yield the tables for the terminal."""
+    for title, header, lines in comparison.tables():
+        table = Table(title=Text(title))
+        for number, column in enumerate(header):
             table.add_column(column, justify="right" if number else "left")
-        for cells in comparison.cells(budget):
+        for cells in lines:
             table.add_row(*map(Text, cells))
         yield table
 
@@ -133,13 +187,14 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     """
     with (folder / ".results.csv.new").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["budget", "arm", "tokenizer", "seed", *comparison.measures, *COSTS])
+        writer.writerow(["budget", "arm", "tokenizer", "seed", "lr", *comparison.measures, *COSTS])
         for budget in comparison.budgets:
-            for _, rows in comparison.under(budget):
+            for name, rows in comparison.under(budget):
+                lr = comparison.rates[name].best if name in comparison.rates else ""
                 for row in rows:
                     accuracies = [row.measured.get(kind, "") for kind in comparison.measures]
                     costs = [row.cost[key] for key in COSTS]
-                    writer.writerow([budget, row.arm, row.tokenizer, row.seed, *accuracies, *costs])
+                    writer.writerow([budget, row.arm, row.tokenizer, row.seed, lr, *accuracies, *costs])
     (folder / ".results.csv.new").replace(folder / "results.csv")
     replace_file(folder / "results.md", comparison_markdown(comparison))
     draw_comparison(comparison, folder / ".comparison.new.png")
@@ -149,13 +204,12 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Return the tables as Markdown."""
-    lines = []
-    for budget in comparison.budgets:
-        lines += [f"Equal {budget}, on {comparison.data}:", "", f"| {' | '.join(comparison.header)} |"]
-        lines.append("|---" + "|---:" * (len(comparison.header) - 1) + "|")
-        lines += [f"| {' | '.join(_escaped(cell) for cell in cells)} |" for cells in comparison.cells(budget)]
-        lines.append("")
-    return "\n".join([*lines, *(f"- {remark}" for remark in comparison.remarks)]) + "\n"
+    written = []
+    for title, header, lines in comparison.tables():
+        written += [f"{title}:", "", f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
+        written += [f"| {' | '.join(_escaped(cell) for cell in cells)} |" for cells in lines]
+        written.append("")
+    return "\n".join([*written, *(f"- {remark}" for remark in comparison.remarks)]) + "\n"
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:
@@ -212,11 +266,10 @@ def _draw_losses(panel: Any, under: Mapping[str, list[Row]], colours: Mapping[st
 def _page(comparison: Comparison, picture: Path) -> str:
     """Return a page that needs no other file."""
     parts = []
-    for budget in comparison.budgets:
-        lines = [comparison.header, *comparison.cells(budget)]
+    for title, header, lines in comparison.tables():
         rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-                for cells, tag in zip(lines, ["th", *["td"] * len(lines)], strict=False)]  # fmt: skip
-        parts.append(f"<h2>Equal {html.escape(budget)}</h2><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+                for cells, tag in zip([header, *lines], ["th", *["td"] * len(lines)], strict=True)]  # fmt: skip
+        parts.append(f"<h2>{html.escape(title)}</h2><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
     remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in comparison.remarks)
     image = base64.b64encode(picture.read_bytes()).decode()
     title = html.escape(f"Comparison on {comparison.data}")

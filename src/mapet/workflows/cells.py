@@ -55,7 +55,7 @@ class Cell:
         fit: how the tokenizer at ``values["tokenizer"]`` is fitted, see ``FitConfig``; None if it need not be.
         flops: of one image, forward and backward.
         root: the folder of the cell.
-        budgets: the names of those that it is trained under.
+        budgets: the names of those whose tables it is in; () if it is a trial of a learning rate.
         measures: what is measured, and how: the keys of ``mapet eval KIND`` and ``mapet finetune``.
         data: labelled, for the measures.
         test_images: fingerprint of those that are measured on.
@@ -77,6 +77,8 @@ class Cell:
     @property
     def title(self) -> str:
         """The cell in words."""
+        if not self.budgets:
+            return f"{self.name}, learning rate {self.values['lr']:g} on trial"
         return f"{self.name}, seed {self.seed}, equal {' and '.join(self.budgets)}"
 
     @property
@@ -87,11 +89,13 @@ class Cell:
 
     def has_taken(self, kind: str, record: Record) -> bool:
         """Whether a measure has been taken, in the way and on the images that are asked for."""
-        return kind in record and {**record[kind], "accuracy": None} == {**self._asked(kind), "accuracy": None}
+        asked, found = self._asked(kind), record.get(kind, {})
+        return {key: found.get(key) for key in asked} == asked and (kind == "finetune" or "held_out" in found)
 
-    def taken(self, kind: str, accuracy: float) -> Record:
-        """Return what is written down of a measure."""
-        return {**self._asked(kind), "accuracy": accuracy}
+    def taken(self, kind: str, found: Mapping[str, Any]) -> Record:
+        """Return what is written down of a measure: of test images, and of the best setting on those held out."""
+        held_out = {"held_out": max(tried["held_out"] for tried in found["sweep"])} if "sweep" in found else {}
+        return {**self._asked(kind), "accuracy": found["accuracy"], **held_out}
 
     def _asked(self, kind: str) -> Record:
         return {"keys": dict(self.measures[kind]), "images": self.test_images}
@@ -230,10 +234,10 @@ def _finish(cell: Cell, record: Record) -> int | None:
             tuned = finetune(values, out, resume=True, console=console)
             if tuned.scores is None:
                 return tuned.stopped_by
-            accuracy = tuned.scores.accuracy
+            found = {"accuracy": tuned.scores.accuracy}
         else:
-            accuracy = evaluate(kind, given, console=console)["accuracy"]
-        record[kind] = cell.taken(kind, accuracy)
+            found = evaluate(kind, given, console=console)
+        record[kind] = cell.taken(kind, found)
         _write(cell, record)
     return None
 

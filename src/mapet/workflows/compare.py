@@ -15,9 +15,9 @@ from mapet.config import CompareConfig, PretrainConfig, make_config, override, r
 from mapet.data import train_and_test
 from mapet.engine import RunFolder, explain_disk_errors, lock_folder, replace_file
 from mapet.errors import MapetError, nearest
-from mapet.report import Comparison, Row, write_comparison
+from mapet.report import Comparison, Rates, Row, write_comparison
 from mapet.workflows.cells import Cell, read_record, run_cell
-from mapet.workflows.compare_plan import plan
+from mapet.workflows.compare_plan import Plan, make_plan
 from mapet.workflows.training import check_out
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ def compare(values: Mapping[str, Any], out: str | Path, *, resume: bool = False)
         asked = _settle(values, root, resume)
         config = make_config(CompareConfig, {key: v for key, v in asked.items() if key in CompareConfig.model_fields})
         check_out(config.data, root)
-        cells = plan(config, _shared(asked, config), root)
+        plan = make_plan(config, _shared(asked, config), root)
         replace_file(root / "compare.yaml", yaml.safe_dump(asked, sort_keys=False))
-        return _run(cells, config, root)
+        return _run(plan)
 
 
 @contextmanager
@@ -99,10 +99,21 @@ def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
     return {**shared, "data": str(parts[0]) if parts else config.data}
 
 
-def _run(cells: Sequence[Cell], asked: CompareConfig, root: Path) -> Comparison:
-    """Finish the cells one by one, and the table after each."""
+def _run(plan: Plan) -> Comparison:
+    """Try the learning rates, take the best, and finish the cells of the tables; written anew after each."""
     failures: dict[str, str] = {}
+    trials = plan.trials()
+    for _ in _finish(trials, failures):
+        _report(plan, [], trials, failures)
+    cells = plan.cells({name: rates.best for name, rates in _rates(trials).items()})
     comparison = None
+    for _ in _finish(cells, failures):
+        comparison = _report(plan, cells, trials, failures)
+    return comparison or _report(plan, cells, trials, failures)
+
+
+def _finish(cells: Sequence[Cell], failures: dict[str, str]) -> Iterator[Cell]:
+    """Finish what is not done, one by one; yield each after its end, and keep why it failed."""
     for number, cell in enumerate(cells, 1):
         if cell.is_done:
             continue
@@ -110,16 +121,29 @@ def _run(cells: Sequence[Cell], asked: CompareConfig, root: Path) -> Comparison:
         if (failure := run_cell(cell)) is not None:
             failures[cell.title] = failure
             logger.warning("cell %s failed: %s; the others go on", cell.title, failure)
-        comparison = _report(cells, failures, asked, root)
-    return comparison or _report(cells, failures, asked, root)
+        yield cell
 
 
-def _report(cells: Sequence[Cell], failures: Mapping[str, str], asked: CompareConfig, root: Path) -> Comparison:
+def _rates(trials: Sequence[Cell]) -> dict[str, Rates]:
+    """Return what was found of learning rates, by the names of variants."""
+    found: dict[str, dict[float, float]] = {}
+    for cell in trials:
+        record = read_record(cell.root)
+        for kind in cell.measures:
+            if cell.has_taken(kind, record):
+                found.setdefault(cell.name, {})[cell.values["lr"]] = record[kind]["held_out"]
+    return {name: Rates(held_out) for name, held_out in found.items()}
+
+
+def _report(plan: Plan, cells: Sequence[Cell], trials: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
     """Write the tables and pictures of what is finished so far."""
+    asked = plan.config
     rows = tuple(row for cell in cells if (row := _row(cell)) is not None)
-    names = tuple(dict.fromkeys(cell.name for cell in cells))
-    comparison = Comparison(asked.data, asked.measures, asked.seeds, asked.budget, names, rows, dict(failures))
-    write_comparison(comparison, root)
+    names = tuple(variant.name for variant in plan.compared)
+    comparison = Comparison(
+        asked.data, asked.measures, asked.seeds, asked.budget, names, rows, dict(failures), _rates(trials), asked.judge
+    )
+    write_comparison(comparison, plan.root)
     return comparison
 
 

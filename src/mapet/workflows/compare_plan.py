@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 NOT_OF_AN_ARM = ("data", "epochs", "eval_data", "init", "seed", "steps", "tokens")
 # What every measure is given by the cell that it measures.
 NOT_OF_A_MEASURE = ("data", "model", "reinit")
+# Of what learning rates are chosen by: none that a comparison reports.
+TRIAL_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
         for key in NOT_OF_AN_ARM:
             if key in differing:
                 raise MapetError(f"arm {arm!r} has its own {key!r}, which must be the same for all; leave it out")
+        if config.lrs and "lr" in differing:
+            raise MapetError(f"arm {arm!r} has its own 'lr', but lrs are tried by all arms alike; leave one out")
         values = {**shared, "objective": arm, **differing}  # the name may say it all
         _config(
             arm, values.get("tokenizer"), {key: v for key, v in values.items() if key not in KMeansKeys.model_fields}
@@ -102,8 +106,84 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
             yield Variant(arm, tokenizer, values, cost)
 
 
-def plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> list[Cell]:
-    """Return all cells, those of the first seed first, for the table to be complete early.
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, under which budgets, and how it is measured; it makes the cells.
+
+    Attributes:
+        config: of the comparison.
+        compared: the variants, in the order of the tables.
+        lengths: of each of them, the optimiser steps by the names of budgets.
+        measures: the keys of each measure, as they are found again in a file.
+        images: that are trained on.
+        test_images: fingerprint of those that are measured on.
+        root: the comparison's folder.
+    """
+
+    config: CompareConfig
+    compared: Sequence[Variant]
+    lengths: Sequence[Mapping[str, int]]
+    measures: Mapping[str, Mapping[str, Any]]
+    images: ImageSet
+    test_images: str
+    root: Path
+
+    def trials(self) -> list[Cell]:
+        """Return a cell for each learning rate of each variant, as long as the first budget has it.
+
+        They have a seed of their own, so that what is reported is not what was chosen by, and are measured by the
+        probe that chooses and by nothing else.
+        """
+        first = self.config.budget[0]
+        judges = [self.config.judge] if self.config.judge else []
+        return [
+            self._cell(replace(variant, values={**variant.values, "lr": lr}), TRIAL_SEED, steps[first], judges)
+            for variant, steps in zip(self.compared, self.lengths, strict=True)
+            if variant.is_trained
+            for lr in self.config.lrs
+        ]
+
+    def cells(self, rates: Mapping[str, float]) -> list[Cell]:
+        """Return the cells of the tables, those of the first seed first, for the tables to be complete early.
+
+        Args:
+            rates: the learning rates that were chosen, by the names of variants; without ``lrs`` none is.
+        """
+        found: dict[Path, Cell] = {}
+        for seed in range(self.config.seeds):
+            for variant, steps_by_budget in zip(self.compared, self.lengths, strict=True):
+                if variant.is_trained and self.config.lrs:
+                    if variant.name not in rates:
+                        continue  # each of its trials failed, and is named
+                    variant = replace(variant, values={**variant.values, "lr": rates[variant.name]})
+                for budget, steps in steps_by_budget.items():
+                    cell = self._cell(variant, seed, steps, self.config.measures)
+                    budgets = (*found[cell.root].budgets, budget) if cell.root in found else (budget,)
+                    found[cell.root] = replace(cell, budgets=budgets)
+        return list(found.values())
+
+    def _cell(self, variant: Variant, seed: int, steps: int, measures: Sequence[str]) -> Cell:
+        values = {**variant.values, "seed": seed, "steps": steps or None, "epochs": None}
+        identity = {**_decisive(values), "tokenizer": variant.cost.tokenizer_hash or variant.tokenizer}
+        fit: Mapping[str, Any] | None = None
+        if variant.tokenizer and not is_ready(variant.tokenizer):
+            fit = _fit_values(variant, seed)
+            values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
+            name = folder_name(Path(variant.tokenizer).name, _decisive(fit), self.images.fingerprint)
+            values["tokenizer"] = str(self.root / "tokenizers" / name)
+        elif variant.tokenizer:
+            values["tokenizer"] = variant.tokenizer
+        name = "-".join(part for part in (variant.arm, Path(variant.tokenizer).name, f"seed{seed}") if part)
+        return Cell(
+            variant.name, variant.arm, variant.tokenizer, seed, values, fit, variant.cost.flops,
+            self.root / "cells" / folder_name(name, identity, self.images.fingerprint),
+            measures={kind: self.measures[kind] for kind in measures},
+            data=self.config.data, test_images=self.test_images,
+        )  # fmt: skip
+
+
+def make_plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> Plan:
+    """Build what is to be trained, and count what it costs; nothing is written but how long a step takes.
 
     Args:
         config: of the comparison.
@@ -118,15 +198,7 @@ def plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> list[C
     measures = _measures(config)
     compared = list(variants(config, shared, len(images)))
     lengths = _lengths(config, compared, len(images), root)
-    found: dict[Path, Cell] = {}
-    for seed in range(config.seeds):
-        for variant, steps_by_budget in zip(compared, lengths, strict=True):
-            for budget, steps in steps_by_budget.items():
-                cell = _cell(variant, seed, steps, images, root)
-                budgets = (*found[cell.root].budgets, budget) if cell.root in found else (budget,)
-                found[cell.root] = replace(cell, budgets=budgets, measures=measures, data=config.data,
-                                           test_images=test.fingerprint)  # fmt: skip
-    return list(found.values())
+    return Plan(config, compared, lengths, measures, images, test.fingerprint, root)
 
 
 def _measures(config: CompareConfig) -> dict[str, Mapping[str, Any]]:
@@ -141,23 +213,6 @@ def _measures(config: CompareConfig) -> dict[str, Mapping[str, Any]]:
         make_config(config_class, {"model": "-", "data": config.data, "seed": 0, **keys}, origin)
         measures[kind] = json.loads(json.dumps(keys))
     return measures
-
-
-def _cell(variant: Variant, seed: int, steps: int, images: ImageSet, root: Path) -> Cell:
-    """Return a cell that is measured in no way yet."""
-    values = {**variant.values, "seed": seed, "steps": steps or None, "epochs": None}
-    identity = {**_decisive(values), "tokenizer": variant.cost.tokenizer_hash or variant.tokenizer}
-    fit: Mapping[str, Any] | None = None
-    if variant.tokenizer and not is_ready(variant.tokenizer):
-        fit = _fit_values(variant, seed)
-        values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
-        folder = root / "tokenizers" / folder_name(Path(variant.tokenizer).name, _decisive(fit), images.fingerprint)
-        values["tokenizer"] = str(folder)
-    elif variant.tokenizer:
-        values["tokenizer"] = variant.tokenizer
-    name = "-".join(part for part in (variant.arm, Path(variant.tokenizer).name, f"seed{seed}") if part)
-    folder = root / "cells" / folder_name(name, identity, images.fingerprint)
-    return Cell(variant.name, variant.arm, variant.tokenizer, seed, values, fit, variant.cost.flops, folder)
 
 
 def _fit_values(variant: Variant, seed: int) -> dict[str, Any]:
