@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tests.conftest import TINY
 
 from mapet import MapetError
 from mapet.cli.recipes import RECIPES, load_recipe
 from mapet.config import CompareConfig
+from mapet.models import RELEASED
 from mapet.workflows.cells import Cell
 from mapet.workflows.compare_plan import TRIAL_SEED, Plan, make_plan
 from mapet.workflows.tokenizer import fit_tokenizer
@@ -91,6 +93,19 @@ def test_a_tokenizer_fitted_anew_makes_other_cells(digits: Path, tmp_path: Path)
         roots.append(found())
         shutil.rmtree(tmp_path / "tok")
     assert roots[0] == roots[1] != roots[2]
+
+
+def test_a_teacher_is_known_by_its_weights_not_by_its_name(digits: Path, tmp_path: Path) -> None:
+    def found(folder: Path) -> tuple[Path, str]:
+        (cell,) = cells(digits, objectives=["mim"], tokenizers=[str(folder)])
+        return cell.root, cell.values["tokenizer"]
+
+    first = shutil.copytree(RELEASED["mapet-micro-fashion-mnist"], tmp_path / "a" / "teacher")
+    second = shutil.copytree(first, tmp_path / "b" / "teacher")
+    assert found(first) == found(second)
+    weights = load_file(second / "model.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, second / "model.safetensors")
+    assert not set(found(first)) & set(found(second))
 
 
 def test_a_cell_stays_the_same_wherever_the_images_lie_and_whoever_loads_them(digits: Path, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class NetworkKeys(StrictConfig):
 
     model: str = Field(
         min_length=1,
-        description="a run folder, an exported folder, or a timm model name (also local-dir:FOLDER, hf-hub:ID)",
+        description="a run folder, an exported folder, or the name of a timm model or of one that comes with mapet "
+        "(also local-dir:FOLDER, hf-hub:ID)",
         json_schema_extra=Common,
     )
     image_size: tuple[Pixels, Pixels] | None = Field(

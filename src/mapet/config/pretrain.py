@@ -18,8 +18,8 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     init: str | None = Field(
         None,
         min_length=1,
-        description="weights to begin with: a run, an exported or converted folder, or a timm model name; its "
-        "architecture, sizes and normalisation are then the defaults",
+        description="weights to begin with: a run, an exported or converted folder, or the name of a timm model or of "
+        "one that comes with mapet; its architecture, sizes and normalisation are then the defaults",
         json_schema_extra=Common,
     )
     init_parts: Literal["backbone", "all"] = Field(

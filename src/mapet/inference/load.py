@@ -81,7 +81,7 @@ def load(source: str | Path, *, image_size: int | tuple[int, int] | None = None)
     """Load a model and the transform that makes its input.
 
     Args:
-        source: a run folder, an exported folder, or a timm model name.
+        source: a run folder, an exported folder, the name of a model that comes with the package, or timm's.
         image_size: side of the input in pixels, or rows and columns; None: as it was trained.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Opening a model: a run folder, an exported folder, or a timm model by name."""
+"""Opening a model: a run folder, an exported folder, one of the package's or a timm model by name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mapet.data import PlainView, check_channels
 from mapet.engine import RunFolder, read_state
 from mapet.errors import MapetError, nearest
 from mapet.inference.exported import check_exported, check_types
+from mapet.models import RELEASED, released_folder
 from mapet.tokenizers import hash_content
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ def open_model(
     """Open a model with its weights, on the CPU; of a run that has not finished a warning says how far it is.
 
     Args:
-        source: a run folder (its ``exported/`` is taken), an exported folder, or a timm model name, perhaps with
-            ``local-dir:`` or ``hf-hub:``.
+        source: a run folder (its ``exported/`` is taken), an exported folder, the name of one that comes with the
+            package (``models.RELEASED``), or a timm model name, perhaps with ``local-dir:`` or ``hf-hub:``.
         classifier: keep its classifier; else the network's output is the pooled feature.
         image_size: rows and columns of its input in pixels; position embeddings are resized. None: as it was trained.
         crop_pct: see ``PlainView``; None: as timm has it.
@@ -86,7 +87,7 @@ def open_model(
     Raises:
         MapetError: if there is no such model, its weights cannot be had or are not finite, or the size does not fit.
     """
-    name = _timm_name(str(source))
+    name = _timm_name(released_folder(str(source)))
     folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
     if folder:
         check_exported(folder)
@@ -145,7 +146,7 @@ def _timm_name(source: str) -> str:
             raise MapetError(f"model folder {source!r} does not exist; name a run, an exported folder or a timm model")
         raise MapetError(
             f"unknown model {source!r}: it is neither a run folder, nor an exported folder, nor a timm "
-            f"model{nearest(source, timm.list_models())}"
+            f"model{nearest(source, [*RELEASED, *timm.list_models()])}"
         )
     exported = RunFolder(folder).exported
     if exported.is_dir():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from mapet.errors import MapetError, nearest
-from mapet.models import check_fit, read_tensors
+from mapet.models import RELEASED, check_fit, read_tensors, released_folder
 from mapet.tokenizers.base import with_channels
 from mapet.tokenizers.weights import fetch_weights
 
@@ -168,8 +168,8 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
     """Build a frozen pre-trained teacher.
 
     Args:
-        name: a timm model name, ``local-dir:FOLDER`` (or just the folder) as ``mapet`` and timm export it,
-            ``hf-hub:ID``, or a torchvision model name.
+        name: a timm model name, ``local-dir:FOLDER`` (or just the folder) as ``mapet`` and timm export it, the name of
+            one that comes with the package, ``hf-hub:ID``, or a torchvision model name.
         stage: for timm the index of a stage or block (default: the last), for torchvision the name of a node
             (default: ``features`` or ``layer4``).
         weights: of the whole network: a file, a URL or ``hf-hub:ID/FILE``; None takes the published ones.
@@ -180,9 +180,12 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
     if library_of(name) == TorchvisionTeacher.library:
         node = str(stage) if stage is not None else _default_node(name)
         return _torchvision_teacher(name, node, weights).frozen()
-    if _is_export(name):
-        name = f"local-dir:{name}"
-    return _timm_teacher(name, _stage_index(name, stage), weights).frozen()
+    source = released_folder(name)
+    if _is_export(source):
+        source = f"local-dir:{source}"
+    if name not in RELEASED:
+        name = source
+    return _timm_teacher(name, source, _stage_index(name, stage), weights).frozen()
 
 
 def library_of(name: str) -> str:
@@ -191,7 +194,7 @@ def library_of(name: str) -> str:
     Raises:
         MapetError: for a name that is of none.
     """
-    if _is_export(name) or ":" in name or timm.is_model(name):
+    if _is_export(released_folder(name)) or ":" in name or timm.is_model(name):
         return TimmTeacher.library
     if name in torchvision.models.list_models(module=torchvision.models):
         return TorchvisionTeacher.library
@@ -200,7 +203,7 @@ def library_of(name: str) -> str:
             f"folder {name!r} holds neither a tokenizer nor an exported backbone (config.json); name the exported/ "
             "folder of a run, or that of a fitted tokenizer"
         )
-    known = [*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
+    known = [*RELEASED, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
     hint = nearest(name, {"pixels", *known} - {name})
     raise MapetError(
         f"unknown tokenizer or teacher {name!r}{hint}; a tokenizer is 'pixels' or the folder of a fitted one, a "
@@ -212,8 +215,8 @@ def _is_export(name: str) -> bool:
     return os.path.isfile(Path(name) / "config.json")  # noqa: PTH113 (false, not an error, for what is no file name)
 
 
-def _timm_teacher(name: str, stage: int, weights: str | Path | None) -> Teacher:
-    network = _timm_network(name, weights is None)
+def _timm_teacher(name: str, source: str, stage: int, weights: str | Path | None) -> Teacher:
+    network = _timm_network(source, weights is None)
     origin = {"weights": name}
     if weights is not None:
         origin = _load_weights(network, name, weights)

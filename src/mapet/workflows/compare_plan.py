@@ -55,6 +55,10 @@ class Variant:
         """Whether it is more than the network as it begins."""
         return bool(self.values["objective"] != UNTRAINED)
 
+    def known_by_content(self, key: str) -> dict[str, str | None]:
+        """Return what stands for the name of a tokenizer or teacher, and of its weights, in what decides a cell."""
+        return {key: self.cost.tokenizer_hash, "teacher_weights": None} if self.cost.tokenizer_hash else {}
+
     def steps(self, images: int, **length: int | None) -> int:
         """Return the optimiser steps of a run over so many images, as long as its recipe says or as is said here."""
         return _config(self.arm, self.tokenizer, {**self.values, **length}).resolve(images).total_steps(images)
@@ -164,12 +168,13 @@ class Plan:
 
     def _cell(self, variant: Variant, seed: int, steps: int, measures: Sequence[str]) -> Cell:
         values = {**variant.values, "seed": seed, "steps": steps or None, "epochs": None}
-        identity = {**_decisive(values), "tokenizer": variant.cost.tokenizer_hash or variant.tokenizer}
+        identity = {**_decisive(values), "tokenizer": variant.tokenizer, **variant.known_by_content("tokenizer")}
         fit: Mapping[str, Any] | None = None
         if variant.tokenizer and not is_ready(variant.tokenizer):
             fit = _fit_values(variant, seed)
             values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
-            name = folder_name(Path(variant.tokenizer).name, _decisive(fit), self.images.fingerprint)
+            content = {**_decisive(fit), **variant.known_by_content("teacher")}
+            name = folder_name(Path(variant.tokenizer).name, content, self.images.fingerprint)
             values["tokenizer"] = str(self.root / "tokenizers" / name)
         elif variant.tokenizer:
             values["tokenizer"] = variant.tokenizer

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mapet.config import PretrainConfig
 from mapet.engine import RunFolder
 from mapet.objectives import build_objective, find_objective
+from mapet.tokenizers import build_teacher, hash_content
 from mapet.workflows.pretrain import initial_backbone, pretrain
 from mapet.workflows.tokens import check_fittable, is_ready, ready_tokenizer, settle_vocab_size
 
@@ -33,7 +34,7 @@ class Cost:
         batch_size: images per optimiser step.
         vocab_size: ids that its head tells apart; None without ids.
         image_size, patch_size: in pixels.
-        tokenizer_hash: of a tokenizer that is not to be fitted; None for others.
+        tokenizer_hash: of a tokenizer that is not to be fitted, or of the teacher of one that is; None for others.
     """
 
     flops: float
@@ -69,6 +70,8 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
         vocab_size, tokenizer_hash = ready.vocab_size, ready.content_hash
     elif needs_ids:
         check_fittable(tokenizer)
+        if tokenizer != "pixels":
+            tokenizer_hash = hash_content({}, build_teacher(tokenizer, config.teacher_stage, config.teacher_weights))
         vocab_size = settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
     objective = build_objective(
         config.objective, backbone, vocab_size, config.context_tokens, config.order, config.objective_args
