@@ -137,6 +137,19 @@ def test_what_masks_say_must_make_sense(exported_vit: Path, mosaics: Path, tmp_p
     assert "hold no class at all" in refused()
 
 
+def test_masks_of_0_and_255_without_a_value_of_no_class_are_warned_of(
+    exported_vit: Path, mosaics: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(mosaics, root)
+    for path in root.glob("masks/*/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    for classes in (None, 256):
+        caplog.clear()
+        measure(exported_vit, root, steps=1, epochs=None, ignore_index=None, classes=classes)
+        assert ("of the 256 classes 0 to 255" in caplog.text and "only 2 occur" in caplog.text) == (classes is None)
+
+
 def test_models_without_enough_patches(mosaics: Path) -> None:
     for model, size, batch, says in (
         ("pit_ti_224", 224, 8, "patches features need a grid of patches, which pit_ti_224 lacks"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,11 @@ def _run(plan: Plan) -> Comparison:
     for _ in _finish(trials, failures):
         _report(plan, [], trials, failures)
     cells = plan.cells({name: rates.best for name, rates in _rates(trials).items()})
-    comparison = None
-    for _ in _finish(cells, failures):
-        comparison = _report(plan, cells, trials, failures)
-    return comparison or _report(plan, cells, trials, failures)
+    rows = {cell.root: _row(cell) for cell in cells}
+    for cell in _finish(cells, failures):
+        rows[cell.root] = _row(cell)
+        _report(plan, rows.values(), trials, failures)
+    return _report(plan, rows.values(), trials, failures)
 
 
 def _finish(cells: Sequence[Cell], failures: dict[str, str]) -> Iterator[Cell]:
@@ -135,14 +136,13 @@ def _rates(trials: Sequence[Cell]) -> dict[str, Rates]:
     return {name: Rates(held_out) for name, held_out in found.items()}
 
 
-def _report(plan: Plan, cells: Sequence[Cell], trials: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
+def _report(plan: Plan, rows: Iterable[Row | None], trials: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
     """Write the tables and pictures of what is finished so far."""
     asked = plan.config
-    rows = tuple(row for cell in cells if (row := _row(cell)) is not None)
-    names = tuple(variant.name for variant in plan.compared)
     comparison = Comparison(
-        asked.data, asked.measures, asked.seeds, asked.budget, names, rows, dict(failures), _rates(trials), asked.judge
-    )
+        asked.data, asked.measures, asked.seeds, asked.budget, tuple(variant.name for variant in plan.compared),
+        tuple(row for row in rows if row is not None), dict(failures), _rates(trials), asked.judge,
+    )  # fmt: skip
     write_comparison(comparison, plan.root)
     return comparison
 

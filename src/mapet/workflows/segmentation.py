@@ -133,6 +133,13 @@ def _settle_classes(config: SegmentConfig, seen: Tensor, tested: Tensor) -> tupl
         )
     classes = config.classes or greatest + 1
     seen, tested = _padded(seen, classes), _padded(tested, classes)
+    occurring = int(((seen > 0) | (tested > 0)).sum())
+    if config.classes is None and occurring < classes / 2:
+        logger.warning(
+            "of the %d classes 0 to %d that the masks of %s are taken to have, only %d occur; number classes from 0 "
+            "without gaps, or say that the gaps are meant with --classes %d",
+            classes, greatest, config.data, occurring, classes,
+        )  # fmt: skip
     unseen = torch.nonzero((tested > 0) & (seen == 0))[:, 0].tolist()
     if unseen:
         names = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
