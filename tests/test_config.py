@@ -193,5 +193,7 @@ def test_few_labels_are_cut_into_ten_steps(given: dict[str, int], images: int, b
 def test_what_is_said_anew_replaces_also_a_length_in_the_other_unit() -> None:
     before = {"steps": 3, "lr": 0.1}
     assert override(before, {"lr": 0.2}) == {"steps": 3, "lr": 0.2}
+    assert override({"steps": 3, "lrs": [0.1, 0.2]}, {"lr": 0.1}) == {"steps": 3, "lr": 0.1}
+    assert override(before, {"lrs": [0.1, 0.2]}) == {"steps": 3, "lrs": [0.1, 0.2]}
     assert override(before, {"epochs": 2}) == {"lr": 0.1, "epochs": 2}
     assert override(before, {"steps": 4, "epochs": 2}) == {"lr": 0.1, "steps": 4, "epochs": 2}  # to be refused

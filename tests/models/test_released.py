@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
-from mapet.models import RELEASED, released_folder
+from mapet.models import RELEASED, build_vit, released_folder
 from mapet.tokenizers import build_teacher
 
 
@@ -45,8 +46,14 @@ def test_a_folder_of_the_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
     name = "mapet-micro-fashion-mnist"
     assert released_folder(name) == str(RELEASED[name])
     monkeypatch.chdir(tmp_path)
-    Path(name).mkdir()
+    shutil.copytree(RELEASED[name], name)
     assert released_folder(name) == name
+    assert build_teacher(name).origin == {"weights": f"local-dir:{name}"}
+
+
+def test_weights_are_no_architecture() -> None:
+    with pytest.raises(mapet.MapetError, match="begin with the weights by --init"):
+        build_vit("mapet-micro-fashion-mnist", image_size=28)
 
 
 def test_names_nearly_right_are_hinted_at() -> None:

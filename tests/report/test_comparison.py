@@ -14,7 +14,8 @@ FREE = {"steps": 0, "flops": 0.0, "seconds": 0.0, "memory": 0}
 def row(name: str, seed: int, budgets: tuple[str, ...], accuracy: float) -> Row:
     arm, _, tokenizer = name.partition(", ")
     curve = [(step / 10, 3 - step / 100) for step in range(100)] if arm != "random" else []
-    return Row(name, arm, tokenizer, seed, budgets, COST if curve else FREE, {"knn": accuracy}, curve)
+    lr, cost = (1e-3, COST) if curve else (None, FREE)
+    return Row(name, arm, tokenizer, seed, lr, budgets, cost, {"knn": accuracy}, curve)
 
 
 def comparison(seeds: int = 2) -> Comparison:
@@ -48,7 +49,7 @@ def test_few_seeds_and_failures_are_remarked() -> None:
 
 def test_learning_rates_tried_have_a_table_and_the_one_taken_a_column() -> None:
     rates = {"mapet, a|b": Rates({4e-3: 0.5, 1e-3: 0.75, 2e-3: 0.75}), "mim, a|b": Rates({2e-3: 0.5, 1e-3: 0.25})}
-    found = replace(comparison(), rates=rates, judge="linear")
+    found = replace(comparison(), lrs=(4e-3, 1e-3, 2e-3), rates=rates, judge="linear")
     *budgets, tried = found.tables()
     assert [table.title for table in budgets] == ["Equal steps, on <digits>", "Equal flops, on <digits>"]
     assert [line[3] for line in budgets[0].lines] == ["0.001", "0.002", "-"]
@@ -56,11 +57,13 @@ def test_learning_rates_tried_have_a_table_and_the_one_taken_a_column() -> None:
     assert [list(tried.header), *map(list, tried.lines)] == [
         ["", "0.001", "0.002", "0.004"],
         ["mapet, a|b", "75.0 *", "75.0", "50.0"],
-        ["mim, a|b", "25.0", "50.0 *", "-"],
+        ["mim, a|b", "25.0", "50.0 *", "failed"],
     ]
     remarks = "\n".join(found.remarks)
     assert "best rate of mapet, a|b is the least tried" in remarks
-    assert "best rate of mim, a|b is the greatest tried" in remarks
+    assert "best rate of mim" not in remarks, "one beyond it was tried, and failed"
+    level = replace(found, rates={"mim, a|b": Rates({1e-3: 0.0, 2e-3: 0.0, 4e-3: 0.0})})
+    assert "best rate" not in "\n".join(level.remarks)
     assert "75.0 *" in comparison_markdown(found)
 
 
@@ -69,11 +72,12 @@ def test_files_hold_what_was_found(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md", "comparison.png", "report.html"}
     with (tmp_path / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [(line["budget"], line["arm"], line["tokenizer"], line["seed"], line["knn"]) for line in lines][:3] == [
-        ("steps", "mapet", "a|b", "0", "0.5"),
-        ("steps", "mapet", "a|b", "1", "0.6"),
-        ("steps", "random", "", "0", "0.25"),
-    ]  # fmt: skip
+    columns = ("budget", "arm", "tokenizer", "seed", "lr", "knn")
+    assert [tuple(line[column] for column in columns) for line in lines][:3] == [
+        ("steps", "mapet", "a|b", "0", "0.001", "0.5"),
+        ("steps", "mapet", "a|b", "1", "0.001", "0.6"),
+        ("steps", "random", "", "0", "", "0.25"),
+    ]
     assert "| mapet, a\\|b | 55.0 +- 7.1 |" in (tmp_path / "results.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert "&lt;digits&gt;" in page

@@ -74,7 +74,8 @@ def test_a_cell_that_fails_stops_no_other_and_what_is_done_is_not_done_again(dig
 
 
 def test_the_learning_rate_that_does_best_on_held_out_images_is_taken(digits: Path, tmp_path: Path) -> None:
-    asked = {**VALUES, "lrs": [1e-5, 1e3], "weight_decay": 1e3, "data": str(digits)}
+    values = {key: value for key, value in VALUES.items() if key != "lr"}
+    asked = {**values, "lrs": [1e-5, 1e3], "weight_decay": 1e3, "data": str(digits)}
     found = compare(asked, tmp_path)
     assert [(row.name, row.seed) for row in found.rows] == [("mim, pixels", 0), ("random", 0)]
     assert list(found.rates) == ["mim, pixels"]
@@ -83,6 +84,12 @@ def test_the_learning_rate_that_does_best_on_held_out_images_is_taken(digits: Pa
     run = next((tmp_path / "cells").glob("mim-pixels-seed0-*/run/config.yaml"))
     assert yaml.safe_load(run.read_text())["lr"] == 1e-5
     assert [line["lr"] for line in written(tmp_path)] == ["1e-05", ""]
+
+    trial = next((tmp_path / "cells").glob("mim-pixels-seed1000-*/cell.json"))
+    record = json.loads(trial.read_text())
+    trial.write_text(json.dumps({**record, "knn": {"accuracy": 0.5, "held_out": None}}))
+    with pytest.raises(MapetError, match=r"cell.json is damaged; remove the file"):
+        compare({}, tmp_path, resume=True)
 
 
 @pytest.mark.slow
@@ -119,6 +126,7 @@ def test_what_is_refused_leaves_nothing(digits: Path, tmp_path: Path) -> None:
         ({**VALUES, "data": str(digits / "class 0")}, "subfolder"),
         ({**VALUES, "data": str(digits), "budget": ["hours"]}, "'hours' names no budget"),
         ({**VALUES, "data": str(digits), "seeds": 0}, "seeds = 0"),
+        ({**VALUES, "data": str(digits), "lrs": [1e-3, 2e-3], "lr": 1e-3}, "lr and lrs are both given"),
         ({**VALUES, "data": str(digits), "measure": ["knn"]}, "unknown key 'measure'; did you mean 'measures'"),
     ):
         with pytest.raises(MapetError, match=sentence):

@@ -78,6 +78,8 @@ def test_other_settings_are_other_cells(digits: Path) -> None:
         cells(digits, objectives=["mim"], shared={**SHARED, "lr": lr})[0] for lr in (1e-3, 1e-3, 2e-3)
     )
     assert before.root == same.root != other.root
+    spelled = {**SHARED, "lr": "1e-3", "image_size": str(SHARED["image_size"])}  # as YAML and flags may have them
+    assert cells(digits, objectives=["mim"], shared=spelled)[0].root == before.root
     assert cells(digits, objectives=["mim"], measures=["linear"])[0].root == before.root
 
 
@@ -105,6 +107,12 @@ def test_a_teacher_is_known_by_its_weights_not_by_its_name(digits: Path, tmp_pat
     assert found(first) == found(second)
     weights = load_file(second / "model.safetensors")
     save_file({key: value * 2 for key, value in weights.items()}, second / "model.safetensors")
+    assert not set(found(first)) & set(found(second))
+    shutil.copytree(first, second, dirs_exist_ok=True)
+    assert found(first) == found(second)
+    config = json.loads((second / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.9]  # in none of its tensors
+    (second / "config.json").write_text(json.dumps(config))
     assert not set(found(first)) & set(found(second))
 
 
@@ -147,7 +155,8 @@ def test_a_measure_is_taken_anew_of_other_test_images_or_in_another_way(digits: 
 def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reported(digits: Path) -> None:
     asked = {"objectives": ["mapet", "mim", "random"], "budget": ["steps", "flops"], "seeds": 2,
              "lrs": [1e-3, 2e-3], "measures": ["finetune", "linear", "knn"]}  # fmt: skip
-    plan = planned(digits, **asked)
+    without_rate = {key: value for key, value in SHARED.items() if key != "lr"}
+    plan = planned(digits, shared=without_rate, **asked)
     trials = plan.trials()
     assert [(cell.arm, cell.values["lr"]) for cell in trials] == [
         ("mapet", 1e-3), ("mapet", 2e-3), ("mim", 1e-3), ("mim", 2e-3)
@@ -158,7 +167,7 @@ def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reporte
 
     found = plan.cells({"mapet, pixels": 1e-3, "mim, pixels": 2e-3})
     assert {(cell.arm, cell.values.get("lr")) for cell in found} == {
-        ("mapet", 1e-3), ("mim", 2e-3), ("random", SHARED.get("lr"))
+        ("mapet", 1e-3), ("mim", 2e-3), ("random", None)
     }  # fmt: skip
     assert not {cell.root for cell in found} & {cell.root for cell in trials}
     # With one rate for all the cells are those of a comparison without a choice.
@@ -170,9 +179,11 @@ def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reporte
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"lrs": [1e-3], "measures": ["finetune"]}, "add knn, linear or attentive"),
+        ({"lrs": [1e-3, 2e-3], "measures": ["finetune"]}, "add knn, linear or attentive"),
         ({"lrs": [1e-3, 0.001]}, "0.001 is named twice"),
-        ({"lrs": [-1.0]}, "greater than 0"),
+        ({"lrs": [-1.0, 1.0]}, "greater than 0"),
+        ({"lrs": [1e-3]}, "a single rate leaves no choice"),
+        ({"lrs": 1e-3}, "a single rate leaves no choice"),
     ],
 )
 def test_rates_that_cannot_be_chosen_from(digits: Path, values: dict[str, Any], sentence: str) -> None:
@@ -202,7 +213,8 @@ def test_names_that_a_table_cannot_show_are_refused(digits: Path) -> None:
         ({"arms": {"long": {"objective": "mim", "steps": 3}}}, "arm 'long' has its own 'steps'"),
         ({"arms": {"odd": {"objective": "mim", "learning": 3}}}, "arm 'odd' has the unknown key 'learning'"),
         ({"objectives": ["random"]}, "no arm is trained"),
-        ({"arms": {"fast": {"objective": "mim", "lr": 0.1}}, "lrs": [1e-3]}, "arm 'fast' has its own 'lr', but lrs"),
+        ({"arms": {"fast": {"objective": "mim", "lr": 0.1}}, "lrs": [1e-3, 2e-3]},
+         "arm 'fast' has its own 'lr', but lrs"),
         ({"objectives": ["mim"], "arms": {"mae": {"tokenizer": "pixels", **DECODER}}}, "objective 'mae' needs none"),
         ({"objectives": ["mim"], "measures": ["knn"], "knn": {"neighbours": 3}},
          "knn of the comparison has the unknown key 'neighbours'"),
@@ -215,6 +227,12 @@ def test_names_that_a_table_cannot_show_are_refused(digits: Path) -> None:
         ({"objectives": ["mim"], "arms": {"random": {"tokenizer": "pixels"}}}, "objective 'random' needs none"),
         ({"objectives": ["mim"], "budget": ["flops=1"]}, "1 flops are less than an optimiser step of 'mim, pixels'"),
         ({"objectives": ["mim"], "budget": ["flops=9e29"]}, "arm 'mim' is wrong: steps = "),
+        ({"objectives": ["mim"], "arms": {"mim, pixels": {"objective": "simmim"}}},
+         "two arms are called 'mim, pixels'"),
+        ({"arms": {"a b": {"objective": "mim"}, "a_b": {"objective": "mim"}}},
+         "'a b, pixels' and 'a_b, pixels' are the same training"),
+        ({"objectives": ["mim"], "tokenizers": ["mapet-micro-fashion-mnist"], "shared": {**SHARED, "teacher_size": 5}},
+         "cannot read images of 5 x 5 pixels"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_trained(
@@ -251,5 +269,6 @@ def test_a_plan_can_be_made_of_the_recipes(path: Path, digits: Path) -> None:
     for arm in own.get("arms", {}).values():
         arm.pop("vocab_size", None)  # the digits have patches for 16
     config = CompareConfig(**{**own, "data": str(digits)})
-    found = make_plan(config, {**shared, "batch_size": 8, "data": str(digits)}, Path("out")).cells({})
+    plan = make_plan(config, {**shared, "batch_size": 8, "data": str(digits)}, Path("out"))
+    found = plan.cells({variant.name: 1e-3 for variant in plan.compared})
     assert len(found) >= 3 * len(config.differing)

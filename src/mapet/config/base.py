@@ -82,10 +82,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
+# Keys of which one says what the other does.
+ALTERNATIVES = ({"steps", "epochs"}, {"lr", "lrs"})
+
+
 def override(values: dict[str, Any], anew: dict[str, Any]) -> dict[str, Any]:
-    """Return values with others on top; a length that is said anew, in steps or epochs, replaces either."""
-    lengths = {"steps", "epochs"}
-    gone = lengths if lengths & anew.keys() else set()
+    """Return values with others on top; what is said anew in steps replaces epochs, and so with all alternatives."""
+    gone = {key for keys in ALTERNATIVES if keys & anew.keys() for key in keys}
     return {**{key: value for key, value in values.items() if key not in gone}, **anew}
 
 

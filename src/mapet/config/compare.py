@@ -67,6 +67,14 @@ class CompareConfig(StrictConfig):
         default_factory=dict, description="keys of mapet finetune, as labels_per_class=10 steps=100"
     )
 
+    @field_validator("lrs", mode="before")
+    @classmethod
+    def _a_choice(cls, rates: Any) -> Any:
+        rates = () if rates is None else [rates] if isinstance(rates, int | float | str) else rates
+        if len(rates) == 1:
+            raise ValueError("a single rate leaves no choice; name several, or this one as lr")
+        return rates
+
     @field_validator("budget")
     @classmethod
     def _budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet.errors import MapetError, nearest
 from mapet.models.layout_blocks import use_layouts
+from mapet.models.released import RELEASED
 
 FLAGS = {
     "img_size": "--image-size",
@@ -46,6 +47,11 @@ def build_vit(
     Raises:
         MapetError: for an unknown model or argument, or an image that patches do not tile.
     """
+    if name in RELEASED:
+        raise MapetError(
+            f"model {name!r} has weights, and here an architecture is named: begin with the weights by --init, or name "
+            "the architecture of a timm Vision Transformer"
+        )
     if not timm.is_model(name):
         vits = timm.list_models("vit_*")
         raise MapetError(f"unknown model {name!r}{nearest(name, vits) or '; see timm.list_models()'}")

@@ -34,6 +34,7 @@ class Row:
         arm: what is compared.
         tokenizer: its name; "" where the objective needs none.
         seed: of everything random.
+        lr: peak learning rate; None if it was not trained.
         budgets: the names of those that it was trained under.
         cost: ``steps`` of the optimiser, ``flops`` and ``seconds`` of all of them, ``memory`` (the peak in bytes).
         measured: accuracies in 0..1, by kind.
@@ -44,6 +45,7 @@ class Row:
     arm: str
     tokenizer: str
     seed: int
+    lr: float | None
     budgets: tuple[str, ...]
     cost: Mapping[str, float]
     measured: Mapping[str, float]
@@ -86,7 +88,8 @@ class Comparison:
         names: arms with their tokenizers, in the order that they were named.
         rows: of what is finished.
         failures: why cells failed, by their names.
-        rates: the learning rates tried, by the names of ``names``; {} if none were.
+        lrs: the learning rates to choose from; () if there is no choice.
+        rates: what came of them, by the names of ``names``.
         judge: the kind of measure that they were chosen by.
     """
 
@@ -97,6 +100,7 @@ class Comparison:
     names: tuple[str, ...]
     rows: tuple[Row, ...]
     failures: Mapping[str, str]
+    lrs: tuple[float, ...] = ()
     rates: Mapping[str, Rates] = field(default_factory=dict)
     judge: str | None = None
 
@@ -108,22 +112,21 @@ class Comparison:
     def tables(self) -> Iterator[Lines]:
         """Yield the tables as text: one per budget, and one of the learning rates that were tried."""
         measures = [f"{TITLES[kind]} (%)" for kind in self.measures]
-        rate = ["learning rate"] if self.rates else []
+        rate = ["learning rate"] if self.lrs else []
         header = ["", *measures, *rate, "steps", "TFLOPs", "seconds", "peak GiB"]
         for budget in self.budgets:
             yield Lines(f"Equal {budget}, on {self.data}", header, list(self.cells(budget)))
         if self.rates:
-            tried = sorted({rate for rates in self.rates.values() for rate in rates.held_out})
-            lines = [[name, *self._tried(name, tried)] for name in self.names if name in self.rates]
+            lines = [[name, *self._tried(name)] for name in self.names if name in self.rates]
             judge = TITLES[str(self.judge)]
             title = f"Learning rates: {judge} of training images held out (%), equal {self.budgets[0]}"
-            yield Lines(title, ["", *(f"{rate:g}" for rate in tried)], lines)
+            yield Lines(title, ["", *(f"{rate:g}" for rate in sorted(self.lrs))], lines)
 
-    def _tried(self, name: str, tried: Sequence[float]) -> Iterator[str]:
+    def _tried(self, name: str) -> Iterator[str]:
         rates = self.rates[name]
-        for rate in tried:
+        for rate in sorted(self.lrs):
             mark = " *" if rate == rates.best else ""
-            yield f"{100 * rates.held_out[rate]:.1f}{mark}" if rate in rates.held_out else "-"
+            yield f"{100 * rates.held_out[rate]:.1f}{mark}" if rate in rates.held_out else "failed"
 
     def cells(self, budget: str) -> Iterator[list[str]]:
         """Yield the lines of a budget's table, as text: means over seeds +- standard deviations."""
@@ -136,7 +139,7 @@ class Comparison:
                  f"{means['memory'] / 2**30:.2f}"]
                 if means.get("steps") else ["-"] * len(COSTS)
             )  # fmt: skip
-            rate = [f"{self.rates[name].best:g}" if name in self.rates else "-"] if self.rates else []
+            rate = [f"{self.rates[name].best:g}" if name in self.rates else "-"] if self.lrs else []
             yield [name, *measures, *rate, *costs]
 
     @property
@@ -160,12 +163,10 @@ class Comparison:
             found.append(
                 "Learning rates marked * are those taken: each was tried once, with a seed that is in no other table."
             )
-            found += [
-                f"The best rate of {name} is the {'least' if rates.best == min(rates.held_out) else 'greatest'} tried; "
-                "one beyond it may be better."
-                for name, rates in self.rates.items()
-                if len(rates.held_out) > 1 and rates.best in (min(rates.held_out), max(rates.held_out))
-            ]
+            for name, rates in self.rates.items():
+                if rates.best in (min(self.lrs), max(self.lrs)) and len(set(rates.held_out.values())) > 1:
+                    which = "least" if rates.best == min(self.lrs) else "greatest"
+                    found.append(f"The best rate of {name} is the {which} tried; one beyond it may be better.")
         return found + [f"Failed: {name}: {why}" for name, why in self.failures.items()]
 
 
@@ -189,12 +190,11 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["budget", "arm", "tokenizer", "seed", "lr", *comparison.measures, *COSTS])
         for budget in comparison.budgets:
-            for name, rows in comparison.under(budget):
-                lr = comparison.rates[name].best if name in comparison.rates else ""
+            for _, rows in comparison.under(budget):
                 for row in rows:
                     accuracies = [row.measured.get(kind, "") for kind in comparison.measures]
                     costs = [row.cost[key] for key in COSTS]
-                    writer.writerow([budget, row.arm, row.tokenizer, row.seed, lr, *accuracies, *costs])
+                    writer.writerow([budget, row.arm, row.tokenizer, row.seed, row.lr, *accuracies, *costs])
     (folder / ".results.csv.new").replace(folder / "results.csv")
     replace_file(folder / "results.md", comparison_markdown(comparison))
     draw_comparison(comparison, folder / ".comparison.new.png")

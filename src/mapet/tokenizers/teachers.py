@@ -181,9 +181,10 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
         node = str(stage) if stage is not None else _default_node(name)
         return _torchvision_teacher(name, node, weights).frozen()
     source = released_folder(name)
+    is_released = source != name
     if _is_export(source):
         source = f"local-dir:{source}"
-    if name not in RELEASED:
+    if not is_released:
         name = source
     return _timm_teacher(name, source, _stage_index(name, stage), weights).frozen()
 

@@ -132,6 +132,7 @@ def _is_record(content: Any) -> bool:
         isinstance(costs, dict)
         and all(isinstance(costs.get(key), int | float) for key in COSTS)
         and all(isinstance(value, dict) and isinstance(value.get("accuracy"), int | float) for value in measures)
+        and all(isinstance(value.get("held_out", 0.0), int | float) for value in measures)
     )
 
 

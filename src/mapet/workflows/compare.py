@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
         if key not in PretrainConfig.model_fields:
             known = {*CompareConfig.model_fields, *PretrainConfig.model_fields} - set(NOT_SHARED)
             raise MapetError(f"the comparison has the unknown key {key!r}{nearest(str(key), known) or '; see --help'}")
+    if config.lrs and shared.get("lr") is not None:
+        raise MapetError("lr and lrs are both given; leave lr out to choose among lrs, or lrs to set it")
     # A recipe of pre-training names one objective, one tokenizer and one seed.
     for key in ("objective", "tokenizer", "seed"):
         shared.pop(key, None)
@@ -101,16 +104,15 @@ def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
 
 def _run(plan: Plan) -> Comparison:
     """Try the learning rates, take the best, and finish the cells of the tables; written anew after each."""
-    failures: dict[str, str] = {}
     trials = plan.trials()
+    failures: dict[str, str] = {}
+    known: dict[Path, Row] = {}
+    report = partial(_report, plan, trials, failures, known)
     for _ in _finish(trials, failures):
-        _report(plan, [], trials, failures)
-    cells = plan.cells({name: rates.best for name, rates in _rates(trials).items()})
-    rows = {cell.root: _row(cell) for cell in cells}
-    for cell in _finish(cells, failures):
-        rows[cell.root] = _row(cell)
-        _report(plan, rows.values(), trials, failures)
-    return _report(plan, rows.values(), trials, failures)
+        report()
+    for _ in _finish(plan.cells(_best(trials, failures)), failures):
+        report()
+    return report()
 
 
 def _finish(cells: Sequence[Cell], failures: dict[str, str]) -> Iterator[Cell]:
@@ -125,23 +127,34 @@ def _finish(cells: Sequence[Cell], failures: dict[str, str]) -> Iterator[Cell]:
         yield cell
 
 
-def _rates(trials: Sequence[Cell]) -> dict[str, Rates]:
-    """Return what was found of learning rates, by the names of variants."""
+def _rates(trials: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Rates]:
+    """Return what was found of learning rates, by the names of variants that have tried them all."""
+    pending = {cell.name for cell in trials if not cell.is_done and cell.title not in failures}
     found: dict[str, dict[float, float]] = {}
     for cell in trials:
-        record = read_record(cell.root)
-        for kind in cell.measures:
-            if cell.has_taken(kind, record):
-                found.setdefault(cell.name, {})[cell.values["lr"]] = record[kind]["held_out"]
+        if cell.is_done and cell.name not in pending:
+            (judge,) = cell.measures
+            found.setdefault(cell.name, {})[cell.values["lr"]] = read_record(cell.root)[judge]["held_out"]
     return {name: Rates(held_out) for name, held_out in found.items()}
 
 
-def _report(plan: Plan, rows: Iterable[Row | None], trials: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
-    """Write the tables and pictures of what is finished so far."""
+def _best(trials: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, float]:
+    return {name: rates.best for name, rates in _rates(trials, failures).items()}
+
+
+def _report(plan: Plan, trials: Sequence[Cell], failures: Mapping[str, str], known: dict[Path, Row]) -> Comparison:
+    """Write the tables and pictures of what is finished so far; ``known`` keeps what needs no reading again."""
+    rows = []
+    for cell in plan.cells(_best(trials, failures)):
+        row = known.get(cell.root) or _row(cell)
+        if row is not None:
+            rows.append(row)
+            if cell.is_done:
+                known[cell.root] = row
     asked = plan.config
     comparison = Comparison(
         asked.data, asked.measures, asked.seeds, asked.budget, tuple(variant.name for variant in plan.compared),
-        tuple(row for row in rows if row is not None), dict(failures), _rates(trials), asked.judge,
+        tuple(rows), dict(failures), asked.lrs, _rates(trials, failures), asked.judge,
     )  # fmt: skip
     write_comparison(comparison, plan.root)
     return comparison
@@ -152,6 +165,8 @@ def _row(cell: Cell) -> Row | None:
     record = read_record(cell.root)
     if "cost" not in record:
         return None
+    run = RunFolder(cell.root / "run")
     measured = {kind: record[kind]["accuracy"] for kind in cell.measures if cell.has_taken(kind, record)}
-    curve = [(line["epoch"], line["loss"]) for line in RunFolder(cell.root / "run").metric_lines()]
-    return Row(cell.name, cell.arm, cell.tokenizer, cell.seed, cell.budgets, record["cost"], measured, curve)
+    curve = [(line["epoch"], line["loss"]) for line in run.metric_lines()]
+    lr = read_recipe(run.config).get("lr") if curve else None
+    return Row(cell.name, cell.arm, cell.tokenizer, cell.seed, lr, cell.budgets, record["cost"], measured, curve)

@@ -82,15 +82,15 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
         if config.lrs and "lr" in differing:
             raise MapetError(f"arm {arm!r} has its own 'lr', but lrs are tried by all arms alike; leave one out")
         values = {**shared, "objective": arm, **differing}  # the name may say it all
-        _config(
-            arm, values.get("tokenizer"), {key: v for key, v in values.items() if key not in KMeansKeys.model_fields}
-        )
+        without_ids = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
+        _config(arm, values.get("tokenizer"), without_ids)
         own = values.pop("tokenizer", None)
+        without_ids.pop("tokenizer", None)
         objective = values["objective"]
         if own and (objective == UNTRAINED or (objective in OBJECTIVES and not OBJECTIVES[objective].needs_ids)):
             raise MapetError(f"arm {arm!r} names a tokenizer, but objective {objective!r} needs none; leave it out")
         if objective == UNTRAINED:
-            yield Variant(arm, "", values, FREE)
+            yield Variant(arm, "", _checked(arm, "", without_ids), FREE)
             continue
         if objective not in OBJECTIVES:
             choice = [*OBJECTIVES, UNTRAINED]
@@ -98,7 +98,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
             raise MapetError(f"arm {arm!r} has the unknown objective {objective!r}{hint}")
         if not OBJECTIVES[objective].needs_ids:
             tokenizers: Sequence[str] = ("",)
-            values = {key: value for key, value in values.items() if key not in KMeansKeys.model_fields}
+            values = without_ids
         else:
             tokenizers = (own,) if own else config.tokenizers
         for tokenizer in tokenizers:
@@ -107,7 +107,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
                 cost = measure_cost(resolved, tokenizer, images)
             except MapetError as error:
                 raise MapetError(f"arm {arm!r} cannot work: {error}") from error
-            yield Variant(arm, tokenizer, values, cost)
+            yield Variant(arm, tokenizer, _checked(arm, tokenizer, values), cost)
 
 
 @dataclass(frozen=True)
@@ -132,16 +132,30 @@ class Plan:
     test_images: str
     root: Path
 
+    def check(self) -> None:
+        """Refuse variants that a table, or their cells, could not tell apart."""
+        names: set[str] = set()
+        trained: dict[Path, str] = {}
+        for variant, steps in zip(self.compared, self.lengths, strict=True):
+            if variant.name in names:
+                raise MapetError(f"two arms are called {variant.name!r}, tokenizer included; name one differently")
+            names.add(variant.name)
+            folder = self._cell(variant, 0, steps[self.config.budget[0]], ()).root
+            if folder in trained:
+                raise MapetError(f"{trained[folder]!r} and {variant.name!r} are the same training; leave one out")
+            trained[folder] = variant.name
+
     def trials(self) -> list[Cell]:
         """Return a cell for each learning rate of each variant, as long as the first budget has it.
 
         They have a seed of their own, so that what is reported is not what was chosen by, and are measured by the
         probe that chooses and by nothing else.
         """
-        first = self.config.budget[0]
-        judges = [self.config.judge] if self.config.judge else []
+        judge, first = self.config.judge, self.config.budget[0]
+        if judge is None:  # then there are no rates to choose from
+            return []
         return [
-            self._cell(replace(variant, values={**variant.values, "lr": lr}), TRIAL_SEED, steps[first], judges)
+            self._cell(replace(variant, values={**variant.values, "lr": lr}), TRIAL_SEED, steps[first], [judge])
             for variant, steps in zip(self.compared, self.lengths, strict=True)
             if variant.is_trained
             for lr in self.config.lrs
@@ -203,7 +217,9 @@ def make_plan(config: CompareConfig, shared: Mapping[str, Any], root: Path) -> P
     measures = _measures(config)
     compared = list(variants(config, shared, len(images)))
     lengths = _lengths(config, compared, len(images), root)
-    return Plan(config, compared, lengths, measures, images, test.fingerprint, root)
+    plan = Plan(config, compared, lengths, measures, images, test.fingerprint, root)
+    plan.check()
+    return plan
 
 
 def _measures(config: CompareConfig) -> dict[str, Mapping[str, Any]]:
@@ -236,6 +252,12 @@ def _decisive(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that what is computed depends on; the images do by their fingerprint, wherever they lie."""
     free = free_keys(PretrainConfig)
     return {key: value for key, value in values.items() if key not in free}
+
+
+def _checked(arm: str, tokenizer: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as their types have them, for one that is written in another way makes no other cell."""
+    checked = _config(arm, tokenizer, values).model_dump(mode="json")
+    return {key: checked[key] for key in values}
 
 
 def _config(arm: str, tokenizer: str | None, values: Mapping[str, Any]) -> PretrainConfig:

@@ -71,7 +71,7 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
     elif needs_ids:
         check_fittable(tokenizer)
         if tokenizer != "pixels":
-            tokenizer_hash = hash_content({}, build_teacher(tokenizer, config.teacher_stage, config.teacher_weights))
+            tokenizer_hash = _hash_teacher(tokenizer, config)
         vocab_size = settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
     objective = build_objective(
         config.objective, backbone, vocab_size, config.context_tokens, config.order, config.objective_args
@@ -86,6 +86,12 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
         counter.get_total_flops() / COUNTED_IMAGES, config.batch_size, vocab_size, config.image_size,
         config.image_size // rows, tokenizer_hash,
     )  # fmt: skip
+
+
+def _hash_teacher(name: str, config: PretrainConfig) -> str:
+    teacher = build_teacher(name, config.teacher_stage, config.teacher_weights)
+    teacher.width(config.teacher_size or config.image_size)  # refuses a size that it cannot read
+    return hash_content({key: value for key, value in teacher.config.items() if key != "name"}, teacher)
 
 
 FREE = Cost(0, 0, 0, 0, 0)  # of what is not trained
