@@ -28,7 +28,7 @@ from mapet.errors import MapetError
 from mapet.export import export_network
 from mapet.report.comparison import COSTS
 from mapet.workflows.costs import step_seconds
-from mapet.workflows.evaluation import evaluate
+from mapet.workflows.evaluation import Memo, evaluate
 from mapet.workflows.finetune import finetune
 from mapet.workflows.pretrain import initial_backbone, pretrain
 from mapet.workflows.tokenizer import fit_tokenizer
@@ -225,6 +225,7 @@ def _finish(cell: Cell, record: Record) -> int | None:
                 "memory": _peak_memory(),
             }
         _write(cell, record)
+    memo: Memo = {}
     for kind, keys in cell.measures.items():
         if cell.has_taken(kind, record):
             continue
@@ -237,7 +238,7 @@ def _finish(cell: Cell, record: Record) -> int | None:
                 return tuned.stopped_by
             found = {"accuracy": tuned.scores.accuracy}
         else:
-            found = evaluate(kind, given, console=console)
+            found = evaluate(kind, given, console=console, memo=memo)
         record[kind] = cell.taken(kind, found)
         _write(cell, record)
     return None

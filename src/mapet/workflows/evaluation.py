@@ -44,15 +44,18 @@ from mapet.workflows.training import check_out
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
+# Features of training and test images, by what they depend on.
+Memo = dict[tuple[Any, ...], tuple[Features, Features]]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What every evaluation works with: a model on its device, and where progress is shown."""
+    """What every evaluation works with: a model on its device, where progress is shown, and features there are."""
 
     config: InferenceKeys
     opened: OpenModel
     console: Console
+    memo: Memo
 
     def stream_over(self, images: ImageSet) -> dict[str, Any]:
         """Return how ``images`` are put through the network: the arguments that ``inference.stream`` names."""
@@ -66,6 +69,9 @@ class Measurement:
 
     def extract(self, kind: str, folder: Path | None = None) -> tuple[Features, Features]:
         """Return features of a kind of the training and the test images; with a folder they are kept there."""
+        depends_on = kind, *(getattr(self.config, key) for key in InferenceKeys.model_fields)
+        if depends_on in self.memo:
+            return self.memo[depends_on]
 
         def choose(images: Tensor) -> Tensor:
             return read_tokens(self.opened.network, images).choose(kind)
@@ -80,6 +86,8 @@ class Measurement:
                 )  # fmt: skip
             found.append(features)
         train, test = found
+        if folder is None:
+            self.memo[depends_on] = train, test
         return train, test
 
 
@@ -144,7 +152,12 @@ KINDS: dict[str, tuple[type[InferenceKeys], Callable[[Any, Measurement], Results
 
 
 def evaluate(
-    kind: str, values: Mapping[str, Any], out: str | Path | None = None, *, console: Console | None = None
+    kind: str,
+    values: Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    console: Console | None = None,
+    memo: Memo | None = None,
 ) -> Results:
     """Measure a model on labelled images.
 
@@ -153,6 +166,7 @@ def evaluate(
         values: configuration by key, see the kind's class; ``model`` and ``data`` are needed.
         out: a new folder for ``results.json``, ``results.md`` and ``confusion.csv``; None to write nothing.
         console: where progress is shown; None for standard error.
+        memo: keeps features from one call for others on the same model and images.
 
     Returns:
         what ``results.json`` holds: ``accuracy`` in 0..1 (the mean over seeds, from ``least`` to ``greatest``),
@@ -177,7 +191,7 @@ def evaluate(
             seed=config.seed,
         )
         opened.network.to(device)
-        found = work(config, Measurement(config, opened, console or Console(stderr=True)))
+        found = work(config, Measurement(config, opened, console or Console(stderr=True), {} if memo is None else memo))
         results = {
             "kind": kind, "model": config.model, "data": config.data, "reinit": config.reinit, "seed": config.seed,
             "image_size": list(opened.view.size), **found,
