@@ -70,10 +70,9 @@ class CompareConfig(StrictConfig):
     @field_validator("lrs", mode="before")
     @classmethod
     def _a_choice(cls, rates: Any) -> Any:
-        rates = () if rates is None else [rates] if isinstance(rates, int | float | str) else rates
-        if len(rates) == 1:
+        if isinstance(rates, int | float | str) or (isinstance(rates, list | tuple) and len(rates) == 1):
             raise ValueError("a single rate leaves no choice; name several, or this one as lr")
-        return rates
+        return () if rates is None else rates
 
     @field_validator("budget")
     @classmethod
