@@ -1,4 +1,4 @@
-"""Lay out Google's emoji as labelled folders, for the comparison on colour images in docs/results.md.
+"""Lay out Google's emoji as labelled folders, for a comparison on colour images.
 
     npm pack emoji-datasource-google@16 && tar xzf emoji-datasource-google-16.0.0.tgz
     python benchmarks/emoji.py package --out emoji

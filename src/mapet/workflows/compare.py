@@ -110,7 +110,7 @@ def _run(plan: Plan) -> Comparison:
     report = partial(_report, plan, trials, failures, known)
     for _ in _finish(trials, failures):
         report()
-    for _ in _finish(plan.cells(_best(trials, failures)), failures):
+    for _ in _finish(plan.cells(_best(_rates(trials, failures))), failures):
         report()
     return report()
 
@@ -138,14 +138,14 @@ def _rates(trials: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Rat
     return {name: Rates(held_out) for name, held_out in found.items()}
 
 
-def _best(trials: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, float]:
-    return {name: rates.best for name, rates in _rates(trials, failures).items()}
+def _best(rates: Mapping[str, Rates]) -> dict[str, float]:
+    return {name: tried.best for name, tried in rates.items()}
 
 
 def _report(plan: Plan, trials: Sequence[Cell], failures: Mapping[str, str], known: dict[Path, Row]) -> Comparison:
     """Write the tables and pictures of what is finished so far; ``known`` keeps what needs no reading again."""
-    rows = []
-    for cell in plan.cells(_best(trials, failures)):
+    rates, rows = _rates(trials, failures), []
+    for cell in plan.cells(_best(rates)):
         row = known.get(cell.root) or _row(cell)
         if row is not None:
             rows.append(row)
@@ -154,7 +154,7 @@ def _report(plan: Plan, trials: Sequence[Cell], failures: Mapping[str, str], kno
     asked = plan.config
     comparison = Comparison(
         asked.data, asked.measures, asked.seeds, asked.budget, tuple(variant.name for variant in plan.compared),
-        tuple(rows), dict(failures), asked.lrs, _rates(trials, failures), asked.judge,
+        tuple(rows), dict(failures), asked.lrs, rates, asked.judge,
     )  # fmt: skip
     write_comparison(comparison, plan.root)
     return comparison
