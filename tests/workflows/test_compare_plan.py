@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from mapet import MapetError
 from mapet.cli.recipes import RECIPES, load_recipe
 from mapet.config import CompareConfig
 from mapet.models import RELEASED
+from mapet.workflows import compare_plan
 from mapet.workflows.cells import Cell
 from mapet.workflows.compare_plan import TRIAL_SEED, Plan, make_plan
+from mapet.workflows.costs import hash_teacher
 from mapet.workflows.tokenizer import fit_tokenizer
 
 SHARED = {**TINY, "steps": 40}
@@ -114,6 +117,22 @@ def test_a_teacher_is_known_by_its_weights_not_by_its_name(digits: Path, tmp_pat
     config["pretrained_cfg"]["mean"] = [0.9]  # in none of its tensors
     (second / "config.json").write_text(json.dumps(config))
     assert not set(found(first)) & set(found(second))
+
+
+def test_a_teacher_is_read_once_for_all_arms(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[Any, ...]] = []
+
+    def counting(*teacher: Any) -> str:
+        read.append(teacher)
+        return hash_teacher(*teacher)
+
+    monkeypatch.setattr(compare_plan, "hash_teacher", counting)
+    name = "mapet-micro-fashion-mnist"
+    other = {"first block": {"objective": "mim", "teacher_stage": 0}}
+    found = cells(digits, objectives=["mapet", "mim"], arms=other, tokenizers=[name])
+    assert read == [(name, None, None, 28), (name, 0, None, 28)]
+    fitted = [cell.values["tokenizer"] for cell in found]
+    assert fitted[0] == fitted[1] != fitted[2]
 
 
 def test_a_cell_stays_the_same_wherever_the_images_lie_and_whoever_loads_them(digits: Path, tmp_path: Path) -> None:
@@ -262,7 +281,7 @@ def test_minutes_are_measured_once(digits: Path, tmp_path: Path) -> None:
                          ids=lambda path: path.stem)  # fmt: skip
 def test_a_plan_can_be_made_of_the_recipes(path: Path, digits: Path) -> None:
     name = path.relative_to(RECIPES).with_suffix("").as_posix()
-    assert path.read_text().startswith(f"# mapet compare --config {name} --out ")
+    assert re.match(f"# mapet compare ([a-z]+ )?--config {name} --out ", path.read_text())
     values = {**load_recipe(name), "vocab_size": 16}
     own = {key: values.pop(key) for key in CompareConfig.model_fields if key in values}
     shared = {key: value for key, value in values.items() if key not in ("objective", "tokenizer")}

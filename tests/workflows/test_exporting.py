@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TINY
 from torch import Tensor
 
+import mapet
 from mapet import MapetError
 from mapet.data import open_images
 from mapet.export import export_network
@@ -229,6 +230,28 @@ def changed_copy(run: Path, target: Path, change: float) -> Path:
     weights["patch_embed.proj.weight"] *= change
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def test_half_the_bytes(run: Path, tmp_path: Path) -> None:
+    whole = export_model("timm", {"model": str(run), "check": "mnist"}, tmp_path / "whole")
+    out = tmp_path / "half"
+    half = export_model("timm", {"model": str(run), "check": "mnist", "dtype": "float16"}, out)
+    assert 0 < half["largest_difference"] <= half["tolerance"] == 0.02
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert whole["tolerance"] == 1e-4
+    exact, images = mapet.load(run)[0].state_dict(), digits_100()[:4]
+    networks = [timm.create_model(f"local-dir:{out}", pretrained=True).eval(), mapet.load(out)[0]]
+    for network in networks:
+        for name, value in network.state_dict().items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, exact[name].half().float())
+    assert torch.equal(networks[0](images), networks[1](images))
+    with pytest.raises(MapetError, match="more than the tolerance 1e-12"):
+        export_model("timm", {"model": str(run), "dtype": "float16", "tolerance": 1e-12}, tmp_path / "exact")
+    large = changed_copy(run, tmp_path / "large", 1e30)  # more than float16 can hold
+    with pytest.raises(MapetError, match="differs from the model by up to nan"):
+        export_model("timm", {"model": str(large), "dtype": "float16"}, tmp_path / "too-large")
 
 
 def test_what_differs_is_not_kept(run: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from timm.models import save_for_hf
 from torch import nn
 
@@ -20,11 +22,12 @@ def export_network(
     classes: Sequence[str] = (),
     license: str = "unknown",
     tag: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing folder.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the identical output. The layout
-    Hugging Face's hub expects is the same, so the folder can be pushed as it is.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the identical output, if the
+    weights are kept in float32. The layout is that of Hugging Face's hub, so the folder can be pushed as it is.
 
     Args:
         network: made by ``timm.create_model``, whose arguments timm has recorded.
@@ -35,9 +38,10 @@ def export_network(
         classes: names of a classifier's outputs.
         license: of these weights, as the hub names it; timm would write that of the weights it has itself.
         tag: what timm calls these weights, after the architecture and a dot; None: as the network says.
+        dtype: that weights are kept in; what reads them computes in its own.
     """
     save_for_hf(
-        network,
+        network if dtype == torch.float32 else copy.deepcopy(network).to(dtype),
         str(folder),
         model_config={
             "label_names": list(classes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from mapet.engine import replace_file
 from mapet.errors import MapetError, nearest
 from mapet.objectives import OBJECTIVES
 from mapet.workflows.cells import UNTRAINED, Cell, folder_name
-from mapet.workflows.costs import FREE, Cost, measure_cost, time_step
+from mapet.workflows.costs import FREE, Cost, hash_teacher, measure_cost, time_step
 from mapet.workflows.evaluation import KINDS
 from mapet.workflows.tokens import is_ready
 
@@ -75,6 +76,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
     Raises:
         MapetError: naming an arm that cannot work.
     """
+    teacher_hash = functools.cache(hash_teacher)  # large teachers take long to load
     for arm, differing in config.differing.items():
         for key in NOT_OF_AN_ARM:
             if key in differing:
@@ -104,7 +106,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
         for tokenizer in tokenizers:
             resolved = _config(arm, tokenizer, values).resolve(images)
             try:
-                cost = measure_cost(resolved, tokenizer, images)
+                cost = measure_cost(resolved, tokenizer, images, teacher_hash)
             except MapetError as error:
                 raise MapetError(f"arm {arm!r} cannot work: {error}") from error
             yield Variant(arm, tokenizer, _checked(arm, tokenizer, values), cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,19 @@ class Cost:
         return self.flops * self.batch_size
 
 
-def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
+def measure_cost(
+    config: PretrainConfig,
+    tokenizer: str,
+    images: int,
+    teacher_hash: Callable[[str, int | str | None, str | None, int], str],
+) -> Cost:
     """Build what a run trains, and count the operations of one image.
 
     Args:
         config: of the run, resolved.
         tokenizer: what ``--tokenizer`` takes; need not be fitted. "" where the objective needs none.
         images: how many there are to fit it to.
+        teacher_hash: ``hash_teacher``, or what remembers its results.
 
     Raises:
         MapetError: if the objective, the network and the tokenizer do not go together.
@@ -71,7 +77,8 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
     elif needs_ids:
         check_fittable(tokenizer)
         if tokenizer != "pixels":
-            tokenizer_hash = _hash_teacher(tokenizer, config)
+            size = config.teacher_size or config.image_size
+            tokenizer_hash = teacher_hash(tokenizer, config.teacher_stage, config.teacher_weights, size)
         vocab_size = settle_vocab_size(tokenizer, config.vocab_size, images * rows * columns)
     objective = build_objective(
         config.objective, backbone, vocab_size, config.context_tokens, config.order, config.objective_args
@@ -88,9 +95,18 @@ def measure_cost(config: PretrainConfig, tokenizer: str, images: int) -> Cost:
     )  # fmt: skip
 
 
-def _hash_teacher(name: str, config: PretrainConfig) -> str:
-    teacher = build_teacher(name, config.teacher_stage, config.teacher_weights)
-    teacher.width(config.teacher_size or config.image_size)  # refuses a size that it cannot read
+def hash_teacher(name: str, stage: int | str | None, weights: str | None, size: int) -> str:
+    """Hash what a teacher computes: weights, stage, normalisation and architecture.
+
+    Args:
+        name, stage, weights: see ``build_teacher``.
+        size: in pixels, of what it is to read.
+
+    Raises:
+        MapetError: if there is no such teacher, or it cannot read images of the size.
+    """
+    teacher = build_teacher(name, stage, weights)
+    teacher.width(size)
     return hash_content({key: value for key, value in teacher.config.items() if key != "name"}, teacher)
 
 

@@ -59,6 +59,7 @@ def _write_timm(opened: OpenModel, folder: Path, config: ExportConfig, target: P
     export_network(
         opened.network, folder, view.mean, view.std, crop_pct=view.crop_pct, interpolation=view.interpolation,
         classes=opened.classes, license=config.license, tag="untrained" if config.reinit else None,
+        dtype=getattr(torch, config.dtype),
     )  # fmt: skip
     run = None if config.reinit else read_run(config.model)
     card = model_card(opened, run, target.name, config.license, untrained=config.reinit)
@@ -118,11 +119,11 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
         logger.info("comparing with the model on %d images of %s", len(images), images.name)
         agreement = compare(opened, chosen.read(fresh), images)
         # Not ">": the difference may be NaN.
-        if not agreement.largest_difference <= config.tolerance:
+        if not agreement.largest_difference <= config.allowed_difference:
             raise MapetError(
                 f"the {form} export of {config.model!r} differs from the model by up to "
                 f"{agreement.largest_difference:.3g} on {agreement.images} images, more than the tolerance "
-                f"{config.tolerance:g}, so it was not kept; use another format, or raise --tolerance"
+                f"{config.allowed_difference:g}, so it was not kept; use another format, or raise --tolerance"
             )
         found.update(
             input_size=[opened.channels, *opened.view.size], classes=len(opened.classes), images=agreement.images,
@@ -137,7 +138,7 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
             with claimed_folder(target):
                 replace_folder(target, export)
     size = sum(file.stat().st_size for file in (target, *target.glob("*")) if file.is_file())
-    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.tolerance, **found}
+    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.allowed_difference, **found}
 
 
 def _choose_images(config: ExportConfig) -> ImageSet:
