@@ -33,6 +33,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert "a codebook of 4096 ids needs" in refused(
         capsys, str(digits), *small, "--objectives", "mim", "--vocab-size", "4096", "--batch-size", "8", *out
     )
+    assert "holds no comparison to join; begin it first" in refused(capsys, "--join", *out)
+    assert "not allowed with argument --resume" in refused(capsys, "--resume", "--join", *out)
     assert not (tmp_path / "out").exists()
 
 

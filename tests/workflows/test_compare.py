@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.conftest import TINY
 
 from mapet import MapetError
 from mapet.engine import lock_folder
-from mapet.workflows import compare
+from mapet.workflows import compare, join_comparison
 
 VALUES = {**TINY, "objectives": ["mim", "random"], "seeds": 1, "steps": 4, "budget": ["steps"], "measures": ["knn"]}
 
@@ -138,6 +139,34 @@ def test_what_is_refused_leaves_nothing(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("")
     with pytest.raises(MapetError, match=r"holds 'letter.txt', but no comparison"):
         compare({**VALUES, "data": str(digits)}, tmp_path / "mine")
+
+
+def test_processes_that_join_share_the_cells_and_end_with_the_same_table(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    values = {**VALUES, "objectives": ["mapet", "mim"], "steps": 40, "data": str(digits)}
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"from mapet.workflows import compare\nif __name__ == '__main__':\n    compare({values!r}, {str(out)!r})\n"
+    )
+    moved = shutil.copytree(digits, tmp_path / "as another machine sees it")
+    first = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((out / "cells").glob("*/.claim")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = join_comparison({"data": str(moved), "workers": 0}, out)
+    said = str(first.communicate(timeout=120)[1])
+    assert first.returncode == 0
+    assert "Traceback" not in said
+    assert [row.name for row in found.rows] == ["mapet, pixels", "mim, pixels"]
+    assert [line["knn"] for line in written(out)] == [str(row.measured["knn"]) for row in found.rows]
+    configs = [yaml.safe_load(path.read_text()) for path in sorted((out / "cells").glob("*/run/config.yaml"))]
+    assert [config["data"] for config in configs] == [str(digits), str(moved)], "each has done one of the two cells"
+    assert len(list((out / "tokenizers").glob("pixels-*"))) == 1
+
+    with pytest.raises(MapetError, match="joined as it is, but 'seeds' would make it another"):
+        join_comparison({"seeds": 2}, out)
+    with pytest.raises(MapetError, match=r"mine' holds no comparison to join; begin it first"):
+        join_comparison({}, tmp_path / "mine")
 
 
 def test_one_process_a_comparison(digits: Path, tmp_path: Path) -> None:

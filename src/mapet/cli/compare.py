@@ -28,8 +28,12 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("data", nargs="?", help=CompareConfig.model_fields["data"].description)
     add_out_flag(parser, "the comparison's folder, each run below it")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    parser.add_argument(
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument(
         "--resume", action="store_true", help="continue the comparison in --out, or extend it, or begin it"
+    )
+    going_on.add_argument(
+        "--join", action="store_true", help="work on the comparison in --out beside the process that began it"
     )
     add_config_flags(parser, CompareConfig)
     add_config_flags(parser, PretrainConfig, LEFT_OUT, "pre-training, ")
@@ -40,11 +44,14 @@ def run(parsed: argparse.Namespace) -> int:
     """Compare."""
     console = set_up_logging()
     from mapet.report import comparison_tables
-    from mapet.workflows import compare
+    from mapet.workflows import compare, join_comparison
 
     values = given_values(parsed, CompareConfig, PretrainConfig)
     try:
-        comparison = compare(values, parsed.out, resume=parsed.resume)
+        if parsed.join:
+            comparison = join_comparison(values, parsed.out)
+        else:
+            comparison = compare(values, parsed.out, resume=parsed.resume)
     except (KeyboardInterrupt, Stopped):
         console.print(f"what is done is saved: --resume continues {parsed.out}", soft_wrap=True)
         raise

@@ -135,15 +135,20 @@ class RunFolder:
         replace_file(self.metrics, "".join(kept))
 
 
-def lock_folder(root: Path) -> FileLock:
+def lock_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> FileLock:
     """Hold a folder for this process; the system lets go of it however the process ends.
+
+    Args:
+        root: the folder.
+        name: of the file in it that stands for what is held.
+        patience_s: how long to wait for another process, in seconds; -1 for ever.
 
     Raises:
         MapetError: if another process holds it. Where nothing can be locked that is said, and the folder taken.
     """
-    lock = FileLock(root / ".lock")
+    lock = FileLock(root / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience_s)
     except Timeout:
         raise MapetError(
             f"output folder {root} is in use by another process; wait for it or choose another --out"

@@ -1,7 +1,7 @@
 """Whole jobs, put together from the parts below: what the command line and Python users call."""
 
 from mapet.workflows.bootstrap import bootstrap
-from mapet.workflows.compare import compare
+from mapet.workflows.compare import compare, join_comparison
 from mapet.workflows.converting import convert
 from mapet.workflows.demo import measure_run, run_demo
 from mapet.workflows.encoding import check_tokens, encode_images
@@ -29,6 +29,7 @@ __all__ = [
     "finetune",
     "fit_tokenizer",
     "initial_backbone",
+    "join_comparison",
     "measure_run",
     "predict_images",
     "pretrain",

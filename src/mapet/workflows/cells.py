@@ -23,7 +23,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from mapet.config import FinetuneConfig, PretrainConfig, StrictConfig, free_keys, make_config
-from mapet.engine import RunFolder, replace_file, replace_folder
+from mapet.engine import RunFolder, lock_folder, replace_file, replace_folder
 from mapet.errors import MapetError
 from mapet.export import export_network
 from mapet.report.comparison import COSTS
@@ -149,9 +149,13 @@ def run_cell(cell: Cell) -> str | None:
     if "failed" in (record := read_record(cell.root)):
         del record["failed"]  # it was another time
         _write(cell, record)
-    if cell.fit is not None and not Path(cell.values["tokenizer"]).exists() and (failure := _isolated(_fit, cell)):
-        return failure
-    return _isolated(_finish, cell)
+    failure = None
+    if cell.fit is not None and not Path(cell.values["tokenizer"]).exists():
+        failure = _isolated(_fit, cell)
+    failure = failure or _isolated(_finish, cell)
+    if failure is not None:
+        _write(cell, {**read_record(cell.root), "failed": failure})
+    return failure
 
 
 def _isolated(work: Callable[[Cell, Record], int | None], cell: Cell) -> str | None:
@@ -198,9 +202,14 @@ def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell) -> None:
 def _fit(cell: Cell, record: Record) -> None:
     """Fit the tokenizer that the cells of a seed have in common."""
     assert cell.fit is not None
-    # The process of a comparison that was killed may have finished it while this one waited.
-    if not Path(cell.values["tokenizer"]).exists():
-        fit_tokenizer(cell.fit, cell.values["tokenizer"])
+    tokenizer = Path(cell.values["tokenizer"])
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(tokenizer.parent, f".{tokenizer.name}.fit", patience_s=-1)
+    try:
+        if not tokenizer.exists():  # another process may have made it while this one waited
+            fit_tokenizer(cell.fit, tokenizer)
+    finally:
+        lock.release()
 
 
 def _finish(cell: Cell, record: Record) -> int | None:

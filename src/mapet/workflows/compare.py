@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import Any
 
 import yaml
 
-from mapet.config import CompareConfig, PretrainConfig, make_config, override, read_recipe
+from mapet.config import CompareConfig, PretrainConfig, free_keys, make_config, override, read_recipe
 from mapet.data import train_and_test
 from mapet.engine import RunFolder, explain_disk_errors, lock_folder, replace_file
 from mapet.errors import MapetError, nearest
 from mapet.report import Comparison, Rates, Row, write_comparison
-from mapet.workflows.cells import Cell, read_record, run_cell
+from mapet.workflows.cells import Cell, read_record
 from mapet.workflows.compare_plan import Plan, make_plan
+from mapet.workflows.grid import finish_cells
 from mapet.workflows.training import check_out
-
-logger = logging.getLogger(__name__)
 
 # Keys of pre-training that make no sense for several.
 NOT_SHARED = ("tokens", "init", "init_parts", "eval_data", "eval_every")
@@ -47,11 +45,38 @@ def compare(values: Mapping[str, Any], out: str | Path, *, resume: bool = False)
     root = Path(out)
     with explain_disk_errors(root), _held(root):
         asked = _settle(values, root, resume)
-        config = make_config(CompareConfig, {key: v for key, v in asked.items() if key in CompareConfig.model_fields})
-        check_out(config.data, root)
-        plan = make_plan(config, _shared(asked, config), root)
+        plan = _plan(asked, root)
         replace_file(root / "compare.yaml", yaml.safe_dump(asked, sort_keys=False))
         return _run(plan)
+
+
+def join_comparison(values: Mapping[str, Any], out: str | Path) -> Comparison:
+    """Work on the comparison in ``out`` beside the process that began it, on this machine or on another.
+
+    Cells that no process works on are finished here. It ends when there are none left, with the same tables.
+
+    Args:
+        values: what may differ here, by key: the place of the images, ``workers``, ``log_every``, ...
+        out: the folder of the comparison.
+
+    Raises:
+        MapetError: if there is no comparison, or a value would make it another.
+    """
+    root = Path(out)
+    saved = root / "compare.yaml"
+    if not saved.is_file():
+        raise MapetError(f"folder {str(out)!r} holds no comparison to join; begin it first, without --join")
+    for key in values:
+        if key not in free_keys(PretrainConfig):
+            raise MapetError(f"a comparison is joined as it is, but {key!r} would make it another; leave that out")
+    with explain_disk_errors(root):
+        return _run(_plan({**read_recipe(saved), **values}, root))
+
+
+def _plan(asked: Mapping[str, Any], root: Path) -> Plan:
+    config = make_config(CompareConfig, {key: asked[key] for key in CompareConfig.model_fields if key in asked})
+    check_out(config.data, root)
+    return make_plan(config, _shared(asked, config), root)
 
 
 @contextmanager
@@ -105,30 +130,24 @@ def _shared(values: Mapping[str, Any], config: CompareConfig) -> dict[str, Any]:
 def _run(plan: Plan) -> Comparison:
     """Try the learning rates, take the best, and finish the cells of the tables; written anew after each."""
     trials = plan.trials()
-    failures: dict[str, str] = {}
     known: dict[Path, Row] = {}
-    report = partial(_report, plan, trials, failures, known)
-    for _ in _finish(trials, failures):
+    report = partial(_report, plan, trials, known)
+    for _ in finish_cells(trials):
         report()
-    for _ in _finish(plan.cells(_best(_rates(trials, failures))), failures):
+    for _ in finish_cells(plan.cells(_best(_rates(trials)))):
         report()
     return report()
 
 
-def _finish(cells: Sequence[Cell], failures: dict[str, str]) -> Iterator[Cell]:
-    """Finish what is not done, one by one; yield each after its end, and keep why it failed."""
-    for number, cell in enumerate(cells, 1):
-        if cell.is_done:
-            continue
-        logger.info("cell %d of %d: %s", number, len(cells), cell.title)
-        if (failure := run_cell(cell)) is not None:
-            failures[cell.title] = failure
-            logger.warning("cell %s failed: %s; the others go on", cell.title, failure)
-        yield cell
+def _failures(cells: Iterable[Cell]) -> dict[str, str]:
+    """Return why cells failed, by their titles."""
+    records = [(cell, read_record(cell.root)) for cell in cells if not cell.is_done]
+    return {cell.title: record["failed"] for cell, record in records if "failed" in record}
 
 
-def _rates(trials: Sequence[Cell], failures: Mapping[str, str]) -> dict[str, Rates]:
+def _rates(trials: Sequence[Cell]) -> dict[str, Rates]:
     """Return what was found of learning rates, by the names of variants that have tried them all."""
+    failures = _failures(trials)
     pending = {cell.name for cell in trials if not cell.is_done and cell.title not in failures}
     found: dict[str, dict[float, float]] = {}
     for cell in trials:
@@ -142,10 +161,11 @@ def _best(rates: Mapping[str, Rates]) -> dict[str, float]:
     return {name: tried.best for name, tried in rates.items()}
 
 
-def _report(plan: Plan, trials: Sequence[Cell], failures: Mapping[str, str], known: dict[Path, Row]) -> Comparison:
+def _report(plan: Plan, trials: Sequence[Cell], known: dict[Path, Row]) -> Comparison:
     """Write the tables and pictures of what is finished so far; ``known`` keeps what needs no reading again."""
-    rates, rows = _rates(trials, failures), []
-    for cell in plan.cells(_best(rates)):
+    rates, rows = _rates(trials), []
+    cells = plan.cells(_best(rates))
+    for cell in cells:
         row = known.get(cell.root) or _row(cell)
         if row is not None:
             rows.append(row)
@@ -154,9 +174,13 @@ def _report(plan: Plan, trials: Sequence[Cell], failures: Mapping[str, str], kno
     asked = plan.config
     comparison = Comparison(
         asked.data, asked.measures, asked.seeds, asked.budget, tuple(variant.name for variant in plan.compared),
-        tuple(rows), dict(failures), asked.lrs, rates, asked.judge,
+        tuple(rows), _failures([*trials, *cells]), asked.lrs, rates, asked.judge,
     )  # fmt: skip
-    write_comparison(comparison, plan.root)
+    lock = lock_folder(plan.root, ".report", patience_s=-1)  # other processes write it too
+    try:
+        write_comparison(comparison, plan.root)
+    finally:
+        lock.release()
     return comparison
 
 
