@@ -163,6 +163,9 @@ def test_processes_that_join_share_the_cells_and_end_with_the_same_table(digits:
     assert [config["data"] for config in configs] == [str(digits), str(moved)], "each has done one of the two cells"
     assert len(list((out / "tokenizers").glob("pixels-*"))) == 1
 
+    next(moved.rglob("*.png")).unlink()
+    with pytest.raises(MapetError, match="has the images of .* their number or names differ"):
+        join_comparison({"data": str(moved)}, out)
     with pytest.raises(MapetError, match="joined as it is, but 'seeds' would make it another"):
         join_comparison({"seeds": 2}, out)
     with pytest.raises(MapetError, match=r"mine' holds no comparison to join; begin it first"):

@@ -70,7 +70,13 @@ def join_comparison(values: Mapping[str, Any], out: str | Path) -> Comparison:
         if key not in free_keys(PretrainConfig):
             raise MapetError(f"a comparison is joined as it is, but {key!r} would make it another; leave that out")
     with explain_disk_errors(root):
-        return _run(_plan({**read_recipe(saved), **values}, root))
+        plan = _plan({**read_recipe(saved), **values}, root)
+        if "data" in values and not any(cell.root.exists() for cell in (*plan.trials(), *plan.cells({}))):
+            raise MapetError(
+                f"no cell of the comparison in {root} has the images of {str(values['data'])!r}: their number or names "
+                "differ; name a copy of those that it began with"
+            )
+        return _run(plan)
 
 
 def _plan(asked: Mapping[str, Any], root: Path) -> Plan:
