@@ -119,12 +119,13 @@ def test_a_writer_killed_again_and_again_ends_with_the_same_store(tmp_path: Path
     kills = 0
     for batches in (3, 20):
         writer = subprocess.Popen(
-            [sys.executable, "-c", ENCODE, str(tmp_path / "store"), "600", "16"], stdout=subprocess.PIPE
+            [sys.executable, "-c", ENCODE, str(tmp_path / "store"), "600", "4"], stdout=subprocess.PIPE
         )
         assert writer.stdout is not None
         for _ in range(batches):
             writer.stdout.readline()
         time.sleep(0.003)
+        writer.send_signal(signal.SIGSTOP)  # it might come to its end while this process is not given the CPU
         with pytest.raises(MapetError, match="is being written by another process"):
             TokenStore.open(tmp_path / "store", writable=True).plan([])
         writer.kill()
