@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,3 +31,25 @@ def test_sockets_fit_into_the_longest_temporary_folder_and_a_longer_one_is_refus
                 env={**os.environ, "TMPDIR": str(folder)}, check=False,
             )  # fmt: skip
         assert said in process.stdout + process.stderr
+
+
+ORPHAN = """
+import os, signal, time
+from torch.utils.data import DataLoader
+from mapet.data.workers import loading_processes
+if __name__ == "__mp_main__":
+    time.sleep(2)  # the loading process imports while its parent is killed
+    print("imported", flush=True)
+if __name__ == "__main__":
+    loader = iter(DataLoader([0], multiprocessing_context="spawn", **loading_processes(1)))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be handled")
+def test_a_loading_process_ends_though_its_parent_is_killed_while_it_imports(tmp_path: Path) -> None:
+    (tmp_path / "load.py").write_text(ORPHAN)
+    process = subprocess.Popen([sys.executable, tmp_path / "load.py"], stdout=subprocess.PIPE, text=True)
+    # Both hold the pipe, so that it ends with the later one.
+    assert process.communicate(timeout=60)[0] == "imported\n"
+    assert process.returncode == -signal.SIGKILL

@@ -15,7 +15,7 @@ import yaml
 from tests.conftest import TINY
 
 from mapet import MapetError
-from mapet.engine import lock_folder
+from mapet.engine import held_folder
 from mapet.workflows import compare, join_comparison
 
 VALUES = {**TINY, "objectives": ["mim", "random"], "seeds": 1, "steps": 4, "budget": ["steps"], "measures": ["knn"]}
@@ -173,9 +173,5 @@ def test_processes_that_join_share_the_cells_and_end_with_the_same_table(digits:
 
 
 def test_one_process_a_comparison(digits: Path, tmp_path: Path) -> None:
-    held = lock_folder(tmp_path)
-    try:
-        with pytest.raises(MapetError, match="is in use by another process"):
-            compare({**VALUES, "data": str(digits)}, tmp_path)
-    finally:
-        held.release()
+    with held_folder(tmp_path), pytest.raises(MapetError, match="is in use by another process"):
+        compare({**VALUES, "data": str(digits)}, tmp_path)

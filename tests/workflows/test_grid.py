@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mapet.engine import lock_folder
+from mapet.engine import held_folder
 from mapet.workflows import grid
 from mapet.workflows.cells import Cell
 from mapet.workflows.grid import finish_cells
@@ -28,11 +28,10 @@ def test_what_another_process_works_on_is_waited_for(
     is_held = threading.Event()
 
     def work_on_it() -> None:
-        claim = lock_folder(tmp_path, ".claim")
-        is_held.set()
-        time.sleep(0.5)
-        tmp_path.joinpath("cell.json").write_text(json.dumps(record))
-        claim.release()
+        with held_folder(tmp_path, ".claim"):
+            is_held.set()
+            time.sleep(0.5)
+            tmp_path.joinpath("cell.json").write_text(json.dumps(record))
 
     threading.Thread(target=work_on_it).start()
     is_held.wait()

@@ -40,6 +40,7 @@ from mapet.data.sources import (
     with_classes,
 )
 from mapet.data.views import PlainView, TrainView, View
+from mapet.data.workers import when_parent_ends
 from mapet.errors import MapetError, nearest
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "split",
     "to_channels",
     "train_and_test",
+    "when_parent_ends",
     "with_classes",
 ]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing.util
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +39,7 @@ def loading_processes(count: int) -> dict[str, Any]:
                 f"the name of the temporary folder {folder} is too long for the sockets by which processes hand over "
                 f"images; set TMPDIR to one of at most {longest} bytes, or pass --workers 0"
             )
-    return {"num_workers": count, "worker_init_fn": ignore_stops}
+    return {"num_workers": count, "worker_init_fn": begin_worker}
 
 
 @contextmanager
@@ -60,14 +63,29 @@ def _end_workers() -> None:
 atexit.register(_end_workers)
 
 
-def ignore_stops(worker: int) -> None:
-    """Leave it to the main process to end a loading process."""
+def begin_worker(worker: int) -> None:
+    """Leave it to the main process to end this loading process; without it, end."""
     # Ctrl-C and hanging up reach every process of a terminal, SLURM's SIGTERM every process of a job. The main one
-    # decides when to stop, and until then needs batches; workers end with it by themselves.
+    # decides when to stop, and until then needs batches; workers end with it.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = _silent_when_left
+    # Torch's own watch begins too late: who was orphaned while it imported waits for its new parent to end.
+    when_parent_ends(partial(os._exit, 1))
+
+
+def when_parent_ends(act: Callable[[], None]) -> None:
+    """Call a function, in a thread, as soon as the process that started this one has ended, however it did."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _silent_when_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

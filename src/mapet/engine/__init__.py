@@ -11,7 +11,7 @@ from mapet.engine.checkpoint import (
 from mapet.engine.files import claimed_folder, new_file, recover_folder, replace_file, replace_folder
 from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, agree, on_main, train
 from mapet.engine.optimizer import build_optimizer
-from mapet.engine.runfolder import RunFolder, explain_disk_errors, lock_folder, run_of
+from mapet.engine.runfolder import RunFolder, explain_disk_errors, held_folder, run_of
 from mapet.engine.schedule import warmup_cosine
 from mapet.engine.sinks import JsonLines, Record, Sink, TensorBoard
 from mapet.engine.stop import StopRequest
@@ -34,7 +34,7 @@ __all__ = [
     "claimed_folder",
     "damaged_checkpoint",
     "explain_disk_errors",
-    "lock_folder",
+    "held_folder",
     "new_file",
     "on_main",
     "read_checkpoint",

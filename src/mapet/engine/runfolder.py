@@ -158,6 +158,16 @@ def lock_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> Fi
     return lock
 
 
+@contextmanager
+def held_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> Iterator[None]:
+    """Hold a folder as ``lock_folder`` does, as long as the ``with`` statement lasts."""
+    lock = lock_folder(root, name, patience_s=patience_s)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _is_record(content: object) -> bool:
     """Whether a line of metrics.jsonl is a step's numbers by name."""
     return (

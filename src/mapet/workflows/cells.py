@@ -11,19 +11,19 @@ import re
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from rich.console import Console
 
 from mapet.config import FinetuneConfig, PretrainConfig, StrictConfig, free_keys, make_config
-from mapet.engine import RunFolder, lock_folder, replace_file, replace_folder
+from mapet.data import when_parent_ends
+from mapet.engine import RunFolder, held_folder, replace_file, replace_folder
 from mapet.errors import MapetError
 from mapet.export import export_network
 from mapet.report.comparison import COSTS
@@ -159,7 +159,9 @@ def run_cell(cell: Cell) -> str | None:
 
 
 def _isolated(work: Callable[[Cell, Record], int | None], cell: Cell) -> str | None:
-    process = multiprocessing.get_context("spawn").Process(target=_in_process, args=(work, cell), name=cell.title)
+    spawned = multiprocessing.get_context("spawn")
+    failure, its_end = spawned.Pipe(duplex=False)
+    process = spawned.Process(target=_in_process, args=(work, cell, its_end), name=cell.title)
     process.start()
     try:
         process.join()
@@ -168,34 +170,30 @@ def _isolated(work: Callable[[Cell, Record], int | None], cell: Cell) -> str | N
         process.join()
         raise
     code = process.exitcode or 0
+    if failure.poll():
+        return str(failure.recv())
     if code < 0:
         why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return f"its process was ended by {signal.Signals(-code).name}{why}"
     if code > 128:
         raise KeyboardInterrupt
-    return (
-        read_record(cell.root).get("failed", f"its process ended with status {code}; what it printed says why")
-        if code
-        else None
-    )
+    return f"its process ended with status {code}; what it printed says why" if code else None
 
 
-def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell) -> None:
-    """Do a cell's work in this process, and end it."""
+def _in_process(work: Callable[[Cell, Record], int | None], cell: Cell, failure: Connection) -> None:
+    """Do a cell's work in this process, send why it failed if it did, and end the process."""
     # Ctrl-C reaches all processes of a terminal; the comparison passes on what is meant for this one.
     if hasattr(os, "setsid"):
         os.setsid()
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    with FileLock(cell.root / ".lock", timeout=PATIENCE_S):
-        record = read_record(cell.root)
-        try:
-            stopped_by = work(cell, record)
-        except Exception as error:
-            if not isinstance(error, MapetError):
-                logger.exception("cell %s failed", cell.title)
-            record["failed"] = str(error) or type(error).__name__
-            _write(cell, record)
-            sys.exit(1)
+    when_parent_ends(partial(os.kill, os.getpid(), signal.SIGTERM))  # nobody waits for this any more
+    try:
+        with held_folder(cell.root, patience_s=PATIENCE_S):
+            stopped_by = work(cell, read_record(cell.root))
+    except Exception as error:
+        if not isinstance(error, MapetError):
+            logger.exception("cell %s failed", cell.title)
+        failure.send(str(error) or type(error).__name__)
+        sys.exit(1)
     sys.exit(128 + stopped_by if stopped_by else 0)
 
 
@@ -204,12 +202,9 @@ def _fit(cell: Cell, record: Record) -> None:
     assert cell.fit is not None
     tokenizer = Path(cell.values["tokenizer"])
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(tokenizer.parent, f".{tokenizer.name}.fit", patience_s=-1)
-    try:
+    with held_folder(tokenizer.parent, f".{tokenizer.name}.fit", patience_s=-1):
         if not tokenizer.exists():  # another process may have made it while this one waited
             fit_tokenizer(cell.fit, tokenizer)
-    finally:
-        lock.release()
 
 
 def _finish(cell: Cell, record: Record) -> int | None:
@@ -276,11 +271,3 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _follow_parent() -> None:
-    """Stop when the comparison is killed: nobody waits for this any more."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)

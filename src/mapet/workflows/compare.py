@@ -13,7 +13,7 @@ import yaml
 
 from mapet.config import CompareConfig, PretrainConfig, free_keys, make_config, override, read_recipe
 from mapet.data import train_and_test
-from mapet.engine import RunFolder, explain_disk_errors, lock_folder, replace_file
+from mapet.engine import RunFolder, explain_disk_errors, held_folder, replace_file
 from mapet.errors import MapetError, nearest
 from mapet.report import Comparison, Rates, Row, write_comparison
 from mapet.workflows.cells import Cell, read_record
@@ -90,11 +90,10 @@ def _held(root: Path) -> Iterator[None]:
     """Hold the folder for this process."""
     is_new = not root.exists()
     root.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(root)
     try:
-        yield
+        with held_folder(root):
+            yield
     finally:
-        lock.release()
         if is_new and not (root / "compare.yaml").exists():  # refused
             shutil.rmtree(root)
 
@@ -182,11 +181,8 @@ def _report(plan: Plan, trials: Sequence[Cell], known: dict[Path, Row]) -> Compa
         asked.data, asked.measures, asked.seeds, asked.budget, tuple(variant.name for variant in plan.compared),
         tuple(rows), _failures([*trials, *cells]), asked.lrs, rates, asked.judge,
     )  # fmt: skip
-    lock = lock_folder(plan.root, ".report", patience_s=-1)  # other processes write it too
-    try:
+    with held_folder(plan.root, ".report", patience_s=-1):  # other processes write it too
         write_comparison(comparison, plan.root)
-    finally:
-        lock.release()
     return comparison
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from mapet.engine import lock_folder
+from mapet.engine import held_folder
 from mapet.errors import MapetError
 from mapet.workflows.cells import Cell, read_record, run_cell
 
@@ -49,12 +49,10 @@ def finish_cells(cells: Sequence[Cell]) -> Iterator[Cell]:
 def _claimed(cell: Cell) -> Iterator[bool]:
     """Hold a cell for this process; False if another works on it."""
     cell.root.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = lock_folder(cell.root, ".claim")
-    except MapetError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with ExitStack() as held:
+        try:
+            held.enter_context(held_folder(cell.root, ".claim"))
+        except MapetError:
+            yield False
+        else:
+            yield True
