@@ -32,7 +32,8 @@ def test_a_released_backbone_is_loaded_by_its_name(name: str) -> None:
     assert features.shape == (1, model.num_features)
     saved = load_file(folder / "model.safetensors")
     assert saved.keys() == model.state_dict().keys()
-    assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+    # Files may be of half precision; models are not.
+    assert all(torch.equal(saved[key].to(value.dtype), value) for key, value in model.state_dict().items())
 
 
 def test_a_released_backbone_teaches_and_no_place_of_it_is_written_down() -> None:
