@@ -9,7 +9,7 @@ import pytest
 
 from mapet.engine import held_folder
 from mapet.workflows import grid
-from mapet.workflows.cells import Cell
+from mapet.workflows.cells import Cell, read_record
 from mapet.workflows.grid import finish_cells
 
 DONE = {"cost": {"steps": 0, "flops": 0, "seconds": 0, "memory": 0}}
@@ -44,3 +44,9 @@ def test_what_is_done_is_passed_over(tmp_path: Path) -> None:
     tmp_path.joinpath("cell.json").write_text(json.dumps(DONE))
     assert list(finish_cells([held_cell(tmp_path)])) == []
     assert not tmp_path.joinpath(".claim").exists()
+
+
+def test_a_reason_longer_than_a_pipe_holds_is_kept_whole(tmp_path: Path) -> None:
+    values = {"objective": "mim", "data": "x" * 200_000}
+    (cell,) = finish_cells([Cell("mim", "mim", "", 0, values, None, 0.0, tmp_path, budgets=("steps",))])
+    assert values["data"] in read_record(cell.root)["failed"]

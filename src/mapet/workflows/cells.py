@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +164,16 @@ def _isolated(work: Callable[[Cell, Record], int | None], cell: Cell) -> str | N
     process = spawned.Process(target=_in_process, args=(work, cell, its_end), name=cell.title)
     process.start()
     try:
+        wait([failure, process.sentinel])  # it cannot end before a reason that the pipe does not hold is received
+        why_failed = failure.recv() if failure.poll() else None
         process.join()
     except BaseException:
         process.terminate()  # saves what it has
         process.join()
         raise
+    if why_failed is not None:
+        return str(why_failed)
     code = process.exitcode or 0
-    if failure.poll():
-        return str(failure.recv())
     if code < 0:
         why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return f"its process was ended by {signal.Signals(-code).name}{why}"
