@@ -8,7 +8,10 @@ from pathlib import Path
 _WEIGHTS = Path(__file__).parent.parent / "weights"
 
 # By name: the folder, as ``mapet export timm`` writes it. Its README.md says how it was made and what it is worth.
-RELEASED = {name: _WEIGHTS / name for name in ("mapet-micro-fashion-mnist",)}
+RELEASED = {
+    name: _WEIGHTS / name
+    for name in ("mapet-micro-fashion-mnist", "mapet-tiny-fashion-mnist", "mapet-small-fashion-mnist")
+}
 
 
 def released_folder(name: str) -> str:
