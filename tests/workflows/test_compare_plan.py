@@ -51,6 +51,18 @@ def test_every_arm_gets_every_tokenizer_and_seed_and_the_rest_is_the_same(digits
     assert "tokenizer" not in mae.values
 
 
+def test_what_an_objective_has_of_its_own_makes_it_no_arm_where_objectives_do_not_name_it(
+    digits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        found = cells(
+            digits, objectives=["mapet", "mim"], arms={"mae": DECODER, "plain": {"objective": "mae", **DECODER}}
+        )
+    assert {cell.arm for cell in found} == {"mapet", "mim", "plain"}
+    assert "objective 'mae' is not named in objectives" in caplog.text
+    assert {cell.arm for cell in cells(digits, objectives=[], arms={"mim": {}, "mae": DECODER})} == {"mim", "mae"}
+
+
 def test_equal_flops_are_equal_and_cells_that_budgets_share_are_trained_once(digits: Path) -> None:
     found = cells(digits, objectives=["mapet", "mim", "random"], budget=["steps", "flops", "epochs=2", "steps=7"])
     by_name = {name: [cell for cell in found if cell.arm == name] for name in ("mapet", "mim", "random")}
@@ -234,7 +246,8 @@ def test_names_that_a_table_cannot_show_are_refused(digits: Path) -> None:
         ({"objectives": ["random"]}, "no arm is trained"),
         ({"arms": {"fast": {"objective": "mim", "lr": 0.1}}, "lrs": [1e-3, 2e-3]},
          "arm 'fast' has its own 'lr', but lrs"),
-        ({"objectives": ["mim"], "arms": {"mae": {"tokenizer": "pixels", **DECODER}}}, "objective 'mae' needs none"),
+        ({"objectives": ["mim", "mae"], "arms": {"mae": {"tokenizer": "pixels", **DECODER}}},
+         "objective 'mae' needs none"),
         ({"objectives": ["mim"], "measures": ["knn"], "knn": {"neighbours": 3}},
          "knn of the comparison has the unknown key 'neighbours'"),
         ({"objectives": ["mim"], "measures": ["knn"], "knn": {"model": "vit_tiny_patch16_224"}},
@@ -243,7 +256,8 @@ def test_names_that_a_table_cannot_show_are_refused(digits: Path) -> None:
         ({"objectives": ["mim"], "tokenizers": ["none/such"]}, "tokenizer folder 'none/such' does not exist"),
         ({"arms": {"odd": {"objective": ["mim"]}}}, "arm 'odd' is wrong: objective = "),
         ({"arms": {"odd": {"objective": "mim", "tokenizer": 5}}}, "arm 'odd' is wrong: tokenizer = 5"),
-        ({"objectives": ["mim"], "arms": {"random": {"tokenizer": "pixels"}}}, "objective 'random' needs none"),
+        ({"objectives": ["mim", "random"], "arms": {"random": {"tokenizer": "pixels"}}},
+         "objective 'random' needs none"),
         ({"objectives": ["mim"], "budget": ["flops=1"]}, "1 flops are less than an optimiser step of 'mim, pixels'"),
         ({"objectives": ["mim"], "budget": ["flops=9e29"]}, "arm 'mim' is wrong: steps = "),
         ({"objectives": ["mim"], "arms": {"mim, pixels": {"objective": "simmim"}}},

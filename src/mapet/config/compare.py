@@ -37,8 +37,8 @@ class CompareConfig(StrictConfig):
     )
     arms: dict[Annotated[str, Field(min_length=1)], dict[str, Any]] = Field(
         default_factory=dict,
-        description="further arms by name, or what an objective has of its own: the keys of pre-training in which it "
-        "differs, as half='{objective: mapet, context_tokens: 8}'",
+        description="further arms by name, or what one of the objectives has of its own: the keys of pre-training in "
+        "which it differs, as half='{objective: mapet, context_tokens: 8}'",
     )
     seeds: int = Field(3, ge=1, le=1000, description="repetitions, with the seeds 0, 1, ...", json_schema_extra=Common)
     budget: Names = Field(

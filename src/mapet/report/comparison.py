@@ -175,7 +175,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
     for title, header, lines in comparison.tables():
         table = Table(title=Text(title))
         for number, column in enumerate(header):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
         for cells in lines:
             table.add_row(*map(Text, cells))
         yield table

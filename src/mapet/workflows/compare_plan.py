@@ -78,6 +78,10 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
     """
     teacher_hash = functools.cache(hash_teacher)  # large teachers take long to load
     for arm, differing in config.differing.items():
+        is_own = "objective" not in differing and arm in (*OBJECTIVES, UNTRAINED)  # what that objective has of its own
+        if is_own and config.objectives and arm not in config.objectives:
+            logger.info("objective %r is not named in objectives: what arms say of it is not used", arm)
+            continue
         for key in NOT_OF_AN_ARM:
             if key in differing:
                 raise MapetError(f"arm {arm!r} has its own {key!r}, which must be the same for all; leave it out")
