@@ -4,6 +4,8 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
 from mapet.report import Comparison, Rates, Row, comparison_tables, write_comparison
 from mapet.report.comparison import comparison_markdown
 
@@ -37,6 +39,15 @@ def test_tables_hold_mean_and_spread_and_say_what_is_missing() -> None:
     assert steps["mim, a|b"] == ["-"] * 6
     assert flops["mim, a|b"][0] == "75.0 (1 of 2)"
     assert [table.row_count for table in comparison_tables(comparison())] == [3, 3]
+
+
+def test_a_narrow_terminal_shows_every_letter() -> None:
+    found = replace(comparison(), measures=("knn", "linear", "attentive", "finetune"))
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(*comparison_tables(found))
+    assert "k-NN" in shown.get()
+    assert "…" not in shown.get()
 
 
 def test_few_seeds_and_failures_are_remarked() -> None:

@@ -77,8 +77,9 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
         MapetError: naming an arm that cannot work.
     """
     teacher_hash = functools.cache(hash_teacher)  # large teachers take long to load
+    known = (*OBJECTIVES, UNTRAINED)
     for arm, differing in config.differing.items():
-        is_own = "objective" not in differing and arm in (*OBJECTIVES, UNTRAINED)  # what that objective has of its own
+        is_own = "objective" not in differing and arm in known  # what that objective has of its own
         if is_own and config.objectives and arm not in config.objectives:
             logger.info("objective %r is not named in objectives: what arms say of it is not used", arm)
             continue
@@ -99,8 +100,7 @@ def variants(config: CompareConfig, shared: Mapping[str, Any], images: int) -> I
             yield Variant(arm, "", _checked(arm, "", without_ids), FREE)
             continue
         if objective not in OBJECTIVES:
-            choice = [*OBJECTIVES, UNTRAINED]
-            hint = nearest(objective, choice) or f"; choose from {sorted(choice)}"
+            hint = nearest(objective, known) or f"; choose from {sorted(known)}"
             raise MapetError(f"arm {arm!r} has the unknown objective {objective!r}{hint}")
         if not OBJECTIVES[objective].needs_ids:
             tokenizers: Sequence[str] = ("",)
