@@ -14,10 +14,9 @@ import statistics
 import time
 from pathlib import Path
 
-from mapet.cli.recipes import load_recipe
-from mapet.evaluate import Row
-from mapet.workflows import run_demo
-from mapet.workflows.demo import FINETUNING
+from mapet.config.recipes import load_recipe
+from mapet.jobs.demo.run import FINETUNING, run_demo
+from mapet.probes.rows import Row
 
 LABELS_PER_CLASS = 60  # 1 % of the training images
 FEW = {**FINETUNING, "steps": 150, "batch_size": 64, "flip": 0.5, "crop_min": 0.8}

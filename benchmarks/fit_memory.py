@@ -20,12 +20,31 @@ def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
     """Fit, and return GiB of the sample and of the process's peak."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "mapet", "tokenizer", "fit", arguments.data, "--out", str(Path(folder) / "tok"),
-            "--teacher", arguments.teacher, "--image-size", str(arguments.image_size), "--patch-size",
-            str(arguments.patch_size), "--vocab-size", str(arguments.vocab_size), "--points-per-centroid",
-            str(-(-patches // arguments.vocab_size)), "--kmeans-iterations", "2", "--workers", "0", "--json",
+            sys.executable,
+            "-m",
+            "mapet",
+            "tokenizer",
+            "fit",
+            arguments.data,
+            "--out",
+            str(Path(folder) / "tok"),
+            "--teacher",
+            arguments.teacher,
+            "--image-size",
+            str(arguments.image_size),
+            "--patch-size",
+            str(arguments.patch_size),
+            "--vocab-size",
+            str(arguments.vocab_size),
+            "--points-per-centroid",
+            str(-(-patches // arguments.vocab_size)),
+            "--kmeans-iterations",
+            "2",
+            "--workers",
+            "0",
+            "--json",
             *arguments.more,
-        ]  # fmt: skip
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         _, status, usage = os.wait4(process.pid, 0)
         if status:

@@ -16,8 +16,8 @@ import statistics
 import time
 from pathlib import Path
 
-from mapet.cli.recipes import load_recipe
-from mapet.workflows import finetune
+from mapet.config.recipes import load_recipe
+from mapet.jobs.finetune.run import finetune
 
 EPOCHS = {0.01: 60, 0.1: 15, 1.0: 3}  # by share of the labels; about as long as each takes to level off
 ARMS = {"random-init ViT": True, "pre-trained ViT": False}
@@ -27,9 +27,14 @@ def accuracy(run: str, seed: int, share: float, reinit: bool, out: Path) -> floa
     results = out / "results.json"
     if not results.exists():
         values = load_recipe("finetune_fashion_mnist") | {
-            "model": run, "seed": seed, "reinit": reinit, "epochs": EPOCHS[share], "eval_every": 1000,
-            "label_share": share if share < 1 else None, "precision": "no",
-        }  # fmt: skip
+            "model": run,
+            "seed": seed,
+            "reinit": reinit,
+            "epochs": EPOCHS[share],
+            "eval_every": 1000,
+            "label_share": share if share < 1 else None,
+            "precision": "no",
+        }
         began = time.perf_counter()
         finetune(values, out, resume=True)
         print(f"{out}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -15,8 +15,9 @@ import time
 
 import torch
 
-from mapet.models import build_vit
-from mapet.objectives import OBJECTIVES, Objective, build_objective
+from mapet.models.vit import build_vit
+from mapet.objectives.base import Objective
+from mapet.objectives.registry import OBJECTIVES, build_objective
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,16 +62,20 @@ def main() -> None:
                 times[name].append(taken)
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.model} at {arguments.image_size} px, batch {arguments.batch_size}, precision "
-          f"{arguments.precision}, {where}, torch {torch.__version__}")  # fmt: skip
+    print(
+        f"{arguments.model} at {arguments.image_size} px, batch {arguments.batch_size}, precision "
+        f"{arguments.precision}, {where}, torch {torch.__version__}"
+    )
     print(f"{'objective':10} {'median ms':>10} {'min':>8} {'max':>8} {'images/s':>9} {'ratio to mim':>13}")
     for name, taken in times.items():
         median = statistics.median(taken)
         ratio = ""
         if "mim" in times:
             ratio = f"{statistics.median(a / b for a, b in zip(taken, times['mim'], strict=True)):.2f}"
-        print(f"{name:10} {1e3 * median:10.1f} {1e3 * min(taken):8.1f} {1e3 * max(taken):8.1f} "
-              f"{arguments.batch_size / median:9.1f} {ratio:>13}")  # fmt: skip
+        print(
+            f"{name:10} {1e3 * median:10.1f} {1e3 * min(taken):8.1f} {1e3 * max(taken):8.1f} "
+            f"{arguments.batch_size / median:9.1f} {ratio:>13}"
+        )
 
 
 if __name__ == "__main__":

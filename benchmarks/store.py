@@ -18,11 +18,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mapet.data import Batch, Draws, StepSampler, TrainView, ViewDataset, load_batches, open_images
-from mapet.tokenizers import load_tokenizer
-from mapet.tokenstore import TokenStore
-from mapet.workflows import encode_images
-from mapet.workflows.targets import OnlineTokens, StoredTokens, TokenSource
+from mapet.data.batches import Batch, StepSampler, ViewDataset, load_batches
+from mapet.data.open import open_images
+from mapet.data.seeds import Draws
+from mapet.data.views import TrainView
+from mapet.jobs.tokenizer.encode import encode_images
+from mapet.targets.sources import OnlineTokens, StoredTokens, TokenSource
+from mapet.tokenizers.files import load_tokenizer
+from mapet.tokenstore.store import TokenStore
 
 SIZE = 32
 
@@ -56,9 +59,13 @@ def main() -> None:
     images, tokenizer = open_images(arguments.data), load_tokenizer(arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         values = {
-            "data": arguments.data, "tokenizer": arguments.tokenizer, "views": 2, "mirror": True, "crop_min": 0.5,
+            "data": arguments.data,
+            "tokenizer": arguments.tokenizer,
+            "views": 2,
+            "mirror": True,
+            "crop_min": 0.5,
             "workers": 0,
-        }  # fmt: skip
+        }
         made = encode_images(values, Path(folder) / "tokens", console=Console(stderr=True))
         print(f"encoded {made['encoded']} images, {made['views']} views each, in {made['seconds']} s")
         online = OnlineTokens(tokenizer, torch.device("cpu"), seed=0)
@@ -70,12 +77,15 @@ def main() -> None:
             name: (
                 source,
                 ViewDataset(
-                    images, TrainView(arguments.image_size, source.view_size, 0.5, 0.5, 0.4, *normalise), channels,
-                    Draws(0, 0, crops=2, mirror=True), digests=source.needs_digests,
+                    images,
+                    TrainView(arguments.image_size, source.view_size, 0.5, 0.5, 0.4, *normalise),
+                    channels,
+                    Draws(0, 0, crops=2, mirror=True),
+                    digests=source.needs_digests,
                 ),
             )
             for name, source in (("online", online), ("stored", stored))
-        }  # fmt: skip
+        }
         for _ in range(arguments.rounds):
             for name, (source, dataset) in sources.items():
                 seconds[name].append(loop(source, dataset, arguments.batches))
@@ -88,8 +98,10 @@ def main() -> None:
     for name in ("", " ids"):
         ratios = [a / b for a, b in zip(seconds[f"online{name}"], seconds[f"stored{name}"], strict=True)]
         what = "ids alone" if name else "batches with ids"
-        print(f"{what}, stored against online: {statistics.median(ratios):.1f} times as fast "
-              f"({min(ratios):.1f} to {max(ratios):.1f})")  # fmt: skip
+        print(
+            f"{what}, stored against online: {statistics.median(ratios):.1f} times as fast "
+            f"({min(ratios):.1f} to {max(ratios):.1f})"
+        )
 
 
 if __name__ == "__main__":

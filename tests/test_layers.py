@@ -12,14 +12,14 @@ SOURCE = Path(mapet.__file__).parent
 # A package may import from the ones below its line, never from its own line's others or from above.
 LAYERS = [
     {"cli"},
-    {"workflows"},
-    {"evaluate", "export", "report"},
+    {"jobs"},
+    {"targets", "probes", "report"},
     {"inference"},
     {"engine"},
-    {"config"},
     {"objectives"},
-    {"tokenizers", "tokenstore", "data"},
-    {"models", "ordering"},
+    {"tokenizers", "tokenstore"},
+    {"data", "models"},
+    {"config"},
     {"errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING, Any
 from mapet.errors import MapetError
 
 if TYPE_CHECKING:
-    from mapet.inference import load
-    from mapet.objectives import CAE, MAE, MIM, PIM, MaPeT, Raster, SimMIM, load_upstream
-    from mapet.tokenizers import load_tokenizer
-    from mapet.workflows import pretrain
+    from mapet.inference.load import load
+    from mapet.jobs.pretrain.run import pretrain
+    from mapet.objectives.cae import CAE
+    from mapet.objectives.mae import MAE
+    from mapet.objectives.mapet import MaPeT
+    from mapet.objectives.mim import MIM
+    from mapet.objectives.pim import PIM
+    from mapet.objectives.raster import Raster
+    from mapet.objectives.simmim import SimMIM
+    from mapet.objectives.upstream import load_upstream
+    from mapet.tokenizers.files import load_tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,17 +37,17 @@ __all__ = [
 
 # Imported when first asked for, so that `mapet --help` does not wait seconds for torch.
 _HOMES = {
-    "CAE": "mapet.objectives",
-    "MAE": "mapet.objectives",
-    "MIM": "mapet.objectives",
-    "PIM": "mapet.objectives",
-    "MaPeT": "mapet.objectives",
-    "Raster": "mapet.objectives",
-    "SimMIM": "mapet.objectives",
-    "load": "mapet.inference",
-    "load_tokenizer": "mapet.tokenizers",
-    "load_upstream": "mapet.objectives",
-    "pretrain": "mapet.workflows",
+    "CAE": "mapet.objectives.cae",
+    "MAE": "mapet.objectives.mae",
+    "MIM": "mapet.objectives.mim",
+    "PIM": "mapet.objectives.pim",
+    "MaPeT": "mapet.objectives.mapet",
+    "Raster": "mapet.objectives.raster",
+    "SimMIM": "mapet.objectives.simmim",
+    "load": "mapet.inference.load",
+    "load_tokenizer": "mapet.tokenizers.files",
+    "load_upstream": "mapet.objectives.upstream",
+    "pretrain": "mapet.jobs.pretrain.run",
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from mapet.cli import main
 from mapet.cli.flags import given_values
-from mapet.config import CompareConfig, PretrainConfig
+from mapet.jobs.compare.config import CompareConfig
+from mapet.jobs.pretrain.config import PretrainConfig
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -41,14 +42,30 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 def test_flags_of_both_configurations_are_read() -> None:
     import argparse
 
-    from mapet.cli import compare
+    from mapet.jobs.compare import verb as compare
 
     parser = argparse.ArgumentParser()
     compare.add_parser(parser.add_subparsers())
     parsed = parser.parse_args(
-        ["compare", "data", "--out", "o", "--config", "demo", "--objectives", "mapet,mim", "random", "--epochs", "2",
-         "--finetune", "labels_per_class=10", "lr=1e-3", "--arms", "half={objective: mapet, context_tokens: 9}"]
-    )  # fmt: skip
+        [
+            "compare",
+            "data",
+            "--out",
+            "o",
+            "--config",
+            "demo",
+            "--objectives",
+            "mapet,mim",
+            "random",
+            "--epochs",
+            "2",
+            "--finetune",
+            "labels_per_class=10",
+            "lr=1e-3",
+            "--arms",
+            "half={objective: mapet, context_tokens: 9}",
+        ]
+    )
     values = given_values(parsed, CompareConfig, PretrainConfig)
     assert values["objectives"] == ["mapet", "mim", "random"]
     assert values["epochs"] == 2

@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 
-from mapet.cli import convert, main
-from mapet.config import ConvertConfig
-from mapet.workflows import converting
+from mapet.cli import main
+from mapet.jobs.convert import run as converting
+from mapet.jobs.convert import verb as convert
+from mapet.jobs.convert.config import ConvertConfig
 
 
 def test_a_file_becomes_a_folder(

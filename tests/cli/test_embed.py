@@ -45,9 +45,14 @@ def test_features_in_a_file(
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
-    change: list[str], says: str, pretrained_run: Path, digits: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    change: list[str],
+    says: str,
+    pretrained_run: Path,
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, "embed", str(pretrained_run), str(digits), "--out", "f.parquet", *change)
     assert os.listdir(tmp_path) == []

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mapet.cli import main
-from mapet.data import PlainView, from_labelled_folder
-from mapet.export import export_network
-from mapet.workflows import evaluate, finetune
-from mapet.workflows.demo import FINETUNING
+from mapet.data.sources import from_labelled_folder
+from mapet.data.views import PlainView
+from mapet.jobs.demo.run import FINETUNING
+from mapet.jobs.evaluate.run import evaluate
+from mapet.jobs.finetune.run import finetune
+from mapet.models.export import export_network
 
 KINDS = ("knn", "linear", "attentive")
 QUICK = ["--workers", "0", "--steps", "20", "--seeds", "2"]
@@ -29,9 +31,15 @@ CLASSES = tuple(f"class {digit}" for digit in range(10))
 def build(classes: int = 0) -> nn.Module:
     torch.manual_seed(9)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=28, patch_size=7, in_chans=1, depth=1, embed_dim=32, num_heads=2,
+        "vit_tiny_patch16_224",
+        img_size=28,
+        patch_size=7,
+        in_chans=1,
+        depth=1,
+        embed_dim=32,
+        num_heads=2,
         num_classes=classes,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -265,15 +273,21 @@ def test_a_classifier_measured_on_what_it_learned_from_says_so(
             for file in sorted((digits / name).iterdir())[-files:]:
                 shutil.copy(file, tmp_path / "parts" / part / name)
     for out, data, more in (
-        (whole, digits, {"seed": 3}), (parted, tmp_path / "parts", {}), (few, digits, {"labels_per_class": 2}),
-    ):  # fmt: skip
+        (whole, digits, {"seed": 3}),
+        (parted, tmp_path / "parts", {}),
+        (few, digits, {"labels_per_class": 2}),
+    ):
         finetune({**quick, **more, "data": str(data)}, out, console=Console(quiet=True))
     (tmp_path / "link").symlink_to(digits)
     for run, data, seen, measured in (
-        (whole, digits, 50, 60), (whole, tmp_path / "link", 50, 60), (few, digits, 20, 60),
-        (whole / "exported", digits, 50, 60), (parted, tmp_path / "parts" / "train", 50, 50),
-        (parted, tmp_path / "parts", 0, 10), (parted, digits, 0, 60),
-    ):  # fmt: skip
+        (whole, digits, 50, 60),
+        (whole, tmp_path / "link", 50, 60),
+        (few, digits, 20, 60),
+        (whole / "exported", digits, 50, 60),
+        (parted, tmp_path / "parts" / "train", 50, 50),
+        (parted, tmp_path / "parts", 0, 10),
+        (parted, digits, 0, 60),
+    ):
         assert main(["eval", "classify", str(run), str(data), "--json"]) == 0
         captured = capsys.readouterr()
         assert json.loads(captured.out)["images_trained_on"] == seen
@@ -288,8 +302,7 @@ def test_a_probe_says_which_repetition_it_is_at_and_why_it_trains_twice(model: P
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=200)
     evaluate(
-        "attentive", {"model": str(model), "data": str(digits), "workers": 0, "seeds": 2, "seed": 5},
-        console=terminal,
-    )  # fmt: skip
+        "attentive", {"model": str(model), "data": str(digits), "workers": 0, "seeds": 2, "seed": 5}, console=terminal
+    )
     for said in ("probe, seed 1 of 2", "probe, seed 2 of 2", "0/600", "600/600", "training the best again"):
         assert said in shown.getvalue()

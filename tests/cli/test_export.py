@@ -20,9 +20,16 @@ def test_a_run_is_exported(digits: Path, tmp_path: Path, capsys: pytest.CaptureF
     program = out / "vit.pt2"
     assert main(["export", "torch", run, "--out", str(program), "--image-size", "28x42", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "path": str(program), "format": "torch", "bytes": program.stat().st_size, "input_size": [1, 28, 42],
-        "classes": 0, "images": 60, "checked_on": str(digits), "largest_difference": 0, "tolerance": 1e-4,
-    }  # fmt: skip
+        "path": str(program),
+        "format": "torch",
+        "bytes": program.stat().st_size,
+        "input_size": [1, 28, 42],
+        "classes": 0,
+        "images": 60,
+        "checked_on": str(digits),
+        "largest_difference": 0,
+        "tolerance": 1e-4,
+    }
     assert "is there already" in refused(capsys, "export", "timm", run, "--out", str(out / "vit"))
     assert "ends in .onnx" in refused(capsys, "export", "onnx", run, "--out", str(out / "vit"))
     said = refused(capsys, "export", "onnx", run, "--out", str(out / "vit.onnx"), "--license", "mit")

@@ -7,7 +7,7 @@ import pytest
 from tests.cli.test_main import refused
 
 from mapet.cli import main
-from mapet.export import export_network
+from mapet.models.export import export_network
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mapet.cli.flags import add_config_flags, given_values
-from mapet.config import PretrainConfig, make_config
+from mapet.config.base import make_config
+from mapet.jobs.pretrain.config import PretrainConfig
 
 
 def values(*arguments: str, config: str | None = None) -> dict[str, Any]:

@@ -10,9 +10,28 @@ import pytest
 import mapet
 from mapet.cli import main
 
-SMALL = ["--model", "vit_tiny_patch16_224", "--model-args", "embed_dim=32", "depth=2", "num_heads=2", "--image-size",
-         "28", "--patch-size", "7", "--channels", "1", "--vocab-size", "16", "--batch-size", "8", "--workers", "0",
-         "--steps", "2"]  # fmt: skip
+SMALL = [
+    "--model",
+    "vit_tiny_patch16_224",
+    "--model-args",
+    "embed_dim=32",
+    "depth=2",
+    "num_heads=2",
+    "--image-size",
+    "28",
+    "--patch-size",
+    "7",
+    "--channels",
+    "1",
+    "--vocab-size",
+    "16",
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+    "--steps",
+    "2",
+]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -111,10 +130,12 @@ def test_what_the_system_refuses_is_a_sentence_too(capsys: pytest.CaptureFixture
         (["embed", "m", "d"], "required: --out; see mapet embed --help"),
         (["export", "onnx", "m", "--out"], "argument --out: expected one argument; see mapet export onnx --help"),
         (["bootstrap", "d", "--out", "x", "--rounds", "few"], "invalid int value: 'few'; see mapet bootstrap --help"),
-        (["tokenizer", "fit", "d", "--out", "x", "--imge-size", "3"],
-         "unrecognized arguments: --imge-size 3; see mapet tokenizer fit --help; did you mean '--image-size'?"),
+        (
+            ["tokenizer", "fit", "d", "--out", "x", "--imge-size", "3"],
+            "unrecognized arguments: --imge-size 3; see mapet tokenizer fit --help; did you mean '--image-size'?",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_parsed_is_one_sentence(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,11 +145,20 @@ def test_what_cannot_be_parsed_is_one_sentence(
 @pytest.mark.parametrize(
     "command",
     [
-        ["pretrain", "d"], ["finetune", "m", "d"], ["eval", "knn", "m", "d"], ["eval", "segment", "m", "d"],
-        ["predict", "m", "d"], ["embed", "m", "d"], ["export", "timm", "m"], ["convert", "mae", "f"],
-        ["tokenizer", "fit", "d"], ["tokenizer", "encode", "d"], ["bootstrap", "d"], ["demo"],
+        ["pretrain", "d"],
+        ["finetune", "m", "d"],
+        ["eval", "knn", "m", "d"],
+        ["eval", "segment", "m", "d"],
+        ["predict", "m", "d"],
+        ["embed", "m", "d"],
+        ["export", "timm", "m"],
+        ["convert", "mae", "f"],
+        ["tokenizer", "fit", "d"],
+        ["tokenizer", "encode", "d"],
+        ["bootstrap", "d"],
+        ["demo"],
     ],
-)  # fmt: skip
+)
 def test_names_that_cannot_be_written_are_refused_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert r"'b\udcff' is not valid UTF-8; choose another name" in refused(capsys, *command, "--out", "b\udcff")
     said = refused(capsys, *command, "--out", "a/" + "ä" * 125 + "/b")

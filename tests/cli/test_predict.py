@@ -11,7 +11,7 @@ import pytest
 from tests.cli.test_main import refused
 
 from mapet.cli import main
-from mapet.data import open_images
+from mapet.data.open import open_images
 
 
 def test_standard_output_is_csv_and_nothing_else(
@@ -41,8 +41,10 @@ def test_a_reader_may_have_enough(classifier: Path, digits: Path, tmp_path: Path
     (tmp_path / "list.txt").write_text(f"{photograph.name}\n" * 3000, encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, "-m", "mapet", "predict", str(classifier), str(tmp_path / "list.txt"), "--batch-size", "50"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == b"key,label,probability\n"
@@ -65,9 +67,14 @@ def test_a_reader_may_have_enough(classifier: Path, digits: Path, tmp_path: Path
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
-    change: list[str], says: str, classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    says: str,
+    classifier: Path,
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, "predict", str(classifier), str(digits), "--out", "p.csv", *change)
     assert os.listdir(tmp_path) == []

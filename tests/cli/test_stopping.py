@@ -20,9 +20,13 @@ from mapet.cli.stopping import Stopped, stopped_by_signals
 def stop(arguments: list[str], number: signal.Signals, begun: Callable[[], bool], temporary: Path) -> tuple[int, str]:
     """Start a command, send a signal to its process group when it has begun; return exit status and what it said."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "mapet", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "TMPDIR": str(temporary)},
-    )  # fmt: skip
+        [sys.executable, "-m", "mapet", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
     deadline = time.monotonic() + 120
     while not begun():
         assert process.poll() is None

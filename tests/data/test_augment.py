@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from mapet.data import AugmentedView, Draw, decode, seeded
+from mapet.data.augment import AugmentedView, seeded
+from mapet.data.decode import decode
+from mapet.data.seeds import Draw
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEW = AugmentedView((48, 64), MEAN, STD, 0.3, 0.5, "rand-m9-mstd0.5-inc1", 0.4, 0.5)
@@ -17,9 +19,18 @@ VIEW = AugmentedView((48, 64), MEAN, STD, 0.3, 0.5, "rand-m9-mstd0.5-inc1", 0.4,
 
 def test_it_is_timms_own_transform(photographs: Path) -> None:
     timms = create_transform(
-        (48, 64), is_training=True, scale=(0.3, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
-        interpolation="bicubic", mean=MEAN, std=STD, re_prob=0.5, re_mode="pixel",
-    )  # fmt: skip
+        (48, 64),
+        is_training=True,
+        scale=(0.3, 1.0),
+        hflip=0.5,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=0.4,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        re_prob=0.5,
+        re_mode="pixel",
+    )
     for number, path in enumerate(sorted(photographs.iterdir())[:8]):
         _, student = VIEW(decode(path, 3), Draw(number, 0))
         with seeded(number):

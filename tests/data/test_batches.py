@@ -10,20 +10,10 @@ import pytest
 import torch
 
 from mapet import MapetError
-from mapet.data import (
-    DamageTally,
-    Draws,
-    PlainView,
-    StepSampler,
-    Stream,
-    TrainView,
-    ViewDataset,
-    fold_seed,
-    in_order,
-    load_batches,
-    open_images,
-)
-from mapet.data.batches import printable
+from mapet.data.batches import DamageTally, StepSampler, ViewDataset, in_order, load_batches, printable
+from mapet.data.open import open_images
+from mapet.data.seeds import Draws, Stream, fold_seed
+from mapet.data.views import PlainView, TrainView
 
 VIEW = PlainView((28, 28), (0.5,), (0.5,))
 
@@ -67,7 +57,7 @@ def test_workers_do_not_change_what_is_loaded(digits: Path) -> None:
     dataset = ViewDataset(open_images(str(digits)), view, 1, Draws(3, 3))
     sampler = StepSampler(60, 16, seed=3, first_step=2, last_step=5)
     for alone, together in zip(load_batches(dataset, sampler, 0), load_batches(dataset, sampler, 2), strict=True):
-        assert torch.equal(alone["student"], together["student"])
+        assert torch.equal(alone["images"], together["images"])
         assert torch.equal(alone["index"], together["index"])
 
 
@@ -79,7 +69,7 @@ def test_the_number_of_threads_does_not_change_what_is_loaded(photographs: Path)
         samples = []
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            samples.append(torch.stack([dataset[0, index]["student"] for index in range(8)]))
+            samples.append(torch.stack([dataset[0, index]["images"] for index in range(8)]))
             assert torch.get_num_threads() == threads
         assert torch.equal(*samples)
     finally:
@@ -104,8 +94,8 @@ def test_damaged_files_are_replaced_named_and_counted(damaged: Path, caplog: pyt
         for _ in range(2):
             for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
                 tally.add(batch["damaged"])
-                assert batch["view"].shape == (20, 1, 28, 28)
-                assert batch["view"].flatten(1).amax(1).min() > 0
+                assert batch["tokenizer_images"].shape == (20, 1, 28, 28)
+                assert batch["tokenizer_images"].flatten(1).amax(1).min() > 0
     assert {images.keys[i] for i in tally.indices} == {"class 1/0.png", "class 2/3.png"}
     for key in ("class 1/0.png", "class 2/3.png"):
         assert caplog.text.count(f"skipped damaged image {key}") == 1

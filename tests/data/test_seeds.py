@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from mapet.data import Draws
+from mapet.data.seeds import Draws
 
 
 def test_without_a_number_of_crops_every_epoch_has_a_new_view() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from mapet import MapetError
-from mapet.data import decode, few_per_class, open_images, open_labelled, open_test, split
+from mapet.data.decode import decode
+from mapet.data.open import open_images, open_labelled, open_test
+from mapet.data.sources import few_per_class, split
 
 
 def test_a_nested_unlabelled_folder_is_found_whole_and_in_order(digits: Path, tmp_path: Path) -> None:

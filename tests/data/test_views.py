@@ -6,7 +6,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 
-from mapet.data import Draw, PlainView, TrainView, from_pil
+from mapet.data.decode import from_pil
+from mapet.data.seeds import Draw
+from mapet.data.views import PlainView, TrainView
 
 IMAGE = (torch.rand(3, 40, 56, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
 
@@ -68,9 +70,10 @@ def test_plain_views_of_huge_strips_need_little_memory() -> None:
 
 @pytest.mark.parametrize("picture", [0, 1])
 @pytest.mark.parametrize(
-    "cut", [(slice(None), slice(None)), (slice(None), slice(100, 300)), (slice(150), slice(201))],
+    "cut",
+    [(slice(None), slice(None)), (slice(None), slice(100, 300)), (slice(150), slice(201))],
     ids=["landscape", "portrait", "small"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     ("size", "crop_pct", "interpolation", "crop_mode"),
     [
@@ -88,9 +91,13 @@ def test_plain_views_are_timms(
 ) -> None:
     photograph = Image.fromarray(load_sample_images().images[picture][cut])
     expected = create_transform(
-        input_size=(3, *size), crop_pct=crop_pct, interpolation=interpolation, crop_mode=crop_mode, mean=(0.0,) * 3,
+        input_size=(3, *size),
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        crop_mode=crop_mode,
+        mean=(0.0,) * 3,
         std=(1.0,) * 3,
-    )(photograph)  # fmt: skip
+    )(photograph)
     view = PlainView(size, (0.0,) * 3, (1.0,) * 3, crop_pct, interpolation, crop_mode == "squash")
     found = view(from_pil(photograph, 3))[1]
     levels = ((found - expected) * 255).abs().round()

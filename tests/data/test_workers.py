@@ -27,9 +27,13 @@ def test_sockets_fit_into_the_longest_temporary_folder_and_a_longer_one_is_refus
             folder = Path(short, "x" * (length - len(f"{short}/")))
             folder.mkdir()
             process = subprocess.run(
-                [sys.executable, tmp_path / "load.py"], capture_output=True, text=True, timeout=120,
-                env={**os.environ, "TMPDIR": str(folder)}, check=False,
-            )  # fmt: skip
+                [sys.executable, tmp_path / "load.py"],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                env={**os.environ, "TMPDIR": str(folder)},
+                check=False,
+            )
         assert said in process.stdout + process.stderr
 
 

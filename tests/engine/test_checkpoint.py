@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mapet import MaPeT, MapetError
-from mapet.engine import MadeFrom, State, build_optimizer, read_checkpoint, write_checkpoint
+from mapet.engine.checkpoint import MadeFrom, State, read_checkpoint, write_checkpoint
+from mapet.engine.optimizer import build_optimizer
 
 STATE = State(
     total_steps=9,

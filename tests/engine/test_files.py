@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mapet import MapetError
-from mapet.engine import new_file, recover_folder, replace_file, replace_folder
+from mapet.engine.files import new_file, recover_folder, replace_file, replace_folder
 
 
 def writer(text: str):  # type: ignore[no-untyped-def]

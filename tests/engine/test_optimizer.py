@@ -6,7 +6,7 @@ from typing import Any
 import timm
 
 from mapet import MaPeT
-from mapet.engine import build_optimizer
+from mapet.engine.optimizer import build_optimizer
 
 
 def test_only_matrices_decay(tiny_vit: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mapet import MapetError
-from mapet.engine import RunFolder, explain_disk_errors
+from mapet.engine.runfolder import RunFolder, explain_disk_errors
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:

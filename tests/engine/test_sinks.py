@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mapet.engine import JsonLines, TensorBoard
+from mapet.engine.sinks import JsonLines, TensorBoard
 
 
 def test_json_lines_are_visible_at_once_and_appended(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from mapet.engine import StopRequest
+from mapet.engine.stop import StopRequest
 
 
 def test_the_first_signal_asks_and_the_second_acts() -> None:

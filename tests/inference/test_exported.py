@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mapet import MapetError
-from mapet.export import export_network
-from mapet.inference import open_model
+from mapet.inference.models import open_model
+from mapet.models.export import export_network
 
 
 @pytest.mark.parametrize(

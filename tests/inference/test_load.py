@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import mapet
 from mapet import MapetError
-from mapet.export import export_network
+from mapet.models.export import export_network
 
 
 def test_a_run_in_two_lines(pretrained_run: Path, digits: Path) -> None:
@@ -81,9 +81,10 @@ def test_grey_models_take_colour_and_colour_models_grey(pretrained_run: Path, of
     assert mapet.load(pretrained_run).transform(colour).shape == (1, 28, 28)
     from_grey = mapet.load(of_photographs).transform(grey)
     assert from_grey.shape == (3, 224, 224)
-    levels = from_grey * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor(
-        [0.485, 0.456, 0.406]
-    )[:, None, None]  # fmt: skip
+    levels = (
+        from_grey * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    )
     assert torch.allclose(levels[0], levels[2], atol=1e-6)
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TINY
 
 from mapet import MapetError
-from mapet.inference import open_model
-from mapet.workflows import pretrain
+from mapet.inference.models import open_model
+from mapet.jobs.pretrain.run import pretrain
 
 
 @pytest.fixture

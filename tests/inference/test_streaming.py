@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from mapet import MapetError
-from mapet.data import DamageTally, PlainView, open_images
-from mapet.inference import open_model, stream
+from mapet.data.batches import DamageTally
+from mapet.data.open import open_images
+from mapet.data.views import PlainView
+from mapet.inference.models import open_model
+from mapet.inference.streaming import stream
 
 VIEW = PlainView((28, 28), (0.5,), (0.25,))
 CPU = torch.device("cpu")

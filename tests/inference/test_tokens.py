@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mapet import MapetError
-from mapet.inference import Tokens, read_tokens
+from mapet.inference.tokens import Tokens, read_tokens
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
-from mapet.models import RELEASED, build_vit, released_folder
-from mapet.tokenizers import build_teacher
+from mapet.models.released import RELEASED, released_folder
+from mapet.models.vit import build_vit
+from mapet.tokenizers.teachers import build_teacher
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mapet import MapetError
-from mapet.models import check_fit, read_tensors
+from mapet.models.tensors import check_fit, read_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
 

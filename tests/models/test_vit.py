@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mapet import MapetError
-from mapet.models import build_vit
+from mapet.models.vit import build_vit
 
 
 def test_pooled_feature_is_the_mean_of_the_normalised_patches() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mapet import MIM, PIM, MaPeT, MapetError, Raster
-from mapet.models import build_vit
+from mapet.models.vit import build_vit
 
 
 def make(kind: type[MaPeT] = MaPeT, context: int | None = None, **changes: Any) -> Any:

@@ -15,9 +15,12 @@ def block_from_transformers(theirs: Mapping[str, Tensor], before: str, after: st
     """A block of transformers' ViTs under timm's names."""
     found: dict[str, Tensor] = {}
     names = {
-        "norm1": "layernorm_before", "attn.proj": "attention.o_proj", "norm2": "layernorm_after", "mlp.fc1": "mlp.fc1",
+        "norm1": "layernorm_before",
+        "attn.proj": "attention.o_proj",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "mlp.fc1",
         "mlp.fc2": "mlp.fc2",
-    }  # fmt: skip
+    }
     for kind in ("weight", "bias"):
         found |= {f"{after}{ours}.{kind}": theirs[f"{before}{name}.{kind}"] for ours, name in names.items()}
         parts = [theirs[f"{before}attention.{part}_proj.{kind}"] for part in "qkv"]
@@ -44,10 +47,20 @@ def test_transformers_loss_prediction_and_gradients(tiny_vit: Callable[..., Any]
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ViTMAEConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=28, patch_size=7,
-        layer_norm_eps=1e-6, decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
-        decoder_intermediate_size=96, norm_pix_loss=True, mask_ratio=0.75,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=28,
+        patch_size=7,
+        layer_norm_eps=1e-6,
+        decoder_hidden_size=24,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=3,
+        decoder_intermediate_size=96,
+        norm_pix_loss=True,
+        mask_ratio=0.75,
+    )
     reference = transformers.ViTMAEForPreTraining(config)
     reference.decoder.initialize_weights(16)  # the constructor leaves the decoder's positions at zero
     reference = reference.double()

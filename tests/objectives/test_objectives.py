@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapet import MapetError
-from mapet.models import build_vit
-from mapet.objectives import OBJECTIVES, build_objective
+from mapet.models.vit import build_vit
+from mapet.objectives.registry import OBJECTIVES, build_objective
 
 SMALL: dict[str, dict[str, int]] = {
     "mae": {"decoder_depth": 1, "decoder_dim": 8, "decoder_heads": 2},
@@ -32,13 +32,27 @@ SMALL: dict[str, dict[str, int]] = {
     share=st.floats(0, 1),
 )
 def test_any_size_works(
-    name: str, side: int, patch: int, channels: int, registers: int, class_token: bool, no_embed_class: bool,
+    name: str,
+    side: int,
+    patch: int,
+    channels: int,
+    registers: int,
+    class_token: bool,
+    no_embed_class: bool,
     share: float,
-) -> None:  # fmt: skip
+) -> None:
     backbone = build_vit(
-        "vit_tiny_patch16_224", image_size=side * patch, patch_size=patch, channels=channels, embed_dim=16, depth=2,
-        num_heads=2, reg_tokens=registers, class_token=class_token, no_embed_class=no_embed_class,
-    )  # fmt: skip
+        "vit_tiny_patch16_224",
+        image_size=side * patch,
+        patch_size=patch,
+        channels=channels,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        reg_tokens=registers,
+        class_token=class_token,
+        no_embed_class=no_embed_class,
+    )
     prefix = registers + class_token
     tokens = prefix + side * side
     least = prefix + 1 if name == "cae" else max(1, prefix)
@@ -130,7 +144,7 @@ def test_mixed_precision(name: str, tiny_vit: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_position_embeddings_and_lone_vectors_are_not_decayed(name: str, tiny_vit: Callable[..., Any]) -> None:
-    from mapet.engine import build_optimizer
+    from mapet.engine.optimizer import build_optimizer
 
     objective = build_objective(name, tiny_vit(reg_tokens=2), 9, args=SMALL.get(name))
     groups = build_optimizer(objective, 1e-3, 0.1, 0.99).param_groups

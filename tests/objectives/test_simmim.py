@@ -15,9 +15,15 @@ def test_transformers_loss_reconstruction_and_gradients(tiny_vit: Callable[..., 
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=28, patch_size=7,
-        encoder_stride=7, layer_norm_eps=1e-6,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=28,
+        patch_size=7,
+        encoder_stride=7,
+        layer_norm_eps=1e-6,
+    )
     reference = transformers.ViTForMaskedImageModeling(config).double().eval()
     with torch.no_grad():
         for parameter in reference.parameters():

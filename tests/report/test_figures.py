@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mapet.objectives import OBJECTIVES, build_objective
-from mapet.report import Baseline, draw_curve, draw_layout, draw_tokens
+from mapet.objectives.registry import OBJECTIVES, build_objective
+from mapet.report.figures import plot_curve, plot_layout, plot_tokens
+from mapet.report.progress import Baseline
 
 
 def picture(path: Path) -> np.ndarray:
@@ -22,7 +23,7 @@ def picture(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_layouts(name: str, tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
-    draw_layout(build_objective(name, tiny_vit(), 9), tmp_path / "layout.png")
+    plot_layout(build_objective(name, tiny_vit(), 9), tmp_path / "layout.png")
     picture(tmp_path / "layout.png")
 
 
@@ -31,7 +32,7 @@ def test_token_maps_colour_by_id(channels: int, tmp_path: Path) -> None:
     views = torch.rand(3, channels, 28, 28)
     same, mixed = torch.zeros(3, 16, dtype=torch.long), torch.arange(48).reshape(3, 16)
     for name, ids in (("same", same), ("mixed", mixed)):
-        draw_tokens(views, ids, (4, 4), 48, tmp_path / f"{name}.png")
+        plot_tokens(views, ids, (4, 4), 48, tmp_path / f"{name}.png")
     colours = [len(np.unique(picture(tmp_path / f"{n}.png").reshape(-1, 3), axis=0)) for n in ("same", "mixed")]
     assert colours[1] > colours[0]
 
@@ -39,7 +40,7 @@ def test_token_maps_colour_by_id(channels: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 300])
 def test_curves_of_any_length(steps: int, tmp_path: Path) -> None:
     records = [{"step": step, "loss": 4 / (1 + step), "accuracy": 0.1} for step in range(steps)]
-    draw_curve(records, Baseline(entropy=3.0, chance=0.2), tmp_path / "curve.png")
+    plot_curve(records, Baseline(entropy=3.0, chance=0.2), tmp_path / "curve.png")
     whole = picture(tmp_path / "curve.png")
-    draw_curve([{"step": line["step"], "loss": line["loss"]} for line in records], None, tmp_path / "pixels.png")
+    plot_curve([{"step": line["step"], "loss": line["loss"]} for line in records], None, tmp_path / "pixels.png")
     assert picture(tmp_path / "pixels.png").shape[1] < whole.shape[1]  # no panel for ids

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mapet.report import Baseline, ProgressSink
+from mapet.report.progress import Baseline, ProgressSink
 
 BASELINE = Baseline(entropy=3.0, chance=0.2)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mapet import MapetError
-from mapet.tokenizers import TOKENIZERS, load_tokenizer, save_tokenizer
 from mapet.tokenizers.dvae import DVAE, PUBLISHED, map_pixels
+from mapet.tokenizers.files import TOKENIZERS, load_tokenizer, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

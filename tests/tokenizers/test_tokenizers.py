@@ -9,8 +9,11 @@ import torch
 import torchvision
 
 from mapet import MapetError
-from mapet.export import export_network
-from mapet.tokenizers import KFeatures, KPixels, KTokenizer, load_tokenizer, save_tokenizer
+from mapet.models.export import export_network
+from mapet.tokenizers.base import KTokenizer
+from mapet.tokenizers.files import load_tokenizer, save_tokenizer
+from mapet.tokenizers.kfeatures import KFeatures
+from mapet.tokenizers.kpixels import KPixels
 from mapet.tokenizers.teachers import build_teacher
 
 
@@ -196,7 +199,8 @@ def test_a_grey_backbone_of_ones_own_as_teacher(tiny_vit, tmp_path: Path) -> Non
 
 def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photographs: Path) -> None:
     """torchvision's own network, cut after ``features[:14]``, on real photographs."""
-    from mapet.data import PlainView, open_images
+    from mapet.data.open import open_images
+    from mapet.data.views import PlainView
 
     images = open_images(str(photographs))
     view = PlainView((224, 224), (0.0,) * 3, (1.0,) * 3)

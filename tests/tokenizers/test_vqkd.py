@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mapet import MapetError
-from mapet.tokenizers import load_tokenizer, save_tokenizer
-from mapet.tokenizers.files import TOKENIZERS
+from mapet.tokenizers.files import TOKENIZERS, load_tokenizer, save_tokenizer
 from mapet.tokenizers.vqkd import VQKD
 
 DEPTH, WIDTH, PATCH, SIDE, CODES, CODE_DIM = 2, 128, 4, 3, 50, 8
@@ -179,9 +178,12 @@ def test_saved_and_loaded_gives_the_same_ids_and_hash(tmp_path: Path, monkeypatc
 def test_a_checkpoint_of_upstreams_training_is_read_too(tmp_path: Path) -> None:
     """It holds the optimiser, the gradient scaler and the command line as an ``argparse.Namespace``."""
     checkpoint = {
-        "model": published_state(), "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "epoch": 99,
-        "args": argparse.Namespace(model="vqkd_encoder_base_decoder_3x768x12_clip"), "scaler": {"scale": 65536.0},
-    }  # fmt: skip
+        "model": published_state(),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]},
+        "epoch": 99,
+        "args": argparse.Namespace(model="vqkd_encoder_base_decoder_3x768x12_clip"),
+        "scaler": {"scale": 65536.0},
+    }
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     expected = VQKD.from_published(published_file(tmp_path)).content_hash
     assert VQKD.from_published(tmp_path / "checkpoint.pth").content_hash == expected

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from mapet import MapetError
-from mapet.models import read_tensors
+from mapet.models.tensors import read_tensors
 from mapet.tokenizers.weights import fetch_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}

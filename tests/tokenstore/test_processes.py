@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mapet import MapetError
-from mapet.tokenstore import TokenStore
+from mapet.tokenstore.store import TokenStore
 
 IMAGES = """
 import hashlib, json, os, signal, sys

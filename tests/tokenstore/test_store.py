@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapet import MapetError
-from mapet.tokenstore import Header, TokenStore
+from mapet.tokenstore.header import Header
+from mapet.tokenstore.store import TokenStore
 
 HEADER = Header("tokenizers/a", "pixels", "ab" * 32, (2, 3), 300, {"size": 28, "crop_min": 0.4}, views=2, seed=7)
 KEYS = ["b/1.png", "a/1.png", "caf\udce9.png"]
@@ -397,8 +398,4 @@ def test_a_store_is_a_table_of_keys(calls: list[Call], tmp_path_factory: pytest.
     found = store.read(store.rows(written), np.ones(len(written), np.int64), digests(now), written)
     assert torch.equal(found, ids_of(now)[:, 1])
     report = store.verify()
-    assert (report.rows, report.written, report.damaged) == (
-        len(rows_of),
-        len(written),
-        len(content_of) - len(written),
-    )
+    assert (report.rows, report.written, report.damaged) == (len(rows_of), len(written), len(content_of) - len(written))

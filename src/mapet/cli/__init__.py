@@ -15,14 +15,35 @@ from mapet.errors import MapetError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     # Imported here so that the package's own import does not depend on the command line's parts.
-    from mapet.cli import bootstrap, compare, convert, demo, embed, eval, export, finetune, predict, pretrain, tokenizer
     from mapet.cli.flags import Parser, parse
     from mapet.cli.stopping import Stopped, stopped_by_signals
+    from mapet.jobs.bootstrap import verb as bootstrap
+    from mapet.jobs.compare import verb as compare
+    from mapet.jobs.convert import verb as convert
+    from mapet.jobs.demo import verb as demo
+    from mapet.jobs.evaluate import verb as evaluate
+    from mapet.jobs.export import verb as export
+    from mapet.jobs.finetune import verb as finetune
+    from mapet.jobs.infer import embed_verb, predict_verb
+    from mapet.jobs.pretrain import verb as pretrain
+    from mapet.jobs.tokenizer import verb as tokenizer
 
     parser = Parser(prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images.")
     parser.add_argument("--version", action="version", version=f"mapet {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (pretrain, compare, finetune, eval, predict, embed, export, convert, tokenizer, bootstrap, demo):
+    for verb in (
+        pretrain,
+        compare,
+        finetune,
+        evaluate,
+        predict_verb,
+        embed_verb,
+        export,
+        convert,
+        tokenizer,
+        bootstrap,
+        demo,
+    ):
         verb.add_parser(verbs)
     try:
         with stopped_by_signals():

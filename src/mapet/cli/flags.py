@@ -10,8 +10,8 @@ from typing import Any, NoReturn, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from mapet.cli.recipes import load_recipe
-from mapet.config import StrictConfig, has_mark, override
+from mapet.config.base import StrictConfig, has_mark, override
+from mapet.config.recipes import load_recipe
 from mapet.errors import MapetError, nearest
 
 # The longest that file systems take is 255, and beside NAME there is .NAME.lock for a while.
@@ -172,10 +172,21 @@ def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]
 
 _TEXT_KEYS = frozenset(
     {
-        "check", "data", "eval_data", "file", "image_size", "init", "license", "model", "precision", "teacher",
-        "teacher_weights", "tokenizer", "tokens",
+        "check",
+        "data",
+        "eval_data",
+        "file",
+        "image_size",
+        "init",
+        "license",
+        "model",
+        "precision",
+        "teacher",
+        "teacher_weights",
+        "tokenizer",
+        "tokens",
     }
-)  # fmt: skip
+)
 
 
 def _parse(text: str) -> Any:

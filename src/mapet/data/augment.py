@@ -53,10 +53,17 @@ class AugmentedView:
     def __post_init__(self) -> None:
         grey = len(self.mean) == 1
         crop, colour, _ = create_transform(
-            self.size, is_training=True, separate=True, scale=(self.crop_min, 1.0), hflip=self.flip,
-            auto_augment=self.policy, color_jitter=self.jitter or None, interpolation="bicubic",
-            mean=self.mean * 3 if grey else self.mean, std=self.std * 3 if grey else self.std,
-        )  # fmt: skip
+            self.size,
+            is_training=True,
+            separate=True,
+            scale=(self.crop_min, 1.0),
+            hflip=self.flip,
+            auto_augment=self.policy,
+            color_jitter=self.jitter or None,
+            interpolation="bicubic",
+            mean=self.mean * 3 if grey else self.mean,
+            std=self.std * 3 if grey else self.std,
+        )
         object.__setattr__(self, "_stages", (crop, colour))
         object.__setattr__(self, "_erase", RandomErasing(self.erasing, mode="pixel", device="cpu"))
 

@@ -31,8 +31,8 @@ MOST_ATTEMPTS = 50
 class Sample(TypedDict):
     """One image: its two inputs, which image and which view of it, and the damaged files met on the way."""
 
-    view: Tensor
-    student: Tensor
+    tokenizer_images: Tensor
+    images: Tensor
     index: int
     number: int
     digest: Tensor
@@ -40,12 +40,12 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """``view`` and ``student`` ``(B, C, H, W)``; ``index`` and ``number`` (of the view) ``(B,)``; ``digest``
+    """``tokenizer_images`` and ``images`` ``(B, C, H, W)``; ``index`` and ``number`` (of the view) ``(B,)``; ``digest``
     ``(B, 32)`` uint8, or ``(B, 0)`` if not asked for; per image the damaged files met, as (index, reason).
     """
 
-    view: Tensor
-    student: Tensor
+    tokenizer_images: Tensor
+    images: Tensor
     index: Tensor
     number: Tensor
     digest: Tensor
@@ -132,8 +132,13 @@ class ViewDataset(Dataset[Sample]):
         with one_thread():
             view, student = self.view(image, self.draws.draw(number, name, epoch))
         return {
-            "view": view, "student": student, "index": index, "number": number, "digest": digest, "damaged": damaged,
-        }  # fmt: skip
+            "tokenizer_images": view,
+            "images": student,
+            "index": index,
+            "number": number,
+            "digest": digest,
+            "damaged": damaged,
+        }
 
 
 class DamageTally:
@@ -183,8 +188,8 @@ def printable(text: str) -> str:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch."""
     return {
-        "view": torch.stack([sample["view"] for sample in samples]),
-        "student": torch.stack([sample["student"] for sample in samples]),
+        "tokenizer_images": torch.stack([sample["tokenizer_images"] for sample in samples]),
+        "images": torch.stack([sample["images"] for sample in samples]),
         "index": torch.tensor([sample["index"] for sample in samples]),
         "number": torch.tensor([sample["number"] for sample in samples]),
         "digest": torch.stack([sample["digest"] for sample in samples]),
@@ -196,13 +201,7 @@ def load_batches(
     dataset: ViewDataset, keys: StepSampler | Sequence[list[SampleKey]], workers: int, pin: bool = False
 ) -> DataLoader[Sample]:
     """Return a loader over the given batches of sample keys, in their order whatever ``workers`` is."""
-    return DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=collate,
-        pin_memory=pin,
-        **loading_processes(workers),
-    )
+    return DataLoader(dataset, batch_sampler=keys, collate_fn=collate, pin_memory=pin, **loading_processes(workers))
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

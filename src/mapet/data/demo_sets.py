@@ -14,9 +14,7 @@ from mapet.errors import MapetError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 CACHE = Path.home() / ".cache" / "mapet"
-FASHION_CLASSES = (
-    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 @cache
@@ -66,7 +64,4 @@ def _download(*, train: bool) -> Arrays:
     return dataset.data.numpy(), dataset.targets.tolist()
 
 
-DEMO_SETS: dict[str, Callable[[], tuple[ImageSet, ImageSet]]] = {
-    "mnist": mnist,
-    "fashion-mnist": fashion_mnist,
-}
+DEMO_SETS: dict[str, Callable[[], tuple[ImageSet, ImageSet]]] = {"mnist": mnist, "fashion-mnist": fashion_mnist}

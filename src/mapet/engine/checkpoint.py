@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapet.config import StrictConfig, make_config
+from mapet.config.base import StrictConfig, make_config
 from mapet.errors import MapetError
 
 Count = Annotated[int, Field(ge=0)]

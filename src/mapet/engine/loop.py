@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapet.config import TrainKeys
-from mapet.data import Batch, DamageTally, Stream, fold_seed
+from mapet.config.keys import TrainKeys
+from mapet.data.batches import Batch, DamageTally
+from mapet.data.seeds import Stream, fold_seed
 from mapet.engine.finite import check_finite
 from mapet.engine.schedule import warmup_cosine
 from mapet.engine.sinks import Record, Sink
@@ -79,7 +80,7 @@ class Trainee:
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.tally.add(batch["damaged"])
-            student = batch["student"].to(accelerator.device, non_blocking=True)
+            student = batch["images"].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.objective):
                 output = self.objective(student, *self.targets(batch))
                 for name, value in output.items():
@@ -91,9 +92,14 @@ class Trainee:
                     means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
                     measured = dict(zip(sums, means, strict=True))
                     check_finite(
-                        step=step, loss=measured["loss"], grad_norm=grad_norm, lr=lr,
-                        precision=accelerator.mixed_precision, inputs=student, objective=self.objective,
-                    )  # fmt: skip
+                        step=step,
+                        loss=measured["loss"],
+                        grad_norm=grad_norm,
+                        lr=lr,
+                        precision=accelerator.mixed_precision,
+                        inputs=student,
+                        objective=self.objective,
+                    )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         seconds = time.perf_counter() - began

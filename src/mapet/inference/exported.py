@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from safetensors import safe_open
 from torch import nn
 
-from mapet.config import StrictConfig, make_config
+from mapet.config.base import StrictConfig, make_config
 from mapet.errors import MapetError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names

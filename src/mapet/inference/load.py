@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from mapet.data import Draw, View, decode, from_pil, to_channels
+from mapet.data.decode import decode, from_pil, to_channels
+from mapet.data.seeds import Draw
+from mapet.data.views import View
 from mapet.errors import MapetError
 from mapet.inference.models import class_names, open_model
 

@@ -14,12 +14,14 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from mapet.data import PlainView, check_channels
-from mapet.engine import RunFolder, read_state
+from mapet.data.decode import check_channels
+from mapet.data.views import PlainView
+from mapet.engine.checkpoint import read_state
+from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError, nearest
 from mapet.inference.exported import check_exported, check_types
-from mapet.models import RELEASED, released_folder
-from mapet.tokenizers import hash_content
+from mapet.models.released import RELEASED, released_folder
+from mapet.tokenizers.base import hash_content
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +174,11 @@ def _warn_of_unfinished(run: RunFolder) -> None:
     if state.step < state.total_steps:
         logger.warning(
             "run %s has not finished: its weights are those after step %d of %d (%d %%)",
-            run.root, state.step, state.total_steps, 100 * state.step // state.total_steps,
-        )  # fmt: skip
+            run.root,
+            state.step,
+            state.total_steps,
+            100 * state.step // state.total_steps,
+        )
 
 
 def _create(name: str, source: str, **arguments: Any) -> Any:

@@ -9,7 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mapet.data import DamageTally, Draw, ImageSet, View, ViewDataset, in_order, load_batches
+from mapet.data.batches import DamageTally, ViewDataset, in_order, load_batches
+from mapet.data.seeds import Draw
+from mapet.data.sources import ImageSet
+from mapet.data.views import View
 
 Output = TypeVar("Output")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,5 +75,5 @@ def stream(
         if not whole.any():
             continue
         with torch.no_grad(), autocast(device, precision):
-            output = network(batch["student"][whole].to(device, non_blocking=True))
+            output = network(batch["images"][whole].to(device, non_blocking=True))
         yield batch["index"][whole], output

@@ -8,7 +8,7 @@ import timm
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet.errors import MapetError, nearest
-from mapet.models.layout_blocks import use_layouts
+from mapet.models.attention import use_layouts
 from mapet.models.released import RELEASED
 
 FLAGS = {

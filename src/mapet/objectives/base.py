@@ -9,8 +9,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 
 from mapet.errors import MapetError, nearest
-from mapet.models import use_layouts
-from mapet.ordering import ORDERS
+from mapet.models.attention import use_layouts
+from mapet.objectives.masking import ORDERS
 
 
 class PixelOutput(TypedDict):

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.objectives.base import Objective, mask_vector, token_head
+from mapet.objectives.layouts import Layout
 from mapet.objectives.patches import gather_rows
-from mapet.ordering import Layout
 
 
 class Output(TypedDict):
@@ -42,11 +42,7 @@ class LayoutObjective(Objective):
     mask: Tensor
 
     def __init__(
-        self,
-        backbone: VisionTransformer,
-        vocab_size: int,
-        context_tokens: int | None = None,
-        order: str | None = None,
+        self, backbone: VisionTransformer, vocab_size: int, context_tokens: int | None = None, order: str | None = None
     ) -> None:
         super().__init__(backbone, context_tokens, order)
         self.vocab_size = vocab_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mapet.objectives.layout_objective import LayoutObjective
-from mapet.ordering import Layout, masked_layout
+from mapet.objectives.layouts import Layout, masked_layout
 
 
 class MIM(LayoutObjective):

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.errors import MapetError
 from mapet.objectives.base import check_counts
 from mapet.objectives.layout_objective import LayoutObjective
-from mapet.ordering import Layout, permuted_layout
+from mapet.objectives.layouts import Layout, permuted_layout
 
 
 class PermutedObjective(LayoutObjective):

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 
 from mapet.errors import MapetError
 from mapet.objectives.base import Objective, PixelOutput, check_counts, mask_vector
+from mapet.objectives.masking import cell_order
 from mapet.objectives.patches import gather_rows, patchify
-from mapet.ordering import cell_order
 
 
 class SimMIM(Objective):

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.models import PRETRAINING_NAMES, read_upstream, vit_from_upstream
+from mapet.models.upstream import PRETRAINING_NAMES, read_upstream, vit_from_upstream
 from mapet.objectives.mapet import MaPeT
 
 

@@ -15,7 +15,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mapet.objectives import LayoutObjective, Objective
+from mapet.objectives.base import Objective
+from mapet.objectives.layout_objective import LayoutObjective
 from mapet.report.progress import Baseline
 
 INK, FAINT, ACCENT, SECOND = "#222222", "#bbbbbb", "#1f6f8b", "#d1662b"
@@ -35,7 +36,7 @@ def class_colours(count: int) -> ListedColormap:
     return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count))[shuffle])
 
 
-def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, path: Path) -> None:
+def plot_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, path: Path) -> None:
     """Draw the loss over the steps; if ids are predicted, token accuracy too, beside what blind guessing gives."""
     steps = np.array([record["step"] + 1 for record in records])
     shown: list[tuple[str, str, float | None, str]] = [("loss", "loss", None, "")]
@@ -62,7 +63,7 @@ def draw_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, pat
     save_figure(figure, path)
 
 
-def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: int, path: Path) -> None:
+def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: int, path: Path) -> None:
     """Draw images above the maps of their token ids, one colour an id.
 
     Args:
@@ -83,9 +84,15 @@ def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
         if max(grid) <= 8:
             for (row, column_in_map), token in np.ndenumerate(token_map):
                 panels[1][column].text(
-                    column_in_map, row, str(token), ha="center", va="center", fontsize=6,
-                    color="white", bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8},
-                )  # fmt: skip
+                    column_in_map,
+                    row,
+                    str(token),
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="white",
+                    bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8},
+                )
     for panel in panels.flat:
         panel.set_xticks([])
         panel.set_yticks([])
@@ -94,7 +101,7 @@ def draw_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
     save_figure(figure, path)
 
 
-def draw_layout(objective: Objective, path: Path) -> None:
+def plot_layout(objective: Objective, path: Path) -> None:
     """Draw one visiting order over the patches, and beside it a layout's constant mask of who sees whom."""
     generator = torch.Generator().manual_seed(0)
     order = objective.draw_order(1, torch.device("cpu"), generator)[0, objective.prefix :] - objective.prefix
@@ -116,11 +123,11 @@ def draw_layout(objective: Objective, path: Path) -> None:
     left.set_xticks([])
     left.set_yticks([])
     if isinstance(objective, LayoutObjective):
-        _draw_mask(objective, rest[0])
+        _plot_mask(objective, rest[0])
     save_figure(figure, path)
 
 
-def _draw_mask(objective: LayoutObjective, right: Any) -> None:
+def _plot_mask(objective: LayoutObjective, right: Any) -> None:
     mask = objective.mask.cpu().numpy()
     right.imshow(mask, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
     right.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mapet.engine import Record
+from mapet.engine.sinks import Record
 
 PLAIN_INTERVAL_S = 15.0
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.errors import MapetError
-from mapet.models import check_fit, read_tensors
+from mapet.models.tensors import check_fit, read_tensors
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.weights import fetch_weights
 

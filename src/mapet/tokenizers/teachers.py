@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from mapet.errors import MapetError, nearest
-from mapet.models import RELEASED, check_fit, read_tensors, released_folder
+from mapet.models.released import RELEASED, released_folder
+from mapet.models.tensors import check_fit, read_tensors
 from mapet.tokenizers.base import with_channels
 from mapet.tokenizers.weights import fetch_weights
 
@@ -46,8 +47,13 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.stage = name, stage
         self.config: dict[str, Any] = {
-            "library": self.library, "name": name, "stage": stage, "mean": list(mean), "std": list(std), **architecture,
-        }  # fmt: skip
+            "library": self.library,
+            "name": name,
+            "stage": stage,
+            "mean": list(mean),
+            "std": list(std),
+            **architecture,
+        }
         self.origin: dict[str, str] = {}
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)

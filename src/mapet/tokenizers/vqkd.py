@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.models import build_vit, check_fit, read_tensors
+from mapet.models.tensors import check_fit, read_tensors
+from mapet.models.vit import build_vit
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.kmeans import nearest_centroid
 from mapet.tokenizers.weights import fetch_weights
@@ -149,9 +150,15 @@ def patch_transformer(
 ) -> VisionTransformer:
     """Build the plain ViT that encoder and decoder of VQ-KD are, initialised as upstream."""
     return build_vit(
-        "vit_base_patch16_224", image_size=image_size, patch_size=patch_size, channels=channels, embed_dim=embed_dim,
-        depth=depth, num_heads=num_heads, fix_init=True,
-    )  # fmt: skip
+        "vit_base_patch16_224",
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=channels,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        fix_init=True,
+    )
 
 
 def tanh_projection(embed_dim: int, width: int) -> nn.Sequential:

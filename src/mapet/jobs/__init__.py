@@ -1,0 +1,1 @@
+"""Jobs: each in its own room, with its configuration, its work and its command."""

@@ -1,0 +1,1 @@
+"""Several objectives and tokenizers in one setting, and what each is worth."""

@@ -1,0 +1,1 @@
+"""Checkpoints of MaPeT's authors, turned into folders that timm loads."""

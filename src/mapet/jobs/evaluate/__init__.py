@@ -1,0 +1,1 @@
+"""What a model is worth: k-NN, probes, its own classifier."""

@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: mixup and cutmix, smoothed labels, an average of the weights."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mapet.data.augment import seeded
+
+
+class ClassificationOutput(TypedDict):
+    """Scalar ``loss`` and ``accuracy`` (against each image's own label), and ``logits`` ``(B, classes)``."""
+
+    loss: Tensor
+    accuracy: Tensor
+    logits: Tensor
+
+
+class Classification(nn.Module):
+    """Cross-entropy of a network with a classifier.
+
+    Args:
+        network: gives ``(B, classes)`` logits. It is used, not copied.
+        classes: number of them.
+        mixup: alpha of mixup (Zhang et al., 1710.09412); 0 for none.
+        cutmix: alpha of cutmix (Yun et al., 1905.04899); 0 for none. With both, each batch takes one of them.
+        smoothing: share of a label's probability that is spread over all classes.
+        ema_decay: of an exponential moving average of the weights, which warms up as timm's does; None for none.
+    """
+
+    updates: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: int,
+        *,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        smoothing: float = 0.0,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.smoothing = smoothing
+        self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
+        self.ema = ModelEmaV3(network, ema_decay, use_warmup=True) if ema_decay is not None else None
+        if self.ema is not None:
+            self.ema.requires_grad_(False)  # processes that train together would wait for its gradients
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:
+        """Map ``(B, C, H, W)`` images and ``(B,)`` labels to loss and accuracy."""
+        targets = labels
+        if self.mix is not None and self.training:
+            # timm mixes in place and draws from NumPy; torch's random state is the step's.
+            with seeded(int(torch.randint(2**62, ()))):
+                images, targets = self.mix(images.clone(), labels)
+        logits = self.network(images)
+        smoothing = self.smoothing if targets is labels else 0.0  # mixed targets are smoothed already
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
+        return {"loss": loss, "accuracy": accuracy, "logits": logits}
+
+    def average_after(self, optimizer: Optimizer) -> None:
+        """Update the moving average, if there is one, after every step of ``optimizer``."""
+        if self.ema is not None:
+            optimizer.register_step_post_hook(self._update)
+
+    def _update(self, *_: Any) -> None:
+        assert self.ema is not None
+        self.updates += 1
+        self.ema.update(self.network, step=int(self.updates))
+
+    @property
+    def outcome(self) -> nn.Module:
+        """What is measured and exported: the averaged network where there is one."""
+        return self.network if self.ema is None else self.ema.module

@@ -1,0 +1,35 @@
+"""The configurations of the commands that apply a trained model to images."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mapet.config.base import Common
+from mapet.config.keys import Count, InferenceKeys
+
+FeatureKind = Literal["pooled", "class", "mean", "patches"]
+
+
+class EmbedConfig(InferenceKeys):
+    """Features of images, in a file."""
+
+    features: tuple[FeatureKind, ...] = Field(
+        ("pooled",),
+        min_length=1,
+        description="columns: pooled (what the model's own classifier reads), class (the class token), mean (over "
+        "patches), patches (each); several may be given",
+        json_schema_extra=Common,
+    )
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="of the features in the file", json_schema_extra=Common
+    )
+
+
+class PredictConfig(InferenceKeys):
+    """Classes of images, in a table."""
+
+    top: Count = Field(
+        1, description="classes to be named for each image, the most probable first", json_schema_extra=Common
+    )

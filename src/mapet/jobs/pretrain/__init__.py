@@ -1,0 +1,1 @@
+"""Pre-training a ViT on unlabelled images."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation by a head on frozen patch features."""

@@ -1,0 +1,1 @@
+"""Visual tokenizers: fitted, trained, judged, applied."""

@@ -1,0 +1,1 @@
+"""What a run predicts: token ids, features, pixels; where they come from."""

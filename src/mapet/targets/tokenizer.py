@@ -1,0 +1,166 @@
+"""Which tokenizer a name means, how large it is to be, whether it fits; and what guessing its ids gives."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mapet.config.keys import KMeansKeys
+from mapet.data.decode import check_channels
+from mapet.engine.files import replace_file
+from mapet.errors import MapetError
+from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.report.progress import Baseline
+from mapet.tokenizers.base import Grid, KTokenizer, Tokenizer
+from mapet.tokenizers.files import PUBLISHED, holds_tokenizer, load_tokenizer
+from mapet.tokenizers.kfeatures import KFeatures
+from mapet.tokenizers.kpixels import KPixels
+from mapet.tokenizers.teachers import build_teacher, library_of
+
+logger = logging.getLogger(__name__)
+
+MAX_VOCAB = 8192  # the paper's
+MAX_VOCAB_PIXELS = 1024  # pixels have fewer kinds of patches than features have, and are to be had at once
+POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
+BASELINE_IMAGES = 2048
+
+
+def check_no_tokens(config: PretrainConfig) -> None:
+    """Refuse whatever is said of token ids, for an objective that predicts none."""
+    keys, fields = ("tokenizer", "tokens", *KMeansKeys.model_fields), PretrainConfig.model_fields
+    said = [key for key in keys if getattr(config, key) != fields[key].default]
+    if said:
+        raise MapetError(
+            f"objective {config.objective!r} predicts pixels and takes no token ids, but something is said of how they "
+            f"are made ({', '.join(said)}); leave that out, or choose an objective that predicts ids"
+        )
+
+
+def is_ready(name: str) -> bool:
+    """Whether a name means a tokenizer that is not to be fitted: a published one, or a folder that holds one."""
+    return name in PUBLISHED or holds_tokenizer(name)
+
+
+def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
+    """Return how many ids a tokenizer fitted on so many patches gets; as asked if it is not to be fitted."""
+    if is_ready(name):
+        return asked
+    if asked is not None:
+        if asked > points:
+            raise MapetError(
+                f"a codebook of {asked} ids needs at least as many patches, but the images have only "
+                f"{points}; take a smaller --vocab-size or more images"
+            )
+        return asked
+    power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
+    return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
+
+
+def check_fittable(name: str) -> None:
+    """Refuse a name that is of nothing whose features could be clustered; nothing is built or downloaded."""
+    if os.sep in name and ":" not in name and not Path(name).is_dir():
+        raise MapetError(f"tokenizer folder {name!r} does not exist")
+    if name != "pixels":
+        library_of(name)
+
+
+def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: int, channels: int) -> KTokenizer:
+    """Return a k-means tokenizer that is still to be fitted.
+
+    Args:
+        name: "pixels", or a teacher's.
+        config: how it is to be; ``vocab_size`` is settled.
+        grid: rows and columns of the student's patches.
+        image_size, channels: of the student's input.
+
+    Raises:
+        MapetError: if there is no such teacher, or it cannot be had.
+    """
+    assert config.vocab_size is not None, "settle_vocab_size() gives one that is to be fitted a size"
+    check_fittable(name)
+    if name == "pixels":
+        patch = image_size // grid[0]
+        return KPixels(image_size, patch, channels, config.vocab_size, config.contrast, config.spherical)
+    teacher = build_teacher(name, config.teacher_stage, config.teacher_weights)
+    return KFeatures(teacher, grid, config.vocab_size, config.teacher_size or image_size, config.spherical)
+
+
+def ready_tokenizer(name: str, config: PretrainConfig, grid: Grid) -> Tokenizer:
+    """Read a tokenizer that is not to be fitted.
+
+    Raises:
+        MapetError: if it cannot be had, or does not fit the student.
+    """
+    for key in ("teacher_stage", "teacher_size"):
+        if getattr(config, key) is not None:
+            raise MapetError(f"{key} is given, but tokenizer {name!r} is fitted already; leave it out")
+    tokenizer = load_tokenizer(name, config.teacher_weights)
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise MapetError(
+            f"vocab_size is {config.vocab_size}, but tokenizer {name!r} is fitted and has "
+            f"{tokenizer.vocab_size} ids; leave --vocab-size out"
+        )
+    check_readable(name, tokenizer, config.channels)
+    check_grid(f"tokenizer {name!r}", tokenizer.grid, grid)
+    return tokenizer
+
+
+def check_readable(name: str, tokenizer: Tokenizer, channels: int) -> None:
+    """Refuse channels that a tokenizer cannot read, before anything is written."""
+    check_channels(channels)
+    size = tokenizer.input_size
+    try:
+        tokenizer.encode(torch.zeros(1, channels, size, size, device=tokenizer.device))
+    except MapetError as error:
+        raise MapetError(f"tokenizer {name!r} does not fit: {error}; choose another --channels") from error
+
+
+def check_grid(what: str, grid: Grid, wanted: Grid) -> None:
+    """Refuse ids on another grid than the student's patches."""
+    if grid != wanted:
+        raise MapetError(
+            f"{what} gives {grid[0]} x {grid[1]} ids an image, but the model has {wanted[0]} x {wanted[1]} patches; "
+            "make one for this image and patch size"
+        )
+
+
+def measure_baseline(ids: Iterable[Tensor], vocab_size: int, key: str, file: Path) -> Baseline:
+    """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``.
+
+    Args:
+        ids: of some images.
+        vocab_size: how many there are.
+        key: of a run's records, what is to be compared with that loss.
+        file: JSON.
+    """
+    try:
+        saved = json.loads(file.read_text())
+        return Baseline(float(saved["unigram_entropy"]), float(saved["chance"]), key)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged and measured again", file)
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for part in ids:
+        counts += torch.bincount(part.flatten().cpu(), minlength=vocab_size)
+    share = counts / counts.sum()
+    entropy = float(torch.special.entr(share.double()).sum())
+    baseline = Baseline(entropy, float(share.max()), key)
+    used = int((counts > 0).sum())
+    content = {"unigram_entropy": entropy, "chance": baseline.chance, "used_ids": used, "ids": len(counts)}
+    replace_file(file, json.dumps(content, indent=1) + "\n")
+    logger.info(
+        "tokens: %d of %d ids in use, unigram entropy %.3f nats, most frequent id %.1f%%",
+        used,
+        len(counts),
+        entropy,
+        100 * baseline.chance,
+    )
+    return baseline

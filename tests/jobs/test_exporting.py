@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tests.conftest import TINY
+from torch import Tensor
+
+import mapet
+from mapet import MapetError
+from mapet.data.open import open_images
+from mapet.jobs.demo.run import FINETUNING
+from mapet.jobs.export.run import export_model
+from mapet.jobs.finetune.run import finetune
+from mapet.jobs.pretrain.run import pretrain
+from mapet.models.export import export_network
+
+OUTPUTS = {"timm": "model", "onnx": "model.onnx", "torch": "model.pt2"}
+CLASSES = ("crack", "dent", "whole | sound")
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    pretrain({**TINY, "data": str(digits), "steps": 4}, out, console=Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of somebody else's making: keys that pre-training does not have, a classifier with names."""
+    out = tmp_path_factory.mktemp("runs") / "parts"
+    (out / "exported").mkdir(parents=True)
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=28, patch_size=7, in_chans=1, num_classes=3
+    )
+    torch.nn.init.normal_(network.head.weight)  # timm's zeros would give the same logits for every image
+    export_network(network, out / "exported", (0.2,), (0.4,), crop_pct=0.9, classes=CLASSES)
+    config = {
+        "model": "/home/somebody/runs/photos/exported",
+        "data": "/home/somebody/parts",
+        "epochs": 3,
+        "none": None,
+        "layer_decay": 0.65,
+        "teacher_weights": "https://me:secret@host/w.pth?token=secret",
+    }
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    record = {"step": 5, "epoch": None, "loss": 0.5, "lr": 1e-3, "eval_accuracy": 0.875, "lacking": None}
+    (out / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (out / "results.json").write_text(json.dumps({"test": {"accuracy": 0.9}, "from": "/home/somebody/parts/test"}))
+    return out
+
+
+def digits_100() -> Tensor:
+    images = open_images("mnist")
+    chosen = images.subset(range(0, len(images), len(images) // 100)[:100])
+    return torch.stack([chosen.load(index, 1) for index in range(100)]) / 255
+
+
+def everything_in(path: Path) -> bytes:
+    """The bytes of a file or folder, archives unpacked."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    found = [file.read_bytes() for file in files]
+    for file in filter(zipfile.is_zipfile, files):
+        with zipfile.ZipFile(file) as archive:
+            found += [archive.read(name) for name in archive.namelist()]
+    return b"".join(found)
+
+
+@pytest.mark.parametrize("form", OUTPUTS)
+def test_every_format_gives_what_timm_gives_on_100_images(form: str, run: Path, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / OUTPUTS[form]
+    result = export_model(form, {"model": str(run), "check": "mnist"}, out)
+    assert (result["images"], result["checked_on"], result["input_size"]) == (100, "mnist", [1, 28, 28])
+    assert result["largest_difference"] <= (1e-5 if form == "onnx" else 0)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert result["bytes"] == sum(path.stat().st_size for path in [out, *out.glob("*")] if path.is_file())
+
+    network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
+    if form == "timm":
+        exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    elif form == "torch":
+        exported = torch.export.load(out).module()
+    else:
+        session = onnxruntime.InferenceSession(out)
+        assert [value.name for value in session.get_outputs()] == ["features"]
+        exported = lambda images: torch.tensor(session.run(["features"], {"images": images.numpy()})[0])  # noqa: E731
+    images = digits_100()
+    for batch in (1, 2, 7, 90):
+        with torch.no_grad():
+            torch.testing.assert_close(exported(images[:batch]), network(images[:batch]), atol=1e-5, rtol=0)
+
+    content = everything_in(out)
+    for place in (str(run), str(digits), str(Path.home()), str(Path(timm.__file__).parent), str(tmp_path)):
+        assert place.encode() not in content, "nobody need know where things lie on this machine"
+
+
+def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "parts.onnx"
+    values = {"model": str(classifier), "image_size": "28x42", "crop_pct": 0.8, "check": str(photographs)}
+    result = export_model("onnx", values, out)
+    assert (result["images"], result["classes"], result["input_size"]) == (20, 3, [1, 28, 42])
+
+    network = timm.create_model(f"local-dir:{classifier / 'exported'}", pretrained=True).eval()
+    network.set_input_size(img_size=(28, 42))
+    images = torch.nn.functional.interpolate(digits_100(), (28, 42))
+    session = onnxruntime.InferenceSession(out)
+    with torch.no_grad():
+        expected = network(images)
+    assert expected.std(dim=0).min() > 0.01, "the images must matter"
+    np.testing.assert_allclose(session.run(["logits"], {"images": images.numpy()})[0], expected, atol=1e-5)
+
+    model = onnx.load(out)
+    onnx.checker.check_model(model, full_check=True)
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 18}
+    assert {entry.key: json.loads(entry.value) for entry in model.metadata_props} == {
+        "input_size": [1, 28, 42],
+        "mean": [0.2],
+        "std": [0.4],
+        "crop_pct": 0.8,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "classes": list(CLASSES),
+    }
+
+
+def test_other_sizes_are_timms(run: Path, tmp_path: Path) -> None:
+    export_model("timm", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "folder")
+    export_model("torch", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "model.pt2")
+    network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
+    network.set_input_size(img_size=(28, 42))
+    images = torch.nn.functional.interpolate(digits_100(), (28, 42))
+    folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    program = {"mapet.json": ""}
+    exported = torch.export.load(tmp_path / "model.pt2", extra_files=program)
+    assert torch.equal(folder(images), network(images))
+    assert torch.equal(exported.module()(images), network(images))
+    assert timm.data.resolve_model_data_config(folder)["input_size"] == (1, 28, 42)
+    assert json.loads(program["mapet.json"])["input_size"] == [1, 28, 42]
+
+
+def test_the_card_of_a_run(
+    run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "digits-vit"
+    export_model("timm", {"model": str(run), "license": "cc-by-4.0"}, out)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "timm",
+        "license": "cc-by-4.0",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["timm", "image-feature-extraction", "mapet"],
+    }
+    assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
+    assert "# digits-vit\n" in card.text
+    assert f"| trained on | {digits.name}, 60 images |" in card.text
+    assert "| objective | mapet |" in card.text
+    assert "| tokenizer | pixels |" in card.text
+    assert "| length | 4 steps, " in card.text
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert f"| loss, mean of the last 100 logged steps | {sum(losses) / 4:.4g} |" in card.text
+    entropy = json.loads((run / "baseline.json").read_text())["unigram_entropy"]
+    assert f"| loss without looking at the image | {entropy:.4g} |" in card.text
+    assert "arXiv:2306.07346" in card.text
+    assert "No licence" not in card.text
+    settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    began_with = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings == {k: v for k, v in began_with.items() if v is not None} | {"data": digits.name}
+
+    monkeypatch.chdir(out)
+    Image.open(digits / "class 3" / "0.png").convert("RGB").resize((50, 40)).save("image.jpg")
+    capsys.readouterr()
+    exec(card.text.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip() == "torch.Size([1, 32])"
+
+
+def test_the_card_of_a_run_of_another_kind(
+    classifier: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "parts"
+    result = export_model("timm", {"model": str(classifier)}, out)
+    assert result["checked_on"] == "mnist", "its own images are gone"
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-classification")
+    assert "No licence has been chosen" in card.text
+    assert "| output | logits of 3 classes: crack, dent, whole \\| sound |" in card.text
+    assert "| model | photos |" in card.text
+    assert "| length | 6 steps |" in card.text
+    assert "| eval_accuracy | 0.875 |" in card.text
+    assert "layer_decay: 0.65" in card.text
+    assert "teacher_weights: https://host/w.pth\n" in card.text
+    assert "accuracy: 0.9" in card.text
+    for absent in ("somebody", "secret", "objective", "none: null", "lacking"):
+        assert absent not in card.text
+
+    monkeypatch.chdir(out)
+    Image.open(digits / "class 3" / "0.png").convert("RGB").save("image.jpg")
+    capsys.readouterr()
+    exec(card.text.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip() in CLASSES
+
+
+def test_the_card_of_what_is_no_run(run: Path, tmp_path: Path) -> None:
+    export_model("timm", {"model": str(run / "exported"), "check_images": 3}, tmp_path / "again")
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    assert f"parameters, exported from `{run.name}`" in card.text
+    for absent in ("Configuration", "Citation", "loss"):
+        assert absent not in card.text
+    export_model("timm", {"model": str(run), "reinit": True, "check_images": 3}, tmp_path / "random")
+    assert json.loads((tmp_path / "random" / "config.json").read_text())["pretrained_cfg"]["tag"] == "untrained"
+    card = ModelCard.load(tmp_path / "random" / "README.md")
+    assert "random parameters" in card.text
+    assert "loss" not in card.text, "the run's figures are not those of random weights"
+
+
+def test_checked_on_the_images_of_the_run(run: Path, digits: Path, tmp_path: Path) -> None:
+    result = export_model("timm", {"model": str(run)}, tmp_path / "one")
+    assert (result["images"], result["checked_on"]) == (60, str(digits))
+    result = export_model("timm", {"model": str(run), "check_images": 7}, tmp_path / "two")
+    assert result["images"] == 7
+
+
+def changed_copy(run: Path, target: Path, change: float) -> Path:
+    shutil.copytree(run / "exported", target)
+    weights = load_file(target / "model.safetensors")
+    weights["patch_embed.proj.weight"] *= change
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_half_the_bytes(run: Path, tmp_path: Path) -> None:
+    whole = export_model("timm", {"model": str(run), "check": "mnist"}, tmp_path / "whole")
+    out = tmp_path / "half"
+    half = export_model("timm", {"model": str(run), "check": "mnist", "dtype": "float16"}, out)
+    assert 0 < half["largest_difference"] <= half["tolerance"] == 0.02
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert whole["tolerance"] == 1e-4
+    exact, images = mapet.load(run)[0].state_dict(), digits_100()[:4]
+    networks = [timm.create_model(f"local-dir:{out}", pretrained=True).eval(), mapet.load(out)[0]]
+    for network in networks:
+        for name, value in network.state_dict().items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, exact[name].half().float())
+    assert torch.equal(networks[0](images), networks[1](images))
+    with pytest.raises(MapetError, match="more than the tolerance 1e-12"):
+        export_model("timm", {"model": str(run), "dtype": "float16", "tolerance": 1e-12}, tmp_path / "exact")
+    large = changed_copy(run, tmp_path / "large", 1e30)  # more than float16 can hold
+    with pytest.raises(MapetError, match="differs from the model by up to nan"):
+        export_model("timm", {"model": str(large), "dtype": "float16"}, tmp_path / "too-large")
+
+
+def test_what_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(MapetError, match="differs from the model by up to .* more than the tolerance 1e-12"):
+        export_model("onnx", {"model": str(run), "tolerance": 1e-12}, out / "model.onnx")
+    assert list(out.iterdir()) == []
+    huge = changed_copy(run, tmp_path / "huge", 1e39)
+    with pytest.raises(MapetError, match="contain NaN or infinity"):
+        export_model("timm", {"model": str(huge), "check": "mnist"}, out / "model")
+    large = changed_copy(run, tmp_path / "large", 3e38)
+    with pytest.raises(MapetError, match="differs from the model by up to nan on 100 images"):
+        export_model("timm", {"model": str(large), "check": "mnist"}, out / "model")
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "out", "values", "says"),
+    [
+        ("onnx", "model.pt2", {}, "is not a file name that ends in .onnx"),
+        ("torch", "model", {}, "is not a file name that ends in .pt2"),
+        ("timm", "", {}, "is not the name of a folder"),
+        ("timm", "there", {}, "is there already"),
+        ("onnx", "there/model.onnx", {}, "is there already"),
+        ("timm", "x", {"check": "/no/images"}, "'/no/images' is neither a folder of images"),
+        ("timm", "x", {"model": "/no/model"}, "model folder '/no/model' does not exist"),
+        ("timm", "x", {"image_size": 30}, "30 is not divisible by its patch size 7"),
+        ("timm", "x", {"license": "Mine, all mine"}, "license = 'Mine, all mine'"),
+        ("onnx", "x.onnx", {"license": "mit"}, "unknown key 'license'"),
+        ("timm", "x", {"check_images": 0}, "check_images = 0"),
+        ("tim", "x", {}, "unknown format 'tim'; did you mean 'timm'"),
+    ],
+)
+def test_refusals(form: str, out: str, values: dict[str, Any], says: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model.onnx").write_text("mine")
+    with pytest.raises(MapetError, match=says):
+        export_model(form, {"model": str(run), **values}, tmp_path / out if out else "")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["there", "there/model.onnx"]
+    assert (tmp_path / "there" / "model.onnx").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("form", "name"), [("timm", "vit"), ("torch", "vit.pt2")])
+def test_a_full_disk_is_one_sentence(form: str, name: str, run: Path, digits: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch's archive writer would take it down."""
+    command = [sys.executable, "-m", "mapet", "export", form, str(run), "--check", str(digits), "--out"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    failed = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, preexec_fn=limit)
+    assert failed.returncode == 2
+    assert f"cannot write to {tmp_path}: a file grew over the size limit" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:
+    """In a process of its own, in which the package cannot be imported."""
+    command = "import sys; sys.modules['onnxscript'] = None; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["export", "onnx", str(run), "--out", str(tmp_path / "model.onnx")]
+    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs the package onnxscript: pip install 'mapet[onnx]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_a_classifier_says_how_it_was_pre_trained(run: Path, digits: Path, tmp_path: Path) -> None:
+    """Also after a second fine-tuning, and when the runs before it are gone."""
+    source, first, second = tmp_path / "photos", tmp_path / "first", tmp_path / "second"
+    shutil.copytree(run, source)
+    values = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "data": str(digits)}
+    finetune({**values, "model": str(source / "exported")}, first, console=Console(quiet=True))
+    finetune({**values, "model": str(first)}, second, console=Console(quiet=True))
+    finetune({**values, "model": str(source), "reinit": True}, tmp_path / "random", console=Console(quiet=True))
+    shutil.rmtree(source)
+    cards = {}
+    for name, tuned in (("one", first), ("two", second), ("three", tmp_path / "random")):
+        export_model("timm", {"model": str(tuned), "check_images": 3}, tmp_path / name)
+        cards[name] = ModelCard.load(tmp_path / name / "README.md").text
+    facts = (
+        f"| before that, photos | the images of {digits.name} (60), objective mapet, tokenizer pixels, 4 steps, 0.5714 "
+        "epochs |"
+    )
+    assert facts in cards["one"]
+    assert facts in cards["two"]
+    assert f"| before that, first | the images of {digits.name} (50), 1 steps, 0.1667 epochs |" in cards["two"]
+    said = f"after `photos`, which was trained by the objective `mapet` on the images of {digits.name}."
+    assert said in cards["one"]
+    heading = "## Configuration of the run photos, which came before\n\n```yaml\n"
+    assert yaml.safe_load(cards["two"].split(heading)[1].split("```")[0])["objective"] == "mapet"
+    assert "before" not in cards["three"], "random weights have no past"
+    assert str(tmp_path) not in cards["two"]
+
+
+def test_continued_pre_training_remembers_where_it_began(run: Path, digits: Path, tmp_path: Path) -> None:
+    values = {"init": str(run), "data": str(digits), "steps": 1, "batch_size": 8, "vocab_size": 16, "workers": 0}
+    pretrain(values, tmp_path / "more", console=Console(quiet=True))
+    export_model("timm", {"model": str(tmp_path / "more"), "check_images": 3}, tmp_path / "card")
+    card = ModelCard.load(tmp_path / "card" / "README.md").text
+    assert f"| before that, {run.name} | the images of {digits.name} (60), objective mapet" in card

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from tests.conftest import TINY
+
+from mapet import MapetError, load_tokenizer
+from mapet.jobs.pretrain.run import pretrain
+from mapet.jobs.tokenizer.train import train_vqkd
+
+QUIET = Console(quiet=True)
+SMALL: dict[str, Any] = {
+    "image_size": 28,
+    "patch_size": 7,
+    "channels": 1,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "vocab_size": 16,
+    "code_dim": 8,
+    "decoder_depth": 1,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "workers": 0,
+    "teacher": "test_resnet",
+    "teacher_stage": 2,
+    "teacher_size": 64,
+    "crop_min": 0.8,
+    "flip": 0.0,
+}
+
+
+@pytest.fixture
+def values(digits: Path, tmp_path: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "teacher.pth")
+    return {**SMALL, "data": str(digits), "teacher_weights": str(tmp_path / "teacher.pth")}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def test_a_tokenizer_is_trained_and_predicted(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    result = train_vqkd({**values, "steps": 60}, tmp_path / "vqkd", console=QUIET)
+    assert (result["steps"], result["stopped_by"]) == (60, None)
+    found = lines(tmp_path / "vqkd")
+    assert {"loss", "cosine", "codes_used"} <= set(found[0])
+    assert found[-1]["cosine"] > found[0]["cosine"] + 0.2
+    tokenizer = load_tokenizer(tmp_path / "vqkd")
+    assert (tokenizer.kind, tokenizer.grid, tokenizer.vocab_size) == ("vqkd", (4, 4), 16)
+    config = {**TINY, "vocab_size": None, "data": str(digits), "steps": 2, "tokenizer": str(tmp_path / "vqkd")}
+    run = pretrain(config, tmp_path / "run", console=QUIET)
+    assert run.objective.vocab_size == 16
+
+
+def test_a_killed_training_is_resumed_exactly(values: dict[str, Any], tmp_path: Path) -> None:
+    values |= {"steps": 40, "checkpoint_every": 3}
+    train_vqkd(values, tmp_path / "whole", console=QUIET)
+    recipe = tmp_path / "vqkd.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "mapet", "tokenizer", "train", "--config", str(recipe), "--out", str(out)]
+    process = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 8:
+            process.kill()
+        time.sleep(0.005)
+    done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"] == 40
+    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(tmp_path / "whole")]
+    one, two = (load_file(run / "tokenizer" / "tokenizer.safetensors") for run in (out, tmp_path / "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_bad_input(values: dict[str, Any], tmp_path: Path) -> None:
+    for wrong, says in (
+        ({"decoder_depth": 2}, "decoder_depth = 2"),
+        ({"teacher": "tset_resnet"}, "unknown tokenizer or teacher 'tset_resnet'.*'test_resnet'"),
+        ({"patch_size": 5}, "not divisible by the patch size 5"),
+        ({"num_heads": 5}, "num_heads"),
+    ):
+        with pytest.raises(MapetError, match=says):
+            train_vqkd({**values, "steps": 2, **wrong}, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resume_changes_nothing(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_vqkd({**values, "steps": 2}, out, console=QUIET)
+    before = (out / "config.yaml").read_text()
+    shutil.copytree(digits, tmp_path / "other")
+    (tmp_path / "other" / "class 1" / "0.png").unlink()
+    with pytest.raises(MapetError, match="'data' changed"):
+        train_vqkd({"data": str(tmp_path / "other")}, out, resume=True, console=QUIET)
+    assert (out / "config.yaml").read_text() == before
+    shutil.rmtree(out / "tokenizer")
+    train_vqkd({}, out, resume=True, console=QUIET)
+    assert load_tokenizer(out).kind == "vqkd", "what came of a finished run is written again"
+
+
+def test_grey_and_colour_are_turned_into_what_it_reads(values: dict[str, Any], tmp_path: Path) -> None:
+    train_vqkd({**values, "steps": 2}, tmp_path / "run", console=QUIET)
+    tokenizer = load_tokenizer(tmp_path / "run")
+    grey = torch.rand(2, 1, 28, 28)
+    assert torch.equal(tokenizer.encode(grey.expand(-1, 3, -1, -1)), tokenizer.encode(grey))

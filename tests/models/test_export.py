@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from mapet.models.export import export_network
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False}, {"layer_scale": 0.1}])
+def test_timm_loads_the_identical_features(
+    changes: dict[str, Any], tiny_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone = tiny_vit(drop_path=0.3, **changes).eval()
+    export_network(backbone, tmp_path, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(3, 3, 28, 28)
+    assert torch.equal(loaded(images), backbone(images))
+    assert torch.equal(loaded.forward_features(images), backbone.forward_features(images))
+    assert loaded.train()(images).equal(loaded.eval()(images)), "stochastic depth must not be exported"
+    config = timm.data.resolve_model_data_config(loaded)
+    assert tuple(config["mean"]) == (0.1, 0.2, 0.3)
+    assert tuple(config["std"]) == (0.4, 0.5, 0.6)
+    assert config["input_size"] == (3, 28, 28)
+    assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 1.0)
+
+
+def test_a_classifier_keeps_its_classes(tmp_path: Path) -> None:
+    network = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3).eval()
+    export_network(network, tmp_path, (0.5,) * 3, (0.2,) * 3, crop_pct=0.9, classes=("crack", "dent", "whole"))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), network(images))
+    assert loaded.pretrained_cfg["label_names"] == ["crack", "dent", "whole"]
+    assert timm.data.resolve_model_data_config(loaded)["crop_pct"] == 0.9
+
+
+def test_a_network_without_stochastic_depth_and_with_other_resizing(tmp_path: Path) -> None:
+    network = timm.create_model("dla46_c", num_classes=2).eval()
+    export_network(network, tmp_path, (0.5,) * 3, (0.2,) * 3, interpolation="bilinear", license="mit")
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), network(images))
+    assert timm.data.resolve_model_data_config(loaded)["interpolation"] == "bilinear"
+    assert (loaded.pretrained_cfg["license"], loaded.pretrained_cfg["tag"]) == ("mit", "in1k")
+    export_network(network, tmp_path, (0.5,) * 3, (0.2,) * 3, tag="mine")
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).pretrained_cfg["tag"] == "mine"
