@@ -152,7 +152,8 @@ def test_processes_that_join_share_the_cells_and_end_with_the_same_table(digits:
     values = {**VALUES, "objectives": ["mapet", "mim"], "steps": 40, "data": str(digits)}
     script = tmp_path / "run.py"
     script.write_text(
-        f"from mapet.jobs.compare.run import compare\nif __name__ == '__main__':\n    compare({values!r}, {str(out)!r})\n"
+        "from mapet.jobs.compare.run import compare\n"
+        f"if __name__ == '__main__':\n    compare({values!r}, {str(out)!r})\n"
     )
     moved = shutil.copytree(digits, tmp_path / "as another machine sees it")
     first = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
