@@ -1,4 +1,4 @@
-"""The command line: ``mapet VERB``. One verb a file; this one dispatches and turns errors into sentences."""
+"""The command line: ``mapet VERB``. Finds the command, parses its flags, turns errors into sentences."""
 
 from __future__ import annotations
 
@@ -7,55 +7,54 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 
 from mapet import __version__
-from mapet.errors import MapetError
+from mapet.cli.console import set_up_logging
+from mapet.cli.flags import build_parser, given_values
+from mapet.cli.stopping import Stopped, stopped_by_signals
+from mapet.config.base import parse
+from mapet.config.verb import Call, Verb
+from mapet.errors import MapetError, nearest
+
+# Commands by name: the module and the name of their ``Verb``. Only the one that is called is imported.
+VERBS = {
+    "pretrain": "pretrain.verb:PRETRAIN",
+    "compare": "compare.verb:COMPARE",
+    "finetune": "finetune.verb:FINETUNE",
+    "eval knn": "evaluate.verb:KNN",
+    "eval linear": "evaluate.verb:LINEAR",
+    "eval attentive": "evaluate.verb:ATTENTIVE",
+    "eval classify": "evaluate.verb:CLASSIFY",
+    "eval segment": "segment.verb:SEGMENT",
+    "predict": "infer.verb:PREDICT",
+    "embed": "infer.verb:EMBED",
+    "export timm": "export.verb:TIMM",
+    "export onnx": "export.verb:ONNX",
+    "export torch": "export.verb:TORCH",
+    "convert upstream": "convert.verb:UPSTREAM",
+    "tokenizer fit": "tokenizer.verb:FIT",
+    "tokenizer train": "tokenizer.verb:TRAIN",
+    "tokenizer report": "tokenizer.verb:REPORT",
+    "tokenizer encode": "tokenizer.verb:ENCODE",
+    "tokenizer check": "tokenizer.verb:CHECK",
+    "bootstrap": "bootstrap.verb:BOOTSTRAP",
+    "demo": "demo.verb:DEMO",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    # Imported here so that the package's own import does not depend on the command line's parts.
-    from mapet.cli.flags import Parser, parse
-    from mapet.cli.stopping import Stopped, stopped_by_signals
-    from mapet.jobs.bootstrap import verb as bootstrap
-    from mapet.jobs.compare import verb as compare
-    from mapet.jobs.convert import verb as convert
-    from mapet.jobs.demo import verb as demo
-    from mapet.jobs.evaluate import verb as evaluate
-    from mapet.jobs.export import verb as export
-    from mapet.jobs.finetune import verb as finetune
-    from mapet.jobs.infer import embed_verb, predict_verb
-    from mapet.jobs.pretrain import verb as pretrain
-    from mapet.jobs.tokenizer import verb as tokenizer
-
-    parser = Parser(prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images.")
-    parser.add_argument("--version", action="version", version=f"mapet {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (
-        pretrain,
-        compare,
-        finetune,
-        evaluate,
-        predict_verb,
-        embed_verb,
-        export,
-        convert,
-        tokenizer,
-        bootstrap,
-        demo,
-    ):
-        verb.add_parser(verbs)
     try:
         with stopped_by_signals():
-            parsed = parse(parser, arguments)
-            status = int(parsed.run(parsed))
+            status = _run(list(sys.argv[1:] if arguments is None else arguments))
             sys.stdout.flush()
             return status
     except BrokenPipeError:
-        # Who reads has enough, as `head` has; else Python would complain of it when it exits.
+        # The reader has enough, as `head` has; otherwise Python would complain when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (MapetError, OSError) as error:  # of the system: a name too long, a disk or a pipe that is full
+    except (MapetError, OSError) as error:  # OSError: a name that is too long, a full disk or pipe
         print(f"mapet: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,3 +64,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):  # the terminal that hung up
             print(f"mapet: stopped by {stop.signal.name}; nothing is left half-written", file=sys.stderr)
         return 128 + stop.signal
+
+
+def _run(arguments: list[str]) -> int:
+    name = next((" ".join(arguments[:count]) for count in (2, 1) if " ".join(arguments[:count]) in VERBS), None)
+    if name is None:
+        return _without_verb(arguments)
+    verb = load_verb(name)
+    parser = build_parser(name, verb)
+    parsed, unknown = parser.parse_known_args(arguments[len(name.split()) :])
+    if unknown:
+        parser.refuse(unknown)
+    console = set_up_logging()
+    values = given_values(parsed, *verb.configs)
+    # What is wrong is found before torch is imported, which takes seconds.
+    if len(verb.configs) == 1:
+        parse(verb.configs[0], values)
+    if verb.check_data is not None and isinstance(values.get("data"), str):
+        verb.check_data(values["data"])
+    return verb.run(Call(values, getattr(parsed, "out", None), console, parsed))
+
+
+def load_verb(name: str) -> Verb:
+    """Return a command by its name in ``VERBS``."""
+    module, _, attribute = VERBS[name].partition(":")
+    verb: Verb = getattr(import_module(f"mapet.jobs.{module}"), attribute)
+    return verb
+
+
+def _without_verb(arguments: list[str]) -> int:
+    """Say what there is, or what is wrong with arguments that name no command."""
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    group = words[0] if words else ""
+    members = [name for name in VERBS if name == group or name.startswith(f"{group} ")] if group else list(VERBS)
+    if arguments[:1] == ["--version"]:
+        print(f"mapet {__version__}")
+        return 0
+    if not members:
+        groups = dict.fromkeys(name.split()[0] for name in VERBS)
+        raise MapetError(f"unknown command {group!r}{nearest(group, groups) or '; see mapet --help'}")
+    if {"-h", "--help"} & set(arguments):
+        return _print_help(group, members)
+    help_of = f"see mapet {group} --help" if group else "see mapet --help"
+    if len(words) > 1:
+        hint = nearest(words[1], [name.split()[1] for name in members]) or f"; {help_of}"
+        raise MapetError(f"unknown command '{group} {words[1]}'{hint}")
+    raise MapetError(f"a command is missing; {help_of}")
+
+
+def _print_help(group: str, members: Sequence[str]) -> int:
+    print(f"usage: mapet {group or 'VERB'} {'KIND ' if group else ''}...\n")
+    if not group:
+        print("Pre-train a Vision Transformer on your own unlabelled images.\n")
+    width = max(map(len, members))
+    for name in members:
+        print(f"  {name:{width}}  {load_verb(name).summary}")
+    one = f"mapet {group} KIND" if group else "mapet VERB"
+    print(f"\n{one} --help lists the flags of one; mapet --version prints the version.")
+    return 0

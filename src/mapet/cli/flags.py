@@ -1,4 +1,4 @@
-"""Flags made from the configuration: one per key, with its name and description."""
+"""Flags made from the configuration: one per key, with its name and text."""
 
 from __future__ import annotations
 
@@ -7,52 +7,62 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
-from pydantic_core import PydanticUndefined
-
-from mapet.config.base import StrictConfig, has_mark, override
+from mapet.config.base import Config, admits_none, default_of, marked, override, parse
 from mapet.config.recipes import load_recipe
+from mapet.config.verb import Verb
 from mapet.errors import MapetError, nearest
 
-# The longest that file systems take is 255, and beside NAME there is .NAME.lock for a while.
+# File systems take 255 bytes, and beside NAME there is .NAME.lock for a while.
 LONGEST_NAME = 255 - len("..lock")
+
+# Flags of earlier versions: what takes their place.
+RENAMED = {"--context-tokens": "--mask-ratio (share of the patches that are predicted)", "--order": "--masking"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong as every other part of the package does: by MapetError."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.set_defaults(parser=self)  # of the innermost verb, when all is parsed
+    """Reports errors as MapetError, like every other part of the package."""
 
     def error(self, message: str) -> NoReturn:
         """Raise MapetError."""
         raise MapetError(f"{message}; see {self.prog} --help")
 
-    def refuse(self, strange: Sequence[str]) -> NoReturn:
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Raise MapetError for arguments that are not known."""
-        flag = next((argument.partition("=")[0] for argument in strange if argument.startswith("-")), "")
-        raise MapetError(
-            f"unrecognized arguments: {' '.join(strange)}; see {self.prog} --help"
-            f"{nearest(flag, self._option_string_actions, most=1)}"
+        flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), "")
+        if flag in RENAMED:
+            raise MapetError(f"flag {flag} is now {RENAMED[flag]}; see {self.prog} --help")
+        hint = nearest(flag, self._option_string_actions, most=1)
+        raise MapetError(f"unrecognized arguments: {' '.join(unknown)}; see {self.prog} --help{hint}")
+
+
+def build_parser(name: str, verb: Verb) -> Parser:
+    """Return the parser of a command."""
+    parser = Parser(
+        prog=f"mapet {name}",
+        description=verb.about or f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        epilog=f"example:\n{verb.example}" if verb.example else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter if verb.example else argparse.HelpFormatter,
+    )
+    fields = {key: field for config in reversed(verb.configs) for key, field in config.model_fields.items()}
+    for key, text in (verb.positional or {}).items():
+        parser.add_argument(key, nargs=None if verb.required else "?", help=text or fields[key].description)
+    if verb.out is not None:
+        required = verb.out_metavar is not None and verb.needs_out
+        parser.add_argument("--out", required=required, metavar=verb.out_metavar, type=_output_name, help=verb.out)
+    if verb.recipe:
+        default = verb.recipe if isinstance(verb.recipe, str) else None
+        text = "a YAML recipe: a file, or one of the package's by name"
+        parser.add_argument("--config", metavar="RECIPE", default=default, help=text)
+    if verb.resume is not None:
+        parser.add_argument("--resume", action="store_true", help=verb.resume)
+    if verb.json is not None:
+        parser.add_argument("--json", action="store_true", help=verb.json)
+    verb.options(parser)
+    for number, config in enumerate(verb.configs):
+        _add_config_flags(
+            parser, config, {*verb.left_out, *(verb.positional or ())}, "pre-training, " if number else ""
         )
-
-
-def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises:
-        MapetError: for what argparse does not understand.
-    """
-    parsed, strange = parser.parse_known_args(arguments)
-    if strange:
-        parsed.parser.refuse(strange)
-    return parsed
-
-
-def add_out_flag(parser: argparse.ArgumentParser, text: str, metavar: str = "FOLDER", *, required: bool = True) -> None:
-    """Add ``--out``: a name that every part of a command can write, log and put into a file."""
-    parser.add_argument("--out", required=required, metavar=metavar, type=_output_name, help=text)
+    return parser
 
 
 def _output_name(text: str) -> str:
@@ -69,65 +79,24 @@ def _output_name(text: str) -> str:
     return text
 
 
-def add_job_flags(
-    parser: argparse.ArgumentParser,
-    config_class: type[StrictConfig],
-    out: str,
-    data: str = "images; may also stand in the recipe",
-    *,
-    model: bool = False,
-    out_metavar: str = "FOLDER",
-    needs_out: bool = True,
-) -> None:
-    """Add what every job takes: images, ``--out``, a recipe, and the flags of its configuration.
-
-    Args:
-        parser: of the verb.
-        config_class: of the job.
-        out, data: help for these two.
-        model: whether one stands before the images.
-        out_metavar: what ``--out`` takes.
-        needs_out: whether it must be given.
-    """
-    if model:
-        parser.add_argument("model", nargs="?", help=config_class.model_fields["model"].description)
-    parser.add_argument("data", nargs="?", help=data)
-    add_out_flag(parser, out, out_metavar, required=needs_out)
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    add_config_flags(parser, config_class, ("model", "data") if model else ("data",))
-
-
-def add_config_flags(
-    parser: argparse.ArgumentParser,
-    config_class: type[StrictConfig],
-    left_out: Sequence[str] = ("data",),
-    title: str = "",
-) -> None:
-    """Add a flag for every key of a configuration, below a title if it is one of several.
-
-    Left out is for instance what is positional.
-    """
-    common = parser.add_argument_group(f"{title}common")
-    more = parser.add_argument_group(f"{title}more")
-    fields = config_class.model_fields
-    # What is particular to the command comes first.
-    for key in sorted(fields, key=lambda key: key not in config_class.__annotations__):
+def _add_config_flags(parser: argparse.ArgumentParser, config: type[Config], left_out: set[str], title: str) -> None:
+    groups = {True: parser.add_argument_group(f"{title}common"), False: parser.add_argument_group(f"{title}more")}
+    common = marked(config, "common")
+    # Keys of the command itself come before those it shares with others.
+    for key in sorted(config.model_fields, key=lambda key: key not in config.__annotations__):
         if key in left_out:
             continue
-        field = fields[key]
-        group = common if has_mark(config_class, key, "common") else more
-        default = field.get_default(call_default_factory=True)
-        shown = "" if default in (None, PydanticUndefined, False, {}) else f" (default: {_plain(default)})"
-        text = f"{field.description}{shown}".replace("%", "%%")
-        flag = f"--{key.replace('_', '-')}"
+        field, default = config.model_fields[key], default_of(config, key)
+        shown = "" if default in (None, False, {}, ()) else f" (default: {_plain(default)})"
+        options: dict[str, Any] = {"metavar": key.upper()}
         if _is_mapping(field.annotation):
-            group.add_argument(flag, dest=key, nargs="+", metavar="KEY=VALUE", help=text)
+            options = {"nargs": "+", "metavar": "KEY=VALUE"}
         elif _takes_several(field.annotation):
-            group.add_argument(flag, dest=key, nargs="+", metavar=key.upper(), help=text)
+            options["nargs"] = "+"
         elif bool in (field.annotation, *get_args(field.annotation)):
-            group.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            group.add_argument(flag, dest=key, metavar=key.upper(), help=text)
+            options = {"action": argparse.BooleanOptionalAction}
+        text = f"{field.description}{shown}".replace("%", "%%")
+        groups[key in common].add_argument(f"--{key.replace('_', '-')}", dest=key, help=text, **options)
 
 
 def _takes_several(annotation: object) -> bool:
@@ -145,64 +114,35 @@ def _plain(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def given_values(parsed: argparse.Namespace, *config_classes: type[StrictConfig]) -> dict[str, Any]:
-    """Return the recipe's values overridden by the flags that were given, of one or several configurations."""
-    recipe: dict[str, Any] = {}
-    if getattr(parsed, "config", None) is not None:
-        recipe = load_recipe(parsed.config)
-    fields = {key: field for config_class in config_classes for key, field in config_class.model_fields.items()}
+def given_values(parsed: argparse.Namespace, *configs: type[Config]) -> dict[str, Any]:
+    """Return the recipe's values overridden by the flags that were given.
+
+    Values of the recipe are checked too, even where a flag replaces them: a wrong one is an error of the recipe.
+    """
+    recipe = load_recipe(parsed.config, *configs) if getattr(parsed, "config", None) is not None else {}
+    for config in configs:
+        own = {key: recipe[key] for key in config.model_fields if key in recipe}
+        parse(config, own, f"recipe {getattr(parsed, 'config', None)}")
     given: dict[str, Any] = {}
-    for key, field in fields.items():
-        text = getattr(parsed, key, None)
-        if text is None:
-            continue
-        if _is_mapping(field.annotation):
-            before = recipe.get(key)
-            given[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
-        elif isinstance(text, list):
-            given[key] = [_parse(part) for item in text for part in item.split(",")]
-        elif isinstance(text, bool):
-            given[key] = text
-        else:
-            optional = field.default is None
-            as_text = key in _TEXT_KEYS and not (optional and text == "none")
-            given[key] = text if as_text else _parse(text)
-    return override(recipe, given)
+    for config in configs:
+        for key, field in config.model_fields.items():
+            text = getattr(parsed, key, None)
+            if text is None:
+                continue
+            if _is_mapping(field.annotation):
+                before = recipe.get(key)
+                given[key] = {**(before if isinstance(before, dict) else {}), **dict(_pair(key, item) for item in text)}
+            elif isinstance(text, list):
+                given[key] = [part for item in text for part in item.split(",")]
+            elif isinstance(text, str) and text.lower() == "none" and admits_none(config, key):
+                given[key] = None
+            else:
+                given[key] = text
+    return override(recipe, given, *configs)
 
 
-_TEXT_KEYS = frozenset(
-    {
-        "check",
-        "data",
-        "eval_data",
-        "file",
-        "image_size",
-        "init",
-        "license",
-        "model",
-        "precision",
-        "teacher",
-        "teacher_weights",
-        "tokenizer",
-        "tokens",
-    }
-)
-
-
-def _parse(text: str) -> Any:
-    """Read a flag as YAML reads a value, so that both ways of saying it mean the same."""
-    if text.lower() == "none":
-        return None
-    try:
-        value = yaml.safe_load(text)
-        # YAML 1.1 takes 1e-3 for a string: it wants a point.
-        return float(value) if isinstance(value, str) else value
-    except (ValueError, yaml.YAMLError):
-        return text
-
-
-def _pair(flag: str, item: str) -> tuple[str, Any]:
+def _pair(flag: str, item: str) -> tuple[str, str]:
     key, equals, value = item.partition("=")
     if not equals:
         raise MapetError(f"--{flag.replace('_', '-')} takes KEY=VALUE, for instance depth=4, not {item!r}")
-    return key, _parse(value)
+    return key, value

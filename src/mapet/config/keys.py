@@ -1,13 +1,14 @@
-"""Groups of keys that several configurations have in common."""
+"""Types of keys, and groups of keys that several configurations share."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from mapet.config.base import Common, Free, StrictConfig
+from mapet.config.base import CHOSEN, Config, key
 from mapet.errors import MapetError
 
 # Upper bounds are far above what is of use, and below what would fail late, or overflow.
@@ -19,292 +20,282 @@ VocabSize = Annotated[int, Field(ge=2, le=2**20)]
 LearningRate = Annotated[float, Field(gt=0, le=1e3)]
 LeastRate = Annotated[float, Field(ge=0, le=1e3)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 # YAML reads a bare no as false.
 NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
+KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
 
-# Of defaults: the steps that a batch leaves an epoch, and the batch below which the learning rate falls no further.
+# Defaults of a batch: the steps that it leaves an epoch, and the batch below which the learning rate falls no further.
 LEAST_STEPS_PER_EPOCH, LEAST_SCALED_BATCH = 10, 32
 
 
-class DataKeys(StrictConfig):
+class DataKeys(Config):
     """Which images, and how they are read."""
 
-    data: str = Field(
-        min_length=1,
-        description="a folder of images (nested, unlabelled), a text file of paths, or a demo set "
-        "(mnist, fashion-mnist)",
-        json_schema_extra={**Common, **Free},  # guarded by a fingerprint of the images instead
+    data: Text = key(  # a resumed run is held to the fingerprint of its images instead
+        ...,
+        "a folder of images (nested, unlabelled), a text file of paths, or a demo set (mnist, fashion-mnist)",
+        common=True,
+        free=True,
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seeds everything that is random", json_schema_extra=Common)
-    max_damaged: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="stop when more than this share of the images cannot be read",
-        json_schema_extra=Free,
-    )
-    workers: int | None = Field(
-        None,
-        ge=0,
-        le=1024,
-        description="processes that load images; default: chosen by cores and device",
-        json_schema_extra=Free,
+    seed: int = key(0, "seed of everything that is random", common=True, single=True, ge=0, lt=2**63)
+    max_damaged: Share = key(0.1, "stop when more than this share of the images cannot be read", free=True)
+    workers: int | None = key(
+        None, "processes that load images; default: chosen by cores and device", free=True, ge=0, le=1024
     )
 
 
 class InputKeys(DataKeys):
     """What the networks get."""
 
-    channels: int = Field(3, description="1 (grey) or 3 (RGB): what images are converted to")
+    channels: Literal[1, 3] = key(3, "1 (grey) or 3 (RGB): what images are converted to")
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class NetworkKeys(StrictConfig):
+class NetworkKeys(Config):
     """A trained model, and the size of its input."""
 
-    model: str = Field(
-        min_length=1,
-        description="a run folder, an exported folder, or the name of a timm model or of one that comes with mapet "
-        "(also local-dir:FOLDER, hf-hub:ID)",
-        json_schema_extra=Common,
+    model: Text = key(
+        ...,
+        "a run folder, an exported folder, or the name of a timm model or of one that comes with mapet (also "
+        "local-dir:FOLDER, hf-hub:ID)",
+        common=True,
     )
-    image_size: tuple[Pixels, Pixels] | None = Field(
+    image_size: tuple[Pixels, Pixels] | None = key(
         None,
-        description="side of the input in pixels, or rows x columns as 192x256; position embeddings are resized; "
-        "default: the model's",
-        json_schema_extra=Common,
+        "side of the input in pixels, or rows x columns as 192x256; position embeddings are resized; default: the "
+        "model's",
+        common=True,
     )
-    reinit: bool = Field(False, description="random weights instead of the model's own: what is to be beaten")
+    reinit: bool = key(False, "random weights instead of the model's own: what is to be beaten")
 
     @field_validator("image_size", mode="before")
     @classmethod
-    def _one_side_or_two(cls, value: object) -> object:
+    def _one_side_or_two(cls, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
-            value = (value, value)
-        elif isinstance(value, str):
+            return (value, value)
+        if isinstance(value, str):
             parts = value.lower().split("x")
             if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
                 raise ValueError("write a number of pixels, or ROWSxCOLUMNS such as 192x256")
-            value = tuple(int(part) for part in (parts * 2)[:2])
+            return tuple(int(part) for part in (parts * 2)[:2])
         return value
 
 
 class ModelKeys(NetworkKeys):
     """A trained model, and how images are put into it."""
 
-    crop_pct: float | None = Field(
-        None, ge=0.01, le=1, description="share of the resized image's side that the model sees; default: the model's"
+    crop_pct: float | None = key(
+        None, "share of the resized image's side that the model sees; default: the model's", ge=0.01, le=1
     )
 
 
-class PrecisionKeys(StrictConfig):
+class PrecisionKeys(Config):
     """The arithmetic of a network that is applied."""
 
-    precision: Annotated[Literal["no", "bf16", "fp16"], NoIsAWord] = Field(
-        "no", description="precision of the network; no: float32"
-    )
+    precision: Annotated[Literal["no", "bf16", "fp16"], NoIsAWord] = key("no", "precision of the network; no: float32")
 
 
 class InferenceKeys(ModelKeys, PrecisionKeys, DataKeys):
     """A trained model applied to images, in order."""
 
-    batch_size: BatchSize = Field(256, description="images at a time", json_schema_extra=Common)
+    batch_size: BatchSize = key(256, "images at a time", common=True)
 
 
-class PatchKeys(StrictConfig):
+class PatchKeys(Config):
     """The student's grid."""
 
-    image_size: Pixels = Field(224, description="side of the student's input in pixels", json_schema_extra=Common)
-    patch_size: Pixels = Field(16, description="side of the student's patches in pixels", json_schema_extra=Common)
+    image_size: Pixels = key(224, "side of the student's input in pixels", common=True)
+    patch_size: Pixels = key(16, "side of the student's patches in pixels", common=True)
 
 
 class TokenizerKeys(DataKeys):
-    """A tokenizer that there is, and the images it is given."""
+    """A tokenizer that exists, and the images it is given."""
 
-    tokenizer: str = Field(
-        min_length=1, description="the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", json_schema_extra=Common
-    )
-    teacher_weights: str | None = Field(
-        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
-    )
-    channels: int | None = Field(
-        None, description="1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
+    tokenizer: Text = key(..., "the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", common=True)
+    teacher_weights: str | None = key(None, "of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE")
+    channels: Literal[1, 3] | None = key(
+        None, "1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
     )
 
+    _number = field_validator("channels", mode="before")(InputKeys._number.__func__)  # type: ignore[attr-defined]
 
-class TeacherKeys(StrictConfig):
-    """Which part of a teacher is asked, and how."""
 
-    teacher_stage: str | int | None = Field(
+class TeacherKeys(Config):
+    """Which part of a teacher gives features, and how."""
+
+    teacher_stage: str | int | None = key(
         None,
-        description="where to cut the teacher: a stage's or block's number (timm; -1: the last) or a node's name "
+        "where to cut the teacher: the number of a stage or block (timm; -1: the last) or the name of a node "
         "(torchvision)",
     )
-    teacher_size: Pixels | None = Field(
-        None, description="side of the teacher's input in pixels; default: --image-size"
-    )
-    teacher_weights: str | None = Field(
+    teacher_size: Pixels | None = key(None, "side of the teacher's input in pixels; default: --image-size")
+    teacher_weights: str | None = key(
         None,
-        description="weights of the teacher or of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE, "
-        "perhaps with #sha256=HEX; default: the published ones",
+        "weights of the teacher or of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE, perhaps with "
+        "#sha256=HEX; default: the published ones",
     )
 
 
 class KMeansKeys(TeacherKeys):
     """How a codebook is fitted by k-means."""
 
-    vocab_size: VocabSize | None = Field(
-        None,
-        description="ids of a tokenizer to be fitted; default: as many as the data supports, up to 8192 (pixels: 1024)",
+    vocab_size: VocabSize | None = key(
+        None, "ids of a tokenizer to be fitted; default: as many as the data supports, up to 8192 (pixels: 1024)"
     )
-    contrast: bool = Field(True, description="k-pixels: normalise each patch to mean 0, variance 1")
-    spherical: bool = Field(False, description="k-means by direction: features are scaled to length 1")
-    kmeans_iterations: int = Field(20, ge=1, le=10**4, description="iterations of k-means")
-    kmeans_restarts: int = Field(1, ge=1, le=1000, description="runs of k-means, of which the best is kept")
-    points_per_centroid: Count | None = Field(
-        None, description="patches sampled for each id; default: up to 256, fewer where k-means would take hours"
+    contrast: bool = key(True, "k-pixels: normalise each patch to mean 0, variance 1")
+    spherical: bool = key(False, "k-means by direction: features are scaled to length 1")
+    kmeans_iterations: int = key(20, "iterations of k-means", ge=1, le=10**4)
+    kmeans_restarts: int = key(1, "runs of k-means, of which the best is kept", ge=1, le=1000)
+    points_per_centroid: Count | None = key(
+        None, "patches sampled for each id; default: up to 256, fewer where k-means would take hours"
     )
-    sample_gib: float = Field(4.0, gt=0, le=2**20, description="most memory for the sampled patches, in GiB")
-
-    def check_teacher(self, name: str | None) -> None:
-        """Raise ValueError if something is said of a teacher that there is not."""
-        if name in (None, "pixels"):
-            for key in TeacherKeys.model_fields:
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} is given, but there is no teacher; name one")
+    sample_gib: float = key(4.0, "most memory for the sampled patches, in GiB", gt=0, le=2**20)
 
 
-class ViewKeys(StrictConfig):
-    """How an image is cropped; keys left out are those of the token store, if there is one."""
+def check_teacher(given: Mapping[str, Any], name: str | None) -> None:
+    """Raise ValueError if a key of a teacher is given, but there is no teacher."""
+    for setting in TeacherKeys.model_fields:
+        if name in (None, "pixels") and given.get(setting) is not None:
+            raise ValueError(f"{setting} is given, but there is no teacher; name one")
 
-    crop_min: float | None = Field(
-        None, gt=0, le=1, description="least share of the image that a random crop covers; default: 0.2"
-    )
-    flip: float | None = Field(None, ge=0, le=1, description="probability of a horizontal flip; default: 0.5")
-    mirror: bool | None = Field(
-        None, description="with --views: each crop in both orientations, whatever --flip; default: false"
-    )
 
-    @property
-    def view_settings(self) -> dict[str, float | bool]:
-        """The keys above, with their defaults."""
-        return {
-            "crop_min": 0.2 if self.crop_min is None else self.crop_min,
-            "flip": 0.5 if self.flip is None else self.flip,
-            "mirror": bool(self.mirror),
+class ViewKeys(Config):
+    """How an image is cropped; keys that are left out are those of the token store, if there is one."""
+
+    crop_min: float = key(CHOSEN, "least share of the image that a random crop covers; default: 0.2", gt=0, le=1)
+    flip: Share = key(CHOSEN, "probability of a horizontal flip; default: 0.5")
+    mirror: bool = key(CHOSEN, "with --views: each crop in both orientations, whatever --flip; default: false")
+
+    @classmethod
+    def choose(cls, given: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+        """Return the keys of a view."""
+        return {"crop_min": 0.2, "flip": 0.5, "mirror": False} | {
+            name: given[name] for name in ViewKeys.model_fields if name in given
         }
 
 
 class TrainKeys(DataKeys):
-    """How the loop trains, whatever it trains."""
+    """How the trainer trains, whatever it trains."""
 
     default_epochs: ClassVar[int] = 300
+    default_batch: ClassVar[int] = 256
+    published_rate: ClassVar[tuple[float, int]] = 1.5e-3, 2048  # learning rate, and the batch size it is for
 
-    batch_size: BatchSize = Field(
-        256,
-        description="images per optimiser step, over all devices; if not given, fewer for fewer than 2,560 images, so "
-        "that an epoch has ten steps or more",
-        json_schema_extra=Common,
+    batch_size: BatchSize = key(
+        CHOSEN,
+        "images per optimiser step, over all devices; default: 256, or fewer for fewer than 2,560 images, so that an "
+        "epoch has ten steps or more",
+        common=True,
     )
-    epochs: Epochs | None = Field(
-        None, description="passes over the data; default: see --steps", json_schema_extra=Common
+    epochs: Epochs | None = key(None, "passes over the data; default: 300", common=True, instead_of="steps")
+    steps: Count = key(CHOSEN, "optimiser steps, instead of --epochs", common=True, instead_of="epochs")
+    lr: LearningRate = key(
+        CHOSEN,
+        "peak learning rate; default: the paper's 1.5e-3 at batch 2048, scaled by the square root of the batch size, "
+        "of 32 images at least",
+        common=True,
+        instead_of="lrs",
     )
-    steps: Count | None = Field(
-        None, description="optimiser steps, instead of --epochs; without both 300 epochs", json_schema_extra=Common
+    min_lr: LeastRate = key(1e-5, "learning rate at the end of the cosine")
+    warmup_lr: LeastRate = key(1e-6, "learning rate at the first step")
+    warmup: float = key(10 / 300, "share of the run that warms up", ge=0, lt=1)
+    weight_decay: WeightDecay = key(0.05, "AdamW's weight decay")
+    beta2: float = key(0.999, "AdamW's second beta (the first is 0.9)", gt=0, lt=1)
+    clip_grad: float = key(3.0, "largest gradient norm; above it gradients are scaled down", gt=0, le=1e30)
+    accumulate: BatchSize = key(1, "micro-batches per optimiser step; saves memory")
+    precision: Annotated[Literal["no", "bf16", "fp16"], NoIsAWord] = key(
+        CHOSEN, "mixed precision: bf16, fp16 or no; default (auto): bf16 where the device has it fast, else no"
     )
-    lr: LearningRate | None = Field(
-        None,
-        description="peak learning rate; by default the paper's 1.5e-3 at batch 2048, scaled by the square root "
-        "of the batch size, of 32 images at least",
-        json_schema_extra=Common,
-    )
-    min_lr: LeastRate = Field(1e-5, description="learning rate at the end of the cosine")
-    warmup_lr: LeastRate = Field(1e-6, description="learning rate at the first step")
-    warmup: float = Field(10 / 300, ge=0, lt=1, description="share of the run that warms up")
-    weight_decay: WeightDecay = Field(0.05, description="AdamW's weight decay")
-    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second beta (the first is 0.9)")
-    clip_grad: float = Field(
-        3.0, gt=0, le=1e30, description="largest gradient norm; above it gradients are scaled down"
-    )
-    accumulate: BatchSize = Field(1, description="micro-batches per optimiser step; saves memory")
-    precision: Annotated[Literal["auto", "no", "bf16", "fp16"], NoIsAWord] = Field(
-        "auto", description="mixed precision; auto: bf16 where the device has it fast, else no"
-    )
-    checkpoint_every: Count | None = Field(
-        None, description="optimiser steps between checkpoints; default: one epoch", json_schema_extra=Free
-    )
-    log_every: Count = Field(1, description="optimiser steps between lines of metrics.jsonl", json_schema_extra=Free)
+    checkpoint_every: Count = key(CHOSEN, "optimiser steps between checkpoints; default: one epoch", free=True)
+    log_every: Count = key(1, "optimiser steps between lines of metrics.jsonl", free=True)
 
-    @model_validator(mode="after")
-    def _check_length(self) -> Self:
-        if self.epochs is not None and self.steps is not None:
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _auto_is_not_given(cls, value: Any) -> Any:
+        return None if value == "auto" else value
+
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> None:
+        """Refuse both epochs and steps."""
+        if given.get("epochs") is not None and given.get("steps") is not None:
             raise ValueError("give epochs or steps, not both")
-        if "batch_size" in self.model_fields_set and self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        return self
 
-    @property
-    def peak_lr(self) -> float:
-        """The given peak learning rate, or the paper's scaled to the batch size."""
-        return self.lr if self.lr is not None else 1.5e-3 * self.lr_scale(2048)
-
-    def lr_scale(self, published_batch: int) -> float:
-        """Return what multiplies the learning rate that was published for another batch size.
-
-        Adam's steps do not grow with the gradient, so noise, not size, sets the rate: hence the root
-        (Malladi et al., 2205.10287) where the linear rule belongs to SGD.
-        """
-        return math.sqrt(max(self.batch_size, LEAST_SCALED_BATCH) / published_batch)
-
-    @property
-    def images_together(self) -> int:
-        """What the size of a micro-batch must be a multiple of."""
-        return 1
-
-    def resolve(self, images: int, processes: int = 1) -> Self:
-        """Fill in what has a default depending on other values, so that a saved file says it all.
+    @classmethod
+    def choose(
+        cls, given: Mapping[str, Any], *, images: int, processes: int = 1, precision: str = "no", **facts: Any
+    ) -> dict[str, Any]:
+        """Fill in batch size, length, learning rate, precision and the time between checkpoints.
 
         Args:
+            given: by the user.
             images: size of the data set.
             processes: that train together.
+            precision: that the device has fast.
+            facts: of other keys.
 
         Raises:
             MapetError: if a batch is larger than the data set, or cannot be shared out evenly.
         """
-        parts = processes * self.accumulate
-        shared = f"among {processes} processes with {self.accumulate} micro-batches each"
-        if images < parts * self.images_together:
-            raise MapetError(
-                f"{images} images are too few to be shared out {shared}, {self.images_together} at a time; add images, "
-                "or take fewer processes and micro-batches"
-            )
-        batch_size = self.batch_size
-        if "batch_size" not in self.model_fields_set:
-            batch_size = self._default_batch(images, parts * self.images_together)
-        if batch_size > images:
-            raise MapetError(
-                f"batch size {batch_size} is larger than the data set of {images} images; pass --batch-size {images} "
-                "or less"
-            )
-        if batch_size % parts:
-            raise MapetError(f"batch size {batch_size} cannot be divided {shared}; take a multiple of {parts}")
-        config = self.model_copy(update={"batch_size": batch_size})
-        epochs = self.epochs if self.epochs is not None or self.steps is not None else self.default_epochs
-        update = {
+        batch_size = cls.choose_batch(given, images, processes)
+        per_epoch = images // batch_size
+        epochs = None if "steps" in given else given.get("epochs") or cls.default_epochs
+        rate, batch = cls.published_rate
+        # Adam's steps do not grow with the gradient, so noise, not size, sets the rate: hence the root (Malladi et al.,
+        # 2205.10287) where the linear rule belongs to SGD.
+        scaled = rate * math.sqrt(max(batch_size, LEAST_SCALED_BATCH) / batch)
+        return {
+            "batch_size": batch_size,
             "epochs": epochs,
-            "lr": config.peak_lr,
-            "checkpoint_every": self.checkpoint_every or images // batch_size,
+            "steps": given["steps"] if epochs is None else epochs * per_epoch,
+            "lr": given.get("lr", scaled),
+            "precision": given.get("precision", precision),
+            "checkpoint_every": given.get("checkpoint_every", per_epoch),
         }
-        return config.model_copy(update=update)
 
-    def _default_batch(self, images: int, unit: int) -> int:
-        """Return the multiple of ``unit`` nearest below what leaves ten steps an epoch, and at least one."""
-        power_of_two = 1 << max(1, (images // LEAST_STEPS_PER_EPOCH).bit_length() - 1)
-        return max(1, min(self.batch_size, power_of_two, images) // unit) * unit
+    @classmethod
+    def images_together(cls, given: Mapping[str, Any]) -> int:
+        """Return what the size of a micro-batch must be a multiple of."""
+        return 1
 
-    def total_steps(self, images: int) -> int:
-        """Optimiser steps of the whole run."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None, "resolve() sets epochs or steps"
-        return self.epochs * (images // self.batch_size)
+    @classmethod
+    def choose_batch(cls, given: Mapping[str, Any], images: int, processes: int) -> int:
+        """Return the batch size, as given or chosen.
+
+        Raises:
+            MapetError: if it is larger than the data set, or cannot be shared out evenly.
+        """
+        parts = processes * given.get("accumulate", 1)
+        together = cls.images_together(given)
+        unit = parts * together
+        if images < unit:
+            raise MapetError(
+                f"{images} images are too few to be shared out among {processes} processes with {parts // processes} "
+                f"micro-batches each, {together} at a time; add images, or take fewer processes and micro-batches"
+            )
+        if "batch_size" not in given:
+            # The power of two that leaves an epoch ten steps.
+            power = 1 << max(1, (images // LEAST_STEPS_PER_EPOCH).bit_length() - 1)
+            return max(1, min(cls.default_batch, power, images) // unit) * unit
+        size: int = given["batch_size"]
+        if size > images:
+            raise MapetError(
+                f"batch size {size} is larger than the data set of {images} images; pass --batch-size {images} or less"
+            )
+        if size % parts:
+            raise MapetError(
+                f"batch size {size} cannot be divided among {processes} processes with {parts // processes} "
+                f"micro-batches each; take a multiple of {parts}"
+            )
+        if size // parts % together:
+            raise MapetError(
+                f"mixup and cutmix pair the images of a batch, so {size // parts} at a time is odd; take --batch-size "
+                f"{size + parts}, or --mixup 0 --cutmix 0"
+            )
+        return size

@@ -1,50 +1,45 @@
 """Checkpoints: everything that continuing needs.
 
-A checkpoint is a folder of ``objective.safetensors``, ``optimizer.safetensors`` and ``state.json``. There is
-no random state in it: all randomness is a function of the seed and the step.
+A checkpoint is a folder of ``task.safetensors``, ``optimizer.safetensors`` and ``state.json``. There is no random state
+in it: all randomness is a function of the seed and the step.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapet.config.base import StrictConfig, make_config
 from mapet.errors import MapetError
 
-Count = Annotated[int, Field(ge=0)]
+TASK_FILE, OPTIMIZER_FILE, STATE_FILE = "task.safetensors", "optimizer.safetensors", "state.json"
 
 
-class _Strict(StrictConfig):
-    """Nothing is converted: what is written is read."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class MadeFrom(_Strict):
-    """What a run trains on; a resumed run must have the same, but for the processes.
+@dataclass(frozen=True)
+class MadeFrom:
+    """What a run trains on; a resumed run must have the same images and targets.
 
     Attributes:
         images: how many.
-        fingerprint: of the data set.
+        fingerprint: of the image set.
         targets: hash of what makes the targets.
         processes: that trained together.
     """
 
-    images: Count
+    images: int
     fingerprint: str
     targets: str
-    processes: int = Field(ge=1)
+    processes: int
 
 
-class State(_Strict):
+@dataclass(frozen=True)
+class State:
     """What a checkpoint holds besides tensors.
 
     Attributes:
@@ -55,89 +50,78 @@ class State(_Strict):
         scaler: state of fp16's gradient scaler; None in other precisions.
     """
 
-    step: Count
-    total_steps: Count
+    step: int
+    total_steps: int
     made_from: MadeFrom
-    damaged: list[Count]
+    damaged: list[int]
     scaler: dict[str, float | int] | None
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        if any(index >= self.made_from.images for index in self.damaged):
-            raise ValueError(f"damaged has the index {max(self.damaged)}, but there are {self.made_from.images} images")
-        return self
 
-
-class _Saved(State):
-    """``state.json``; ``optimizer`` holds those slots of the optimizer that are numbers, by parameter and name."""
-
-    optimizer: dict[str, float | int]
-
-
-def write_checkpoint(folder: Path, objective: nn.Module, optimizer: Optimizer, state: State) -> None:
+def write_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer, state: State) -> None:
     """Write a checkpoint into an existing folder.
 
-    Args:
-        folder: where.
-        objective: the module that is trained.
-        optimizer: its optimizer; its slots must be tensors and numbers, as torch's and timm's are. Its settings are
-            the configuration's, and not saved.
-        state: the rest.
+    The optimizer's slots must be tensors and numbers, as torch's and timm's are. Its settings are the configuration's
+    and are not saved.
     """
-    save_file(_contiguous(objective.state_dict()), folder / "objective.safetensors")
-    tensors, numbers = {}, {}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for name, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                numbers[f"{index}.{name}"] = value
-    save_file(_contiguous(tensors), folder / "optimizer.safetensors")
-    saved = {**state.model_dump(), "optimizer": numbers}
-    (folder / "state.json").write_text(json.dumps(saved, indent=1) + "\n")
+    save_file(_contiguous(task.state_dict()), folder / TASK_FILE)
+    slots = {
+        f"{index}.{name}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    tensors = {name: value for name, value in slots.items() if isinstance(value, Tensor)}
+    save_file(_contiguous(tensors), folder / OPTIMIZER_FILE)
+    numbers = {name: value for name, value in slots.items() if name not in tensors}
+    (folder / STATE_FILE).write_text(json.dumps({**asdict(state), "optimizer": numbers}, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> State:
     """Read a checkpoint's ``state.json``.
 
     Raises:
-        MapetError: if it is missing, damaged or was edited.
+        MapetError: if it is missing or damaged.
     """
-    file = folder / "state.json"
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[State, dict[str, Any]]:
+    """Return the state, and the optimizer's slots that are numbers."""
     try:
-        content = json.loads(file.read_text())
-        if not isinstance(content, dict):
-            raise TypeError(f"{file} holds a {type(content).__name__}")
-        return make_config(_Saved, content, str(file))
-    except (OSError, ValueError, TypeError, RecursionError, MapetError) as error:
+        content = json.loads((folder / STATE_FILE).read_text())
+        numbers = content.pop("optimizer")
+        state = State(**{**content, "made_from": MadeFrom(**content["made_from"])})
+        if not 0 <= state.step <= state.total_steps or any(i >= state.made_from.images for i in state.damaged):
+            raise ValueError(f"step {state.step} of {state.total_steps}, {state.made_from.images} images")
+        return state, numbers
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged_checkpoint(folder, error) from error
 
 
-def read_checkpoint(folder: Path, objective: nn.Module, optimizer: Optimizer) -> State:
-    """Load a checkpoint into an objective and its optimizer; return the state given to ``write_checkpoint``.
+def read_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer) -> State:
+    """Load a checkpoint into a task and its optimizer; return the state given to ``write_checkpoint``.
 
     Raises:
         MapetError: if the checkpoint is damaged or belongs to another architecture.
     """
-    state = read_state(folder)
-    assert isinstance(state, _Saved)
+    state, numbers = _read(folder)
     try:
-        objective.load_state_dict(load_file(folder / "objective.safetensors"))
+        task.load_state_dict(load_file(folder / TASK_FILE))
         slots: dict[int, dict[str, Any]] = {}
-        entries: dict[str, Any] = {**load_file(folder / "optimizer.safetensors"), **state.optimizer}
-        for key, value in entries.items():
-            index, name = key.split(".", 1)
-            slots.setdefault(int(index), {})[name] = value
+        for name, value in {**load_file(folder / OPTIMIZER_FILE), **numbers}.items():
+            index, slot = name.split(".", 1)
+            slots.setdefault(int(index), {})[slot] = value
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise damaged_checkpoint(folder, error) from error
-    return State(**state.model_dump(exclude={"optimizer"}))
+    return state
 
 
 def damaged_checkpoint(folder: Path, error: Exception) -> MapetError:
-    """Say that a checkpoint cannot be used, and why."""
+    """Return the error for a checkpoint that cannot be used, with the reason."""
     reason = " ".join(str(error).split())[:300]
-    return MapetError(f"checkpoint {folder} cannot be read ({reason}); remove it to start again from the beginning")
+    return MapetError(
+        f"checkpoint {folder} is damaged ({reason}); restore it, or remove it to start from the beginning"
+    )
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

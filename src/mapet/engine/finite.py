@@ -1,8 +1,9 @@
-"""When a loss or gradient stops being a number: say why before any weight is touched."""
+"""When a loss or gradient is NaN or infinite: say why before any weight is touched."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from mapet.errors import MapetError
 
 
 def check_finite(
-    *, step: int, loss: float, grad_norm: float, lr: float, precision: str, inputs: Tensor, objective: nn.Module
+    *, step: int, loss: float, grad_norm: float, lr: float, precision: str, inputs: Sequence[Tensor], task: nn.Module
 ) -> None:
     """Raise if the step's loss or gradient is NaN or infinite. Call it before the optimizer steps.
 
@@ -21,13 +22,13 @@ def check_finite(
     """
     if math.isfinite(loss) and (math.isfinite(grad_norm) or precision == "fp16"):
         return
-    broken = [name for name, parameter in objective.named_parameters() if not parameter.isfinite().all()]
-    if not inputs.isfinite().all():
-        cause = "the input images contain NaN or infinity; look at --mean, --std and the files"
+    broken = [name for name, parameter in task.named_parameters() if not parameter.isfinite().all()]
+    if not all(bool(part.isfinite().all()) for part in inputs):
+        cause = "the input contains NaN or infinity; look at --mean, --std and the files"
     elif broken:
         cause = f"the weights were not finite before the step (first {broken[0]!r}); resume from the checkpoint"
     elif math.isfinite(loss):
-        gradients = ((name, p.grad) for name, p in objective.named_parameters() if p.grad is not None)
+        gradients = ((name, p.grad) for name, p in task.named_parameters() if p.grad is not None)
         first = next((name for name, grad in gradients if not grad.isfinite().all()), "their norm")
         cause = f"the gradients overflowed (first {first!r}); start another run with a lower --lr or a longer --warmup"
     else:

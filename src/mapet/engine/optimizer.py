@@ -1,28 +1,51 @@
-"""The optimizer of the paper's recipes."""
+"""The optimizer of the paper's recipes, and its learning rate as a pure function of the step."""
 
 from __future__ import annotations
+
+import math
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW
 
+from mapet.config.keys import TrainKeys
 
-def build_optimizer(
-    trained: nn.Module, lr: float, weight_decay: float, beta2: float, layer_decay: float | None = None
-) -> AdamW:
-    """AdamW with decay for matrices only: not for vectors, biases, norms and position embeddings.
+
+def build_optimizer(trained: nn.Module, config: TrainKeys, layer_decay: float | None = None) -> AdamW:
+    """Return AdamW that decays matrices only: not vectors, biases, norms and position embeddings.
 
     Args:
-        trained: an objective, or with ``layer_decay`` a timm network.
-        lr: peak learning rate.
-        weight_decay: of the matrices.
-        beta2: AdamW's.
-        layer_decay: factor from each block's learning rate to that of the one before it (BEiT, 2106.08254); it goes
+        trained: a task, or with ``layer_decay`` a timm network.
+        config: learning rate, weight decay and the second beta.
+        layer_decay: factor from each block's learning rate to that of the block before it (BEiT, 2106.08254); it goes
             into the groups' ``lr_scale``. None: the same for all.
     """
     exempt: set[str] = getattr(trained, "no_weight_decay", set)()
     if layer_decay is None:
-        groups = param_groups_weight_decay(trained, weight_decay, no_weight_decay_list=exempt)
+        groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
     else:
-        groups = param_groups_layer_decay(trained, weight_decay, exempt, layer_decay=layer_decay)
-    return AdamW(groups, lr=lr, betas=(0.9, beta2))
+        groups = param_groups_layer_decay(trained, config.weight_decay, exempt, layer_decay=layer_decay)
+    return AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+
+
+def learning_rate(config: TrainKeys, step: int) -> float:
+    """Return the learning rate of a step of a run."""
+    return warmup_cosine(
+        step,
+        total=config.steps,
+        warmup=round(config.warmup * config.steps),
+        start=min(config.warmup_lr, config.lr),
+        peak=config.lr,
+        end=min(config.min_lr, config.lr),
+    )
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, start: float, peak: float, end: float) -> float:
+    """Return a rate at ``step`` of ``total``: linear from ``start`` to ``peak``, then a cosine to ``end``.
+
+    The first of ``warmup`` steps has ``start``, step ``warmup`` has ``peak``, the last step nearly ``end``.
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))

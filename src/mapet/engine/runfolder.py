@@ -1,16 +1,16 @@
-"""The run folder: where things lie in it, and who may write to it.
+"""The run folder: where things lie in it, and which process may write to it.
 
-config.yaml          the resolved configuration
-log.txt              what was logged, damaged images by name
+config.yaml          the settled configuration
+log.txt              the log, with damaged images by name
 metrics.jsonl        a line per logged step
 tensorboard/         the same as TensorBoard events
 tokenizer/           the fitted tokenizer
-baseline.json        what can be had without looking at the images
-origin.json          what the run says of itself that this one began with
+baseline.json        loss and accuracy of a model that does not look at the images
+origin.json          the record of the run whose weights this one began with
 checkpoints/last/    everything needed to continue
-exported/            the backbone, for timm
+exported/            the network, for timm
 figures/             pictures
-results.json         what the outcome was measured to be worth
+results.json         results of an evaluation
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from mapet.config.base import Config, config_to_yaml
 from mapet.engine.files import find_folder, recover_folder, replace_file
 from mapet.errors import MapetError
 
@@ -77,7 +78,7 @@ class RunFolder:
             )
 
     def open(self, *, resume: bool) -> None:
-        """Create the folder, or accept an existing run to be resumed.
+        """Create the folder, or accept an existing run to be resumed; hold it for this process and log into it.
 
         Raises:
             MapetError: if it cannot be written to, holds other things, or a run that is not to be resumed.
@@ -99,6 +100,7 @@ class RunFolder:
         self.lock = lock_folder(self.root)
         for folder in (self.tokenizer, self.checkpoint, self.exported):
             recover_folder(folder)
+        log_to(self.log)
 
     def holds_checkpoint(self) -> bool:
         """Whether there is a checkpoint, be it under the name that a kill left it with."""
@@ -107,6 +109,11 @@ class RunFolder:
     def find_export(self) -> Path | None:
         """Return where the exported network is, be it under the name that a kill left it with; None without one."""
         return find_folder(self.exported)
+
+    def write_config(self, config: Config) -> None:
+        """Write down the configuration, which makes the folder a run, unless one was begun here before."""
+        if not self.config.exists():
+            replace_file(self.config, config_to_yaml(config))
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -133,6 +140,47 @@ class RunFolder:
         """Drop the lines of steps that a resumed run will compute again."""
         kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
         replace_file(self.metrics, "".join(kept))
+
+
+@contextmanager
+def run_folder(out: str | Path) -> Iterator[RunFolder]:
+    """Give the folder of a run and let go of it at the end; the system's refusals become one sentence.
+
+    Raises:
+        MapetError: at once if the folder holds other things than a run.
+    """
+    folder = RunFolder(out)
+    with explain_disk_errors(folder.root):
+        folder.check()
+        try:
+            yield folder
+        finally:
+            folder.close()
+
+
+def check_out(data: str, out: str | Path) -> None:
+    """Refuse an output folder without a name, or inside the image folder."""
+    if not str(out):
+        raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
+    images = Path(data).resolve()
+    if images.is_dir() and Path(out).resolve().is_relative_to(images):
+        raise MapetError(
+            f"output folder {out} lies inside the image folder {data}, so pictures written to it would count as "
+            "images of yours; choose an --out outside of it"
+        )
+
+
+def log_to(file: Path) -> None:
+    """Also write the package's log to a file, and to no other file any more."""
+    package = logging.getLogger("mapet")
+    for handler in [handler for handler in package.handlers if isinstance(handler, logging.FileHandler)]:
+        package.removeHandler(handler)
+        handler.close()
+    # File names need not be valid Unicode.
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
 
 
 def lock_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> FileLock:

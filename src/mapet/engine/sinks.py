@@ -1,18 +1,43 @@
-"""Where the loop's records go. A sink knows no metric by name: it writes what it is given."""
+"""Where the trainer's records go. A sink knows no metric by name: it writes what it is given.
+
+To add one (Weights & Biases, say), write a class with these three methods and name it in ``SINKS``.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
+from mapet.config.base import Config
 
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a sink is told before the first record.
+
+    Attributes:
+        folder: of the run.
+        config: settled.
+        first_step: steps done before; records of this and later steps, left by a killed run, are void.
+        total_steps: of the whole run.
+    """
+
+    folder: Path
+    config: Config
+    first_step: int
+    total_steps: int
+
+
 class Sink(Protocol):
     """Receives one record per logged step."""
+
+    def begin(self, run: RunFacts) -> None:
+        """Get ready for a run."""
 
     def write(self, record: Record) -> None:
         """Take a record; it holds at least ``step``."""
@@ -22,10 +47,13 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """Appends records to a file, one line each, visible at once to whoever follows the file."""
+    """Appends records to ``metrics.jsonl``, one line each, visible at once to whoever follows the file."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+    _file: TextIO
+
+    def begin(self, run: RunFacts) -> None:
+        """Open the file."""
+        self._file = (run.folder / "metrics.jsonl").open("a")
 
     def write(self, record: Record) -> None:
         """Append one line."""
@@ -38,15 +66,15 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Writes numbers as TensorBoard scalars.
+    """Writes numbers as TensorBoard scalars."""
 
-    Args:
-        folder: of the events.
-        first_step: events of this and later steps, left by a killed run, are to be hidden.
-    """
+    _writer: Any
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+    def begin(self, run: RunFacts) -> None:
+        """Open the events."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step)
 
     def write(self, record: Record) -> None:
         """Write each number of the record."""
@@ -57,3 +85,7 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+# What every run writes to, besides the terminal.
+SINKS: dict[str, Callable[[], Sink]] = {"jsonl": JsonLines, "tensorboard": TensorBoard}

@@ -11,14 +11,6 @@ from mapet.errors import MapetError, nearest
 from mapet.models.attention import use_layouts
 from mapet.models.released import RELEASED
 
-FLAGS = {
-    "img_size": "--image-size",
-    "patch_size": "--patch-size",
-    "in_chans": "--channels",
-    "drop_path_rate": "--drop-path",
-    "init_values": "--layer-scale",
-}
-
 
 def build_vit(
     name: str,
@@ -55,9 +47,6 @@ def build_vit(
     if not timm.is_model(name):
         vits = timm.list_models("vit_*")
         raise MapetError(f"unknown model {name!r}{nearest(name, vits) or '; see timm.list_models()'}")
-    for argument in model_args:
-        if argument in FLAGS:
-            raise MapetError(f"model argument {argument!r} has a flag of its own: use {FLAGS[argument]}")
     overrides: dict[str, Any] = {"patch_size": patch_size, "init_values": layer_scale, **model_args}
     try:
         backbone = timm.create_model(

@@ -1,8 +1,8 @@
-"""What every pre-training objective has: a backbone, target patches, and the order that chooses them."""
+"""What every pre-training objective has: a backbone, a target, and masking that chooses the predicted patches."""
 
 from __future__ import annotations
 
-from typing import ClassVar, TypedDict
+from typing import ClassVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -10,111 +10,126 @@ from torch import Generator, Tensor, nn
 
 from mapet.errors import MapetError, nearest
 from mapet.models.attention import use_layouts
-from mapet.objectives.masking import ORDERS
+from mapet.objectives.masking import MASKINGS, Mask
+from mapet.objectives.patches import gather_rows
+from mapet.objectives.targets import Pixels, Target
+from mapet.objectives.task import Task
 
 
-class PixelOutput(TypedDict):
-    """What an objective on pixels returns: scalar ``loss``, and ``prediction`` ``(B, T, p * p * C)``."""
+class Objective(Task):
+    """Pre-train a plain ViT by predicting some patches of an image, the targets, from others, the context.
 
-    loss: Tensor
-    prediction: Tensor
+    ``forward(images, given=None, mask=None)`` maps ``(B, C, H, W)`` images, normalised as the backbone expects, to a
+    loss. ``given`` is what the target needs besides the images (token ids, features), ``mask`` says which patches are
+    context and targets; None draws it from the device's default generator. The output's ``prediction`` is
+    ``(B, S, width)`` for the ``S`` predicted patches in visiting order; see ``Target.score`` for the other entries.
 
-
-class Objective(nn.Module):
-    """Pre-train a plain ViT by predicting target patches of an image from its other tokens, the context.
-
-    Which patches are targets is a visiting order, drawn for each image: its first ``c`` tokens are the context, its
-    last ``T`` the targets. A subclass says which order and how many targets are its own, and whether it predicts
-    visual token ids.
-
-    ``forward(images, token_ids, order=None)``, or ``forward(images, order=None)`` where ``needs_ids`` is false, returns
-    a dict of tensors. ``loss`` is minimised; everything in it without dimensions is recorded.
-
-    Shapes: ``B`` images, ``P`` patches, ``N`` tokens (``P`` and the prefix: class and register tokens),
-    ``c`` context tokens, ``T = N - c`` targets, ``V`` token ids, ``D`` channels of the backbone, ``d`` of a decoder.
+    Shapes: ``B`` images, ``P`` patches, ``c`` context tokens (class and register tokens included), ``T`` targets,
+    ``D`` channels of the backbone, ``V`` token ids.
 
     Args:
         backbone: a timm ``VisionTransformer`` with learned position embeddings. It is used, not copied.
-        context_tokens: ``c``, prefix tokens included; None leaves the objective's own number of targets.
-        order: a name from ``mapet.ordering.ORDERS``; None takes the objective's own.
+        target: what is predicted of a patch.
+        mask_ratio: share of the patches that are targets; None takes the objective's own.
+        masking: how they are chosen, a name from ``MASKINGS``; None takes the objective's own.
 
     Attributes:
-        default_order: of the objective.
-        target_share: share of the patches that are targets.
-        needs_ids: whether it predicts token ids; if not, it needs nothing but the images.
-        cross_entropy: name of the output that is a mean cross-entropy over ids, in nats.
+        default_masking, default_mask_ratio: of the objective, as published.
+        default_targets: what it predicts as published: ``ids`` or ``pixels``.
+        target_loss: the entry of the output that the target's ``score`` calls ``loss``.
 
     Raises:
-        MapetError: for a backbone that cannot be used, or a context that leaves no target.
+        MapetError: for a backbone that cannot be used, or a mask ratio that leaves no target or no context.
     """
 
-    default_order: ClassVar[str]
-    target_share: ClassVar[float]
-    needs_ids: ClassVar[bool]
-    cross_entropy: ClassVar[str] = "loss"
+    default_masking: ClassVar[str]
+    default_mask_ratio: ClassVar[float]
+    default_targets: ClassVar[str] = "ids"
+    target_loss: ClassVar[str] = "loss"
 
     def __init__(
-        self, backbone: VisionTransformer, context_tokens: int | None = None, order: str | None = None
+        self, backbone: VisionTransformer, target: Target, mask_ratio: float | None = None, masking: str | None = None
     ) -> None:
         super().__init__()
-        self.backbone = use_layouts(backbone)
+        self.backbone, self.target = use_layouts(backbone), target
         self.grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
-        self.patch_size: tuple[int, int] = tuple(backbone.patch_embed.patch_size)
-        self.prefix: int = backbone.num_prefix_tokens
         self.patches = self.grid[0] * self.grid[1]
-        self.tokens = self.prefix + self.patches
-        self.context_tokens = self.tokens - self.default_targets() if context_tokens is None else context_tokens
-        _check_context(self.context_tokens, self.tokens, self.prefix)
-        self.targets = self.tokens - self.context_tokens
-        self.order = order or self.default_order
-        if self.order not in ORDERS:
+        self.prefix: int = backbone.num_prefix_tokens
+        self.mask_ratio = self.default_mask_ratio if mask_ratio is None else mask_ratio
+        self.targets = self.count_targets()
+        self.context_tokens = self.prefix + self.patches - self.targets
+        if self.targets < 1 or self.context_tokens < 1:
+            lacking = "target" if self.targets < 1 else "context"
             raise MapetError(
-                f"unknown order {self.order!r}{nearest(self.order, ORDERS) or f'; choose from {sorted(ORDERS)}'}"
+                f"mask_ratio {self.mask_ratio:g} of {self.patches} patches leaves no {lacking}; take "
+                f"{1 / self.patches:.3g} to {1 - 1 / self.patches:.3g}"
             )
+        self.masking = masking or self.default_masking
+        if self.masking not in MASKINGS:
+            hint = nearest(self.masking, MASKINGS) or f"; choose from {sorted(MASKINGS)}"
+            raise MapetError(f"unknown masking {self.masking!r}{hint}")
 
-    def default_targets(self) -> int:
-        """Return ``T`` where nothing is said of the context."""
-        return max(1, round(self.target_share * self.patches))
+    @classmethod
+    def pixels(cls, backbone: VisionTransformer) -> Pixels:
+        """Return the target of ``--targets pixels`` for this objective."""
+        return Pixels.of(backbone)
 
-    def draw_order(self, batch: int, device: torch.device, generator: Generator | None = None) -> Tensor:
-        """Draw ``(B, N)`` visiting orders on ``device``; prefix tokens come first."""
-        return ORDERS[self.order](batch, self.grid, self.prefix, self.targets, generator, device)
+    def count_targets(self) -> int:
+        """Return ``T``."""
+        return round(self.mask_ratio * self.patches)
+
+    def draw_mask(self, batch: int, device: torch.device, generator: Generator | None = None) -> Mask:
+        """Draw context and targets for a batch of images."""
+        return MASKINGS[self.masking](batch, self.grid, self.targets, generator, device)
+
+    def outcome(self) -> nn.Module:
+        """Return the backbone: mask vectors, decoders and heads are dropped after pre-training."""
+        return self.backbone
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that optimisers should not shrink: position embeddings and the lone vectors."""
+        """Return position embeddings and lone vectors."""
         inner = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
         return inner | {"mask_token", "backbone.reg_token"}
 
     def embed_tokens(self, images: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` images to ``(B, N, D)``: patches and prefix tokens with their positions."""
+        """Map ``(B, C, H, W)`` images to ``(B, prefix + P, D)``: class, register and patch tokens with positions."""
         return self.backbone._pos_embed(self.backbone.patch_embed(images))  # type: ignore[no-any-return]
+
+    def with_prefix(self, patches: Tensor) -> Tensor:
+        """Turn patch numbers ``(B, n)`` into token numbers ``(B, prefix + n)`` that begin with the prefix tokens."""
+        first = torch.arange(self.prefix, device=patches.device).expand(len(patches), -1)
+        return torch.cat([first, patches + self.prefix], dim=1)
+
+    def wanted(self, images: Tensor, given: Tensor | None, patches: Tensor) -> Tensor:
+        """Return the true values ``(B, S, ...)`` of the patches that are predicted, by their numbers ``(B, S)``.
+
+        Raises:
+            MapetError: if there is not one value for each patch.
+        """
+        values = self.target.values(images, given)
+        if values.shape[:2] != (len(images), self.patches):
+            raise MapetError(
+                f"targets have shape {tuple(values.shape)}, but {len(images)} images of "
+                f"{self.grid[0]} x {self.grid[1]} patches need ({len(images)}, {self.patches}, ...)"
+            )
+        return gather_rows(values, patches)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Map any ``(B, n, D)`` embedded tokens through blocks and last norm; they all see each other."""
         vit = self.backbone
         return vit.fc_norm(vit.norm(vit.blocks(vit.norm_pre(tokens))))  # type: ignore[no-any-return]
 
-    def check_ids(self, images: Tensor, token_ids: Tensor) -> None:
-        """Refuse ids that are not one for each patch."""
-        if token_ids.shape != (len(images), self.patches):
-            raise MapetError(
-                f"token_ids have shape {tuple(token_ids.shape)}, but {len(images)} images of "
-                f"{self.grid[0]} x {self.grid[1]} patches need ({len(images)}, {self.patches})"
-            )
 
-
-def token_head(width: int, vocab_size: int) -> nn.Linear:
-    """Return a linear head for token ids, initialised as BEiT's."""
-    if vocab_size < 2:
-        raise MapetError(f"vocab_size is {vocab_size}; a tokenizer needs at least 2 ids to be predicted")
-    head = nn.Linear(width, vocab_size)
+def prediction_head(width: int, target: Target) -> nn.Linear:
+    """Return a linear layer from ``width`` channels to a target, initialised as BEiT's head."""
+    head = nn.Linear(width, target.width)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
 
 
 def mask_vector(width: int) -> nn.Parameter:
-    """Return the learned vector ``(1, 1, width)`` that stands where a patch is not to be seen."""
+    """Return the learned vector ``(1, 1, width)`` that stands in for a hidden patch."""
     vector = nn.Parameter(torch.empty(1, 1, width))
     nn.init.trunc_normal_(vector, std=0.02)
     return vector
@@ -125,16 +140,3 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise MapetError(f"objective argument {name} is {value!r}; it must be a whole number of at least 1")
-
-
-def _check_context(context: int, tokens: int, prefix: int) -> None:
-    if context >= tokens:
-        raise MapetError(
-            f"context_tokens is {context}, but the image gives {tokens} tokens, so no target is left to "
-            f"predict; take at most {tokens - 1}"
-        )
-    if context < max(1, prefix):
-        raise MapetError(
-            f"context_tokens is {context}, but the {prefix} class and register tokens always belong to the "
-            f"context; take at least {max(1, prefix)}"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,35 +11,27 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.objectives.base import Objective, check_counts, mask_vector, token_head
+from mapet.objectives.base import Objective, check_counts, mask_vector, prediction_head
+from mapet.objectives.masking import Mask
 from mapet.objectives.patches import gather_rows, sincos_positions
+from mapet.objectives.targets import Target
+from mapet.objectives.task import Output
 
 LAYER_SCALE = 0.1  # of regressor and decoder, as published
 norm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class CAEOutput(TypedDict):
-    """Scalar ``loss``, ``cross_entropy``, ``alignment`` and ``accuracy``; ``logits`` ``(B, T, V)``."""
-
-    loss: Tensor
-    cross_entropy: Tensor
-    alignment: Tensor
-    accuracy: Tensor
-    logits: Tensor
-
-
 class CAE(Objective):
-    """Predict the representations of masked patches from the visible ones', and from those their visual token ids.
+    """Predict the representations of masked patches from the visible ones', and from those their token ids.
 
     Section 3.1 of the paper:
 
-    - *Encoder*: the ViT on visible patches only, whose representations are ``Z_v``.
-    - *Latent contextual regressor*: cross-attention from mask queries to ``Z_v`` and to themselves gives ``Z_m``; it
-      leaves ``Z_v`` as it is.
-    - *Alignment*: ``Z_m`` is to be what the same encoder, without a gradient, makes of the masked patches alone.
-    - *Decoder*: self-attention over ``Z_m``, and a linear layer, give the ids.
-    - *Loss*: cross-entropy of the ids of masked patches, and ``alignment_weight`` times the mean squared error of the
-      alignment.
+    - *Encoder*: the ViT on visible patches only; its output is ``Z_v``.
+    - *Latent contextual regressor*: cross-attention from mask queries to ``Z_v`` and to themselves gives ``Z_m``;
+      ``Z_v`` stays as it is.
+    - *Alignment*: ``Z_m`` should equal what the same encoder, without a gradient, makes of the masked patches alone.
+    - *Decoder*: self-attention over ``Z_m``, and a linear layer, predict the targets.
+    - *Loss*: that of the target, and ``alignment_weight`` times the mean squared error of the alignment.
 
     Masks are BEiT's blocks, over half of the patches. Layers are those of the authors' code: queries and keys get
     fixed sine-cosine positions, the regressor sees no class token, the residual around its MLP begins after the norm.
@@ -48,46 +39,39 @@ class CAE(Objective):
 
     - positions in the encoder are learned, and its initial weights are timm's, as every objective's;
     - regressor and decoder are as wide as the encoder and have no stochastic depth;
-    - with register tokens, they go into both passes of the encoder as the class token does.
+    - register tokens go into both passes of the encoder, as the class token does.
 
     Args:
-        backbone: a timm ``VisionTransformer``. It is used, not copied.
-        vocab_size: ``V``, the number of visual token ids.
-        context_tokens: ``c``, class token and visible patches.
-        order: how patches are chosen.
+        backbone, target, mask_ratio, masking: see ``Objective``.
         regressor_depth: cross-attention blocks.
         decoder_depth: self-attention blocks.
         alignment_weight: of the alignment.
     """
 
-    default_order = "blockwise"
-    target_share = 98 / 196
-    needs_ids = True
-    cross_entropy = "cross_entropy"
+    default_masking = "blockwise"
+    default_mask_ratio = 98 / 196
+    target_loss = "target_loss"
 
     positions: Tensor
 
     def __init__(
         self,
         backbone: VisionTransformer,
-        vocab_size: int,
-        context_tokens: int | None = None,
-        order: str | None = None,
+        target: Target,
+        mask_ratio: float | None = None,
+        masking: str | None = None,
         *,
         regressor_depth: int = 4,
         decoder_depth: int = 4,
         alignment_weight: float = 2.0,
     ) -> None:
-        super().__init__(backbone, context_tokens, order)
+        super().__init__(backbone, target, mask_ratio, masking)
         check_counts(regressor_depth=regressor_depth, decoder_depth=decoder_depth)
         if isinstance(alignment_weight, bool | str) or not 0 <= alignment_weight < float("inf"):
             raise MapetError(f"objective argument alignment_weight is {alignment_weight!r}; it must be a number from 0")
-        if self.context_tokens == self.prefix:
-            raise MapetError(
-                f"context_tokens is {self.context_tokens}, so no patch is visible to regress from; take at least "
-                f"{self.prefix + 1}"
-            )
-        self.vocab_size, self.alignment_weight = vocab_size, alignment_weight
+        if self.targets == self.patches:
+            raise MapetError(f"mask_ratio is {self.mask_ratio:g}, so no patch is visible to regress from; take less")
+        self.alignment_weight = alignment_weight
         width, heads = backbone.embed_dim, backbone.blocks[0].attn.num_heads
         self.mask_token = mask_vector(width)
         self.regressor = nn.ModuleList([RegressorBlock(width, heads) for _ in range(regressor_depth)])
@@ -103,48 +87,37 @@ class CAE(Objective):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.head = token_head(width, vocab_size)
+        self.head = prediction_head(width, target)
         self.register_buffer("positions", sincos_positions(self.grid, width), persistent=False)
 
-    def forward(self, images: Tensor, token_ids: Tensor, order: Tensor | None = None) -> CAEOutput:
-        """Predict representations and ids of the masked patches.
+    def forward(self, images: Tensor, given: Tensor | None = None, mask: Mask | None = None) -> Output:
+        """Predict representations and targets of the masked patches; see ``Objective``.
 
-        Args:
-            images: ``(B, C, H, W)``, normalised as the backbone expects.
-            token_ids: ``(B, P)`` int64 in ``[0, V)``, in raster order.
-            order: ``(B, N)`` visiting orders; None draws them from the device's default generator.
-
-        Returns:
-            ``cross_entropy``: mean over masked patches, in nats. ``alignment``: mean squared error of the predicted
-            representations. ``loss``: the weighted sum of both. ``accuracy``: share of masked patches whose most likely
-            id is right. ``logits``: ``(B, T, V)`` in visiting order.
+        The output's ``target_loss`` is that of the target, ``alignment`` the mean squared error of the predicted
+        representations, ``loss`` their weighted sum.
         """
-        self.check_ids(images, token_ids)
-        if order is None:
-            order = self.draw_order(len(images), images.device)
-        prefix, visible, masked = order.split([self.prefix, self.context_tokens - self.prefix, self.targets], dim=1)
+        mask = mask or self.draw_mask(len(images), images.device)
         tokens = self.embed_tokens(images)
-        z_visible = self.encode(gather_rows(tokens, torch.cat([prefix, visible], dim=1)))[:, self.prefix :]
+        z_visible = self.encode(gather_rows(tokens, self.with_prefix(mask.context)))[:, self.prefix :]
         with torch.no_grad():
-            aligned_to = self.encode(gather_rows(tokens, torch.cat([prefix, masked], dim=1)))[:, self.prefix :]
+            aligned_to = self.encode(gather_rows(tokens, self.with_prefix(mask.target)))[:, self.prefix :]
 
         positions = self.positions.expand(len(images), -1, -1)
-        at_visible, at_masked = (gather_rows(positions, part - self.prefix) for part in (visible, masked))
+        at_visible, at_masked = (gather_rows(positions, part) for part in mask)
         z_masked = self.mask_token.to(z_visible.dtype).expand(len(images), self.targets, -1)
         for block in self.regressor:
             z_masked = block(z_masked, z_visible, at_masked, at_visible)
         z_masked = self.regressor_norm(z_masked)
 
-        logits = self.head(self.decoder_norm(self.decoder(z_masked + at_masked)))
-        target_ids = token_ids.gather(1, masked - self.prefix)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), target_ids.flatten())
+        prediction = self.head(self.decoder_norm(self.decoder(z_masked + at_masked)))
+        score = self.target.score(prediction, self.wanted(images, given, mask.target))
         alignment = F.mse_loss(z_masked.float(), aligned_to.float())
         return {
-            "loss": cross_entropy + self.alignment_weight * alignment,
-            "cross_entropy": cross_entropy.detach(),
+            **score,
+            "loss": score["loss"] + self.alignment_weight * alignment,
+            "target_loss": score["loss"].detach(),
             "alignment": alignment.detach(),
-            "accuracy": (logits.detach().argmax(dim=-1) == target_ids).float().mean(),
-            "logits": logits,
+            "prediction": prediction,
         }
 
 

@@ -1,87 +1,91 @@
-"""Visiting orders: ``(B, N)`` permutations of the tokens of each image, drawn on the device.
+"""Masking: which patches are context, which are targets, and in which order they are visited.
 
-Every order begins with the prefix (class and register) tokens, goes on with the context patches and ends
-with the ``T`` target patches. Each function takes the same arguments:
+A masking function draws a ``Mask`` for each image of a batch, on the device. Its numbers of context and target patches
+are the same for every image, so that the attention mask can be constant. All functions take the same arguments:
 
-    batch: ``B``, how many orders.
-    grid: rows and columns of patches.
-    prefix: how many class and register tokens stand before the patches.
+    batch: ``B``, how many images.
+    grid: rows and columns of patches; ``P`` is their product.
     targets: ``T``, how many patches are targets.
     generator: the source of randomness; None takes the device's default generator.
-    device: where the orders are made.
+    device: where the masks are made.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 Grid = tuple[int, int]
-OrderFunction = Callable[[int, Grid, int, int, Generator | None, torch.device], Tensor]
 
 
-def _with_prefix(patch_order_BP: Tensor, prefix: int) -> Tensor:
-    first = torch.arange(prefix, device=patch_order_BP.device).expand(len(patch_order_BP), prefix)
-    return torch.cat([first, patch_order_BP + prefix], dim=1)
+class Mask(NamedTuple):
+    """Patch numbers of each image, in raster order from 0; the two may overlap, and patches may be in neither.
+
+    Attributes:
+        context: ``(B, c)`` int64, the patches that are given.
+        target: ``(B, T)`` int64, the patches that are predicted, in visiting order.
+    """
+
+    context: Tensor
+    target: Tensor
+
+    @classmethod
+    def split(cls, order: Tensor, targets: int) -> Mask:
+        """Take the last ``targets`` of ``(B, P)`` permutations as targets and the patches before them as context."""
+        return cls(*order.split([order.shape[1] - targets, targets], dim=1))
 
 
-def random_order(
-    batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device
-) -> Tensor:
-    """A uniformly random permutation of the patches; its context is a uniform mask's visible part."""
+MaskingFunction = Callable[[int, Grid, int, Generator | None, torch.device], Mask]
+
+
+def random_masking(batch: int, grid: Grid, targets: int, generator: Generator | None, device: torch.device) -> Mask:
+    """A uniformly random permutation of the patches."""
     noise = torch.rand(batch, grid[0] * grid[1], generator=generator, device=device)
-    return _with_prefix(noise.argsort(dim=1), prefix)
+    return Mask.split(noise.argsort(dim=1), targets)
 
 
-def raster_order(
-    batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device
-) -> Tensor:
+def raster_masking(batch: int, grid: Grid, targets: int, generator: Generator | None, device: torch.device) -> Mask:
     """Row by row from the upper left corner, the same for every image."""
-    patches = torch.arange(grid[0] * grid[1], device=device)
-    return _with_prefix(patches.expand(batch, -1), prefix)
+    return Mask.split(torch.arange(grid[0] * grid[1], device=device).expand(batch, -1), targets)
 
 
-def spiral_order(
-    batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device
-) -> Tensor:
+def spiral_masking(batch: int, grid: Grid, targets: int, generator: Generator | None, device: torch.device) -> Mask:
     """Ring by ring from the middle outwards, the same for every image."""
     rows, columns = (torch.arange(side, device=device, dtype=torch.float64) - (side - 1) / 2 for side in grid)
     ring = torch.maximum(rows.abs()[:, None], columns.abs()[None, :]).flatten()
     angle = torch.atan2(rows[:, None].expand(grid), columns[None, :].expand(grid)).flatten()
-    patches = (ring * 20 + angle).argsort(stable=True)  # rings are at least a half apart, angles less than 2 pi
-    return _with_prefix(patches.expand(batch, -1), prefix)
+    order = (ring * 20 + angle).argsort(stable=True)  # rings are at least a half apart, angles less than 2 pi
+    return Mask.split(order.expand(batch, -1), targets)
 
 
-def blockwise_order(
-    batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device
-) -> Tensor:
-    """Targets lie in rectangular blocks (BEiT, 2106.08254, Algorithm 1); random inside either part.
+def blockwise_masking(batch: int, grid: Grid, targets: int, generator: Generator | None, device: torch.device) -> Mask:
+    """Targets lie in rectangular blocks (BEiT, 2106.08254, Algorithm 1); the order within either part is random.
 
-    Blocks are added to an image until ``targets`` patches are covered. BEiT gives up after ten failed
-    attempts in a row and then masks fewer patches; a constant layout needs the exact number, so what is
-    missing then is filled with single random patches.
+    Blocks are added to an image until ``targets`` patches are covered. BEiT gives up after ten failed attempts in a
+    row and then masks fewer patches. Here the number is constant, so single random patches fill what is missing.
     """
-    mask_BHW = draw_blocks(batch, grid, targets, generator, device)
+    covered = draw_blocks(batch, grid, targets, generator, device)
     noise = torch.rand(batch, grid[0] * grid[1], generator=generator, device=device)
     # Visible patches sort before covered ones, and covered ones stay targets when the blocks fall short.
-    return _with_prefix((noise + mask_BHW.flatten(1)).argsort(dim=1), prefix)
+    return Mask.split((noise + covered.flatten(1)).argsort(dim=1), targets)
 
 
-def cell_order(
-    batch: int, grid: Grid, prefix: int, targets: int, generator: Generator | None, device: torch.device, cell: int = 2
-) -> Tensor:
+def cell_masking(
+    batch: int, grid: Grid, targets: int, generator: Generator | None, device: torch.device, cell: int = 2
+) -> Mask:
     """Targets are square cells of ``cell`` x ``cell`` patches, drawn at random (SimMIM, 2111.09886, section 3.2).
 
-    Cells at the right and lower edge may be cut off. Where whole cells do not make up the number of targets, which is
-    constant, one cell is a target in part.
+    Cells at the right and lower edge may be cut off. Where whole cells do not add up to the number of targets, one
+    cell is a target in part.
     """
     height, width = grid
     coarse = torch.rand(batch, -(-height // cell), -(-width // cell), generator=generator, device=device)
     noise = coarse.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)[:, :height, :width]
-    return _with_prefix(noise.flatten(1).argsort(dim=1, stable=True), prefix)
+    return Mask.split(noise.flatten(1).argsort(dim=1, stable=True), targets)
 
 
 def draw_blocks(
@@ -93,12 +97,11 @@ def draw_blocks(
     min_aspect: float = 0.3,
     attempts: int = 10,
 ) -> Tensor:
-    """BEiT's block-wise masks, all images of the batch at once.
+    """Draw BEiT's block-wise masks for all images of a batch at once.
 
-    Each round tries one block per unfinished image. Its area is uniform between BEiT's least block (16 of
-    196 patches, in proportion on other grids) and the number still wanted, its aspect ratio log-uniform in
-    ``[min_aspect, 1 / min_aspect]``; it is accepted if it covers at least one new patch and not more than
-    are wanted.
+    Each round tries one block per unfinished image. The block's area is uniform between BEiT's smallest block (16 of
+    196 patches, in proportion on other grids) and the number of patches still wanted. Its aspect ratio is log-uniform
+    in ``[min_aspect, 1 / min_aspect]``. A block is accepted if it covers a new patch and no more than wanted.
 
     Returns:
         ``(B, H, W)`` boolean, true where covered; at most ``most`` patches an image.
@@ -137,10 +140,10 @@ def draw_blocks(
     return covered
 
 
-ORDERS: dict[str, OrderFunction] = {
-    "random": random_order,
-    "blockwise": blockwise_order,
-    "cells": cell_order,
-    "raster": raster_order,
-    "spiral": spiral_order,
+MASKINGS: dict[str, MaskingFunction] = {
+    "random": random_masking,
+    "blockwise": blockwise_masking,
+    "cells": cell_masking,
+    "raster": raster_masking,
+    "spiral": spiral_masking,
 }

@@ -8,9 +8,11 @@ from torch import Tensor
 from mapet.errors import MapetError
 
 
-def gather_rows(x_BND: Tensor, index_BM: Tensor) -> Tensor:
-    """Pick rows ``index[b, m]`` of each ``x[b]``: ``(B, M, D)``."""
-    return x_BND.gather(1, index_BM[:, :, None].expand(-1, -1, x_BND.shape[-1]))
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Pick rows ``index[b, m]`` of each ``x[b]``: ``(B, N, ...)`` and ``(B, M)`` give ``(B, M, ...)``."""
+    if x.ndim == 2:
+        return x.gather(1, index)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

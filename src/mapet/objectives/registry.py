@@ -12,11 +12,9 @@ from mapet.errors import MapetError, nearest
 from mapet.objectives.base import Objective
 from mapet.objectives.cae import CAE
 from mapet.objectives.mae import MAE
-from mapet.objectives.mapet import MaPeT
-from mapet.objectives.mim import MIM
-from mapet.objectives.pim import PIM
-from mapet.objectives.raster import Raster
+from mapet.objectives.mapet import MIM, PIM, MaPeT, Raster
 from mapet.objectives.simmim import SimMIM
+from mapet.objectives.targets import TARGETS, Target
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "mapet": MaPeT,
@@ -36,28 +34,39 @@ def find_objective(name: str) -> type[Objective]:
         MapetError: if there is none.
     """
     if name not in OBJECTIVES:
-        raise MapetError(
-            f"unknown objective {name!r}{nearest(name, OBJECTIVES) or f'; choose from {sorted(OBJECTIVES)}'}"
-        )
+        hint = nearest(name, OBJECTIVES) or f"; choose from {sorted(OBJECTIVES)}"
+        raise MapetError(f"unknown objective {name!r}{hint}")
     return OBJECTIVES[name]
+
+
+def build_target(objective: str, targets: str, backbone: VisionTransformer, width: int, distance: str) -> Target:
+    """Return what an objective predicts of a patch.
+
+    Args:
+        objective: a name from ``OBJECTIVES``.
+        targets: a name from ``TARGETS``.
+        backbone: gives the size of a patch.
+        width: number of token ids, or width of the teacher's features; not used for pixels.
+        distance: of features.
+    """
+    if targets == "pixels":
+        return find_objective(objective).pixels(backbone)
+    return TARGETS[targets](backbone, width, distance)
 
 
 def build_objective(
     name: str,
     backbone: VisionTransformer,
-    vocab_size: int | None = None,
-    context_tokens: int | None = None,
-    order: str | None = None,
+    target: Target,
+    mask_ratio: float | None = None,
+    masking: str | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> Objective:
     """Build an objective around a backbone.
 
     Args:
-        name: from ``OBJECTIVES``.
-        backbone: see ``Objective``, as for the two after the next.
-        vocab_size: number of token ids; objectives that need none take no notice.
-        context_tokens: how many tokens are given.
-        order: how targets are chosen and visited.
+        name: a name from ``OBJECTIVES``.
+        backbone, target, mask_ratio, masking: see ``Objective``.
         args: further arguments of that objective by name, such as a decoder's depth.
 
     Raises:
@@ -70,6 +79,4 @@ def build_objective(
         if key not in known:
             hint = nearest(key, known) or (f"; it takes {', '.join(known)}" if known else "; it takes none")
             raise MapetError(f"objective {name!r} has no argument {key!r}{hint}")
-    if kind.needs_ids:
-        args["vocab_size"] = vocab_size
-    return kind(backbone, context_tokens=context_tokens, order=order, **args)
+    return kind(backbone, target, mask_ratio, masking, **args)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mapet.objectives.base import Objective
-from mapet.objectives.layout_objective import LayoutObjective
+from mapet.objectives.mapet import MaPeT
 from mapet.report.progress import Baseline
 
 INK, FAINT, ACCENT, SECOND = "#222222", "#bbbbbb", "#1f6f8b", "#d1662b"
@@ -37,14 +37,16 @@ def class_colours(count: int) -> ListedColormap:
 
 
 def plot_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, path: Path) -> None:
-    """Draw the loss over the steps; if ids are predicted, token accuracy too, beside what blind guessing gives."""
+    """Plot the loss over the steps, and accuracy or cosine beside the baseline where there is one."""
     steps = np.array([record["step"] + 1 for record in records])
     shown: list[tuple[str, str, float | None, str]] = [("loss", "loss", None, "")]
-    if baseline is not None:
+    if baseline is not None and baseline.entropy is not None:
         shown = [
-            (baseline.key, "loss (nats per token)", baseline.entropy, "unigram entropy"),
-            ("accuracy", "token accuracy", baseline.chance, "chance: most frequent id"),
+            (baseline.loss_key, "loss (nats per token)", baseline.entropy, "unigram entropy"),
+            ("accuracy", "token accuracy", baseline.level, "chance: most frequent id"),
         ]
+    elif baseline is not None:
+        shown.append((baseline.metric, "cosine to the teacher", baseline.level, "mean direction"))
     figure = Figure(figsize=(4.5 * len(shown), 3.2), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, (key, title, level, label) in zip(panels, shown, strict=True):
@@ -64,7 +66,7 @@ def plot_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, pat
 
 
 def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: int, path: Path) -> None:
-    """Draw images above the maps of their token ids, one colour an id.
+    """Plot images above the maps of their token ids, one colour an id.
 
     Args:
         views: ``(B, C, H, W)`` in [0, 1].
@@ -96,51 +98,47 @@ def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
     for panel in panels.flat:
         panel.set_xticks([])
         panel.set_yticks([])
-    panels[0][0].set_ylabel("view")
+    panels[0][0].set_ylabel("images")
     panels[1][0].set_ylabel("token ids")
     save_figure(figure, path)
 
 
 def plot_layout(objective: Objective, path: Path) -> None:
-    """Draw one visiting order over the patches, and beside it a layout's constant mask of who sees whom."""
-    generator = torch.Generator().manual_seed(0)
-    order = objective.draw_order(1, torch.device("cpu"), generator)[0, objective.prefix :] - objective.prefix
-    visited = torch.empty_like(order)
-    visited[order] = torch.arange(len(order))
-    context = len(order) - objective.targets
-
-    panels = 2 if isinstance(objective, LayoutObjective) else 1
+    """Plot one mask over the patches, and for MaPeT and its relatives who sees whom."""
+    mask = objective.draw_mask(1, torch.device("cpu"), torch.Generator().manual_seed(0))
+    place = torch.full((objective.patches,), torch.nan)  # white: context, or in neither part
+    place[mask.target[0]] = torch.arange(1.0, objective.targets + 1)
+    panels = 2 if isinstance(objective, MaPeT) else 1
     figure = Figure(figsize=(4.75 * panels, 5), layout="constrained")
     left, *rest = figure.subplots(1, panels, squeeze=False)[0]
-    shown = visited.reshape(objective.grid).numpy()
-    left.imshow(np.where(shown < context, np.nan, shown), cmap="viridis", interpolation="nearest")
-    left.set_title(f"an order: {context} context patches (white), {objective.targets} targets", fontsize=9)
+    shown = place.reshape(objective.grid).numpy()
+    left.imshow(shown, cmap="viridis", interpolation="nearest")
+    count = mask.context.shape[1]
+    left.set_title(f"a mask: {count} context patches (white), {objective.targets} targets in order", fontsize=9)
     if max(objective.grid) <= 16:
-        for (row, column), position in np.ndenumerate(shown):
-            is_context = position < context
-            text = "c" if is_context else str(position - context + 1)
-            left.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if is_context else "white")
+        for (row, column), number in np.ndenumerate(shown):
+            text, colour = ("c", INK) if np.isnan(number) else (f"{number:.0f}", "white")
+            left.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     left.set_xticks([])
     left.set_yticks([])
-    if isinstance(objective, LayoutObjective):
-        _plot_mask(objective, rest[0])
+    if isinstance(objective, MaPeT):
+        _plot_visible(objective, rest[0])
     save_figure(figure, path)
 
 
-def _plot_mask(objective: LayoutObjective, right: Any) -> None:
-    mask = objective.mask.cpu().numpy()
-    right.imshow(mask, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
-    right.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)
-    counts = {"content": objective.content, "slots": objective.slots, "queries": objective.predicted}
-    names = [name for name, count in counts.items() if count]
-    edges = [0, *accumulate(counts[name] for name in names)]
+def _plot_visible(objective: MaPeT, panel: Any) -> None:
+    visible = objective.visible.cpu().numpy()
+    panel.imshow(visible, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
+    panel.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)
+    groups = {name: count for name, count in objective.rows.items() if count}
+    edges = [0, *accumulate(groups.values())]
     for edge in edges[1:-1]:
-        right.axhline(edge - 0.5, color=INK, linewidth=0.8)
-        if edge < mask.shape[1]:
-            right.axvline(edge - 0.5, color=INK, linewidth=0.8)
-    middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    right.set_yticks(middles, names, rotation=90, va="center")
-    keys = [(m, n) for m, n in zip(middles, names, strict=True) if m < mask.shape[1]]
-    right.set_xticks([m for m, _ in keys], [n for _, n in keys])
-    right.set_xlabel("keys")
-    right.set_ylabel("rows")
+        panel.axhline(edge - 0.5, color=INK, linewidth=0.8)
+        if edge < visible.shape[1]:
+            panel.axvline(edge - 0.5, color=INK, linewidth=0.8)
+    middles = {name: (a + b) / 2 for name, (a, b) in zip(groups, pairwise(edges), strict=True)}
+    panel.set_yticks(list(middles.values()), list(middles), rotation=90, va="center")
+    keys = {name: middle for name, middle in middles.items() if middle < visible.shape[1]}
+    panel.set_xticks(list(keys.values()), list(keys))
+    panel.set_xlabel("keys")
+    panel.set_ylabel("rows")

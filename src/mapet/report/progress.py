@@ -11,37 +11,45 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mapet.engine.sinks import Record
+from mapet.engine.sinks import Record, RunFacts
 
 PLAIN_INTERVAL_S = 15.0
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What can be had without looking at the image.
+    """What a model that does not look at the images would reach.
 
     Attributes:
-        entropy: loss in nats of always predicting the ids' overall frequencies (unigram entropy).
-        chance: accuracy of always predicting the most frequent id.
-        key: of a record, what is to be compared with ``entropy``.
+        metric: the entry of a record that is compared with ``level``: ``accuracy`` of ids, ``cosine`` of features.
+        level: the accuracy of always guessing the most frequent id; the cosine of always predicting the mean direction.
+        entropy: of token ids: the loss in nats of always predicting their overall frequencies; None for features.
+        loss_key: the entry that is compared with ``entropy``.
     """
 
-    entropy: float
-    chance: float
-    key: str = "loss"
+    metric: str
+    level: float
+    entropy: float | None = None
+    loss_key: str = "loss"
 
-    def verdict(self, loss: float) -> str:
-        """Say whether the loss shows that the context is being used."""
-        if loss < self.entropy:
-            return f"[green]learning[/]: {self.entropy - loss:.2f} nats below unigram"
-        return "not yet below unigram"
+    def verdict(self, record: Record) -> str:
+        """Say whether a record shows that the context is used."""
+        if self.entropy is not None:
+            gain = self.entropy - record[self.loss_key]
+            return f"[green]learning[/]: {gain:.2f} nats below unigram" if gain > 0 else "not yet below unigram"
+        gain = record[self.metric] - self.level
+        return f"[green]learning[/]: {gain:.2f} above the mean" if gain > 0 else "not yet above the mean"
 
     def describe(self, record: Record) -> str:
-        """Put a record into words, beside what it is to be compared with."""
-        return (
-            f"{self.key.replace('_', ' ')} {record[self.key]:.3f} (unigram {self.entropy:.3f})  "
-            f"token accuracy {record['accuracy']:.1%} (chance {self.chance:.1%})  {self.verdict(record[self.key])}"
-        )
+        """Put a record into words, beside what it is compared with."""
+        if self.entropy is None:
+            words = f"loss {record['loss']:.3f}  cosine {record['cosine']:.3f} (mean {self.level:.3f})"
+        else:
+            words = (
+                f"{self.loss_key.replace('_', ' ')} {record[self.loss_key]:.3f} (unigram {self.entropy:.3f})  "
+                f"token accuracy {record['accuracy']:.1%} (chance {self.level:.1%})"
+            )
+        return f"{words}  {self.verdict(record)}"
 
 
 class _BarAndStatus(Progress):
@@ -60,23 +68,25 @@ class ProgressSink:
     Args:
         console: where to print.
         describe: puts a record into words.
-        first_step: steps done before.
-        total_steps: steps of the whole run.
     """
 
-    def __init__(self, console: Console, describe: Callable[[Record], str], first_step: int, total_steps: int) -> None:
-        self._console, self._describe, self._total = console, describe, total_steps
-        self._printed, self._began, self._first = float("-inf"), time.monotonic(), first_step
+    def __init__(self, console: Console, describe: Callable[[Record], str]) -> None:
+        self._console, self._describe = console, describe
+
+    def begin(self, run: RunFacts) -> None:
+        """Start the bar."""
+        self._first, self._total = run.first_step, run.total_steps
+        self._printed, self._began = float("-inf"), time.monotonic()
         self._progress = _BarAndStatus(
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step)
+        self._task = self._progress.add_task("", total=self._total, completed=self._first)
         self._progress.start()
 
     def write(self, record: Record) -> None:

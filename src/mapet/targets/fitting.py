@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather
 from rich.console import Console
 from torch import Tensor
 
 from mapet.config.keys import KMeansKeys
 from mapet.data.batches import DamageTally, ViewDataset, load_batches
 from mapet.data.seeds import Stream, fold_seed
-from mapet.engine.loop import on_main
+from mapet.engine.processes import join_processes, on_main
 from mapet.errors import MapetError
 from mapet.report.progress import Meter
 from mapet.tokenizers.base import KTokenizer
@@ -86,7 +85,6 @@ def fit_codebook(
     config: KMeansKeys,
     dataset: ViewDataset,
     tally: DamageTally,
-    accelerator: Accelerator,
     *,
     seed: int,
     batch_size: int,
@@ -112,13 +110,14 @@ def fit_codebook(
         width,
         4 * plan.points * width / 2**30,
     )
-    if not accelerator.is_main_process:
+    world = join_processes()
+    if not world.is_main_process:
         console = Console(quiet=True)
     began = time.perf_counter()
-    sample = torch.empty(plan.points, width) if accelerator.is_main_process else None
+    sample = torch.empty(plan.points, width) if world.is_main_process else None
     with Meter(console, "sampling patches", plan.images) as meter:
         filled = 0
-        for points in _sampled(tokenizer, plan, dataset, tally, accelerator, seed, batch_size, workers):
+        for points in _sampled(tokenizer, plan, dataset, tally, seed, batch_size, workers):
             if sample is not None:
                 part = points[: plan.points - filled]
                 sample[filled : filled + len(part)] = part
@@ -137,7 +136,7 @@ def fit_codebook(
                 progress=lambda done, total, inertia: meter.show(done, f"mean squared distance {inertia:.4g}"),
             )
 
-    on_main(accelerator, cluster)
+    on_main(cluster)
     broadcast(tokenizer.centroids)
     logger.info("fitted: sampling %.1f s, k-means %.1f s", sampled - began, time.perf_counter() - sampled)
 
@@ -147,7 +146,6 @@ def _sampled(
     plan: SamplePlan,
     dataset: ViewDataset,
     tally: DamageTally,
-    accelerator: Accelerator,
     seed: int,
     batch_size: int,
     workers: int,
@@ -156,7 +154,7 @@ def _sampled(
 
     At the end come some that are there twice, so that all processes do the same number of equal batches.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world = join_processes().process_index, join_processes().num_processes
     generator = torch.Generator().manual_seed(fold_seed(seed, Stream.SAMPLE))
     chosen = torch.randperm(len(dataset.images), generator=generator)[: plan.images].tolist()
     batch_size = min(batch_size, len(chosen))
@@ -166,9 +164,9 @@ def _sampled(
     keys = [[(FIT_EPOCH, i) for i in filled_up[n * batch_size : (n + 1) * batch_size]] for n in numbers]
     for number, batch in zip(numbers, load_batches(dataset, keys, workers), strict=True):
         tally.add(batch["damaged"])
-        features_BPD = tokenizer.features(batch["tokenizer_images"].to(accelerator.device))
+        features_BPD = tokenizer.features(batch["tokenizer_images"].to(tokenizer.device))
         generator.manual_seed(fold_seed(seed, Stream.SAMPLE, number))
         noise = torch.rand(features_BPD.shape[:2], generator=generator)
         picked = noise.argsort(dim=1)[:, : plan.patches_per_image].to(features_BPD.device)
         points = features_BPD.gather(1, picked[:, :, None].expand(-1, -1, features_BPD.shape[-1]))
-        yield accelerator.gather(points).flatten(0, 1).cpu()
+        yield gather(points).flatten(0, 1).cpu()

@@ -1,7 +1,11 @@
-"""Where the ids that a run predicts come from, if it predicts any."""
+"""Where the values come from that a run predicts: a tokenizer, a token store, a frozen teacher, or the images alone.
+
+A source is called with a batch and returns what the objective takes besides the images.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,28 +14,26 @@ from torch import Tensor
 from mapet.data.batches import Batch
 from mapet.data.sources import ImageSet
 from mapet.errors import MapetError
-from mapet.jobs.pretrain.config import PretrainConfig
-from mapet.targets.tokenizer import check_grid
-from mapet.tokenizers.base import Grid, Tokenizer
+from mapet.tokenizers.base import Grid, Tokenizer, hash_content
 from mapet.tokenizers.files import load_tokenizer
+from mapet.tokenizers.kfeatures import features_on_grid
+from mapet.tokenizers.teachers import Teacher
 from mapet.tokenstore.store import TokenStore
 
 
-class TokenSource(Protocol):
-    """Gives what an objective takes beside a batch's images: token ids ``(B, P)`` int64 on the device, or nothing.
+class TargetSource(Protocol):
+    """What a run predicts.
 
     Attributes:
-        vocab_size: ``V``; None where there are no ids.
-        content_hash: of all that decides the ids.
-        tokenizer_hash: of the tokenizer alone.
-        view_size: side of the views that it needs in a batch; 0 for none.
-        view_seed: of the crops and flips it gives ids for.
-        needs_digests: whether it needs the images' content hashes in a batch.
+        width: number of ids, or width of the features; 0 for pixels.
+        content_hash: of all that decides the values; a resumed run must have the same.
+        tokenizer_hash: of the tokenizer or teacher alone.
+        view_size: side of the ``tokenizer_images`` that a batch must have; 0 for none.
+        view_seed: of the crops and flips that the values are for.
+        needs_digests: whether a batch must have the images' content hashes.
     """
 
-    @property
-    def vocab_size(self) -> int | None: ...  # noqa: D102
-
+    width: int
     content_hash: str
     tokenizer_hash: str
     view_size: int
@@ -39,39 +41,39 @@ class TokenSource(Protocol):
     needs_digests: bool
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the ids as the only element, or none."""
+        """Return the values ``(B, P, ...)`` on the device, or nothing for pixels."""
 
 
-class NoTokens:
-    """For an objective that needs nothing but the images."""
+class NoSource:
+    """For targets that are made from the images alone."""
 
-    vocab_size, view_size, needs_digests = None, 0, False
-    content_hash = tokenizer_hash = "no tokens"
+    width, view_size, needs_digests = 0, 0, False
+    content_hash = tokenizer_hash = "pixels"
 
     def __init__(self, seed: int) -> None:
         self.view_seed = seed
 
-    def __call__(self, batch: Batch) -> tuple[()]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return nothing."""
         return ()
 
 
-class OnlineTokens:
+class OnlineIds:
     """Ids made at each step from the very view that the student sees."""
 
     needs_digests = False
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device, seed: int) -> None:
         self._tokenizer, self._device = tokenizer.to(device), device
-        self.vocab_size, self.view_size, self.view_seed = tokenizer.vocab_size, tokenizer.input_size, seed
+        self.width, self.view_size, self.view_seed = tokenizer.vocab_size, tokenizer.input_size, seed
         self.content_hash = self.tokenizer_hash = tokenizer.content_hash
 
-    def __call__(self, batch: Batch) -> tuple[Tensor]:
-        """Tokenize the views."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Tokenize the views: ``(B, P)`` int64."""
         return (self._tokenizer.encode(batch["tokenizer_images"].to(self._device, non_blocking=True)),)
 
 
-class StoredTokens:
+class StoredIds:
     """Ids read from a token store: no tokenizer is run, and each image is held to the content that was tokenized."""
 
     view_size, needs_digests = 0, True
@@ -80,14 +82,14 @@ class StoredTokens:
         self._store, self._keys, self._device = store, images.keys, device
         self._rows = store.rows(images.keys)
         header = store.header
-        self.vocab_size, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.digest.hex()
+        self.width, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.digest.hex()
         self.tokenizer_hash = header.tokenizer_hash
 
-    def __call__(self, batch: Batch) -> tuple[Tensor]:
-        """Look the ids up.
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Look the ids up: ``(B, P)`` int64.
 
         Raises:
-            MapetError: naming an image that changed since its tokens were made, or has none.
+            MapetError: naming an image that changed since its ids were made, or has none.
         """
         index = batch["index"].numpy()
         keys = [self._keys[i] for i in index.tolist()]
@@ -95,33 +97,54 @@ class StoredTokens:
         return (ids.to(self._device, non_blocking=True),)
 
 
-def open_tokens(
-    config: PretrainConfig, images: ImageSet, grid: Grid, device: torch.device
-) -> tuple[StoredTokens, PretrainConfig]:
-    """Open the token store of a run; return the configuration with the store's views.
+def settle_view(store: TokenStore, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a store's views, which its ids are for.
+
+    Args:
+        store: whose ids are predicted.
+        given: configuration by key, as the user gave it.
 
     Raises:
-        MapetError: if there is none, or it does not fit the images, the student, the tokenizer or the views asked for.
+        MapetError: if another view or vocabulary, or another tokenizer is asked for.
     """
-    assert config.tokens is not None
-    store = TokenStore.open(config.tokens)
     header = store.header
-    check_grid(f"token store {config.tokens!r}", header.grid, grid)
-    if (
-        config.tokenizer is not None
-        and load_tokenizer(config.tokenizer, config.teacher_weights).content_hash != header.tokenizer_hash
-    ):
-        raise MapetError(
-            f"token store {config.tokens!r} was made with another tokenizer than {config.tokenizer!r} "
-            f"(it was {header.tokenizer!r}); leave --tokenizer out, or encode again"
-        )
-    update: dict[str, Any] = {}
-    for key, stored in {"vocab_size": header.vocab_size, **header.view}.items():
-        asked = getattr(config, key)
+    for name, stored in {"vocab_size": header.vocab_size, **header.view}.items():
+        asked = given.get(name)
         if asked not in (None, stored):
             raise MapetError(
-                f"token store {config.tokens!r} was made with {key} {stored!r}, but the run asks for {asked!r}; pass "
-                f"--{key.replace('_', '-')} {str(stored).lower()} or encode again"
+                f"token store {str(store.folder)!r} was made with {name} {stored!r}, but the run asks for {asked!r}; "
+                f"pass --{name.replace('_', '-')} {str(stored).lower()} or encode again"
             )
-        update[key] = stored
-    return StoredTokens(store, images, device), config.model_copy(update=update)
+    tokenizer = given.get("tokenizer")
+    if tokenizer is not None:
+        content_hash = load_tokenizer(tokenizer, given.get("teacher_weights")).content_hash
+        if content_hash != header.tokenizer_hash:
+            raise MapetError(
+                f"token store {str(store.folder)!r} was made with another tokenizer than {tokenizer!r} (it was "
+                f"{header.tokenizer!r}); leave --tokenizer out, or encode again"
+            )
+    return dict(header.view)
+
+
+class TeacherFeatures:
+    """Features ``(B, P, d)`` of a frozen teacher, of the very view that the student sees.
+
+    Args:
+        teacher: on its device.
+        size: side of its input in pixels.
+        grid: rows and columns of patches; the teacher's map is resized to it.
+        seed: of the views.
+    """
+
+    needs_digests = False
+
+    def __init__(self, teacher: Teacher, size: int, grid: Grid, seed: int) -> None:
+        self._teacher, self._grid = teacher, grid
+        self.width, self.view_size, self.view_seed = teacher.width(size), size, seed
+        self.content_hash = self.tokenizer_hash = hash_content([teacher.config, size], teacher)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the features of a batch's views."""
+        views = batch["tokenizer_images"].to(self._teacher.mean.device, non_blocking=True)
+        return (features_on_grid(self._teacher, views, self.view_size, self._grid),)

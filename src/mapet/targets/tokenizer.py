@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mapet.config.keys import KMeansKeys
 from mapet.data.decode import check_channels
-from mapet.engine.files import replace_file
 from mapet.errors import MapetError
-from mapet.jobs.pretrain.config import PretrainConfig
-from mapet.report.progress import Baseline
 from mapet.tokenizers.base import Grid, KTokenizer, Tokenizer
 from mapet.tokenizers.files import PUBLISHED, holds_tokenizer, load_tokenizer
 from mapet.tokenizers.kfeatures import KFeatures
@@ -30,17 +25,6 @@ MAX_VOCAB = 8192  # the paper's
 MAX_VOCAB_PIXELS = 1024  # pixels have fewer kinds of patches than features have, and are to be had at once
 POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
 BASELINE_IMAGES = 2048
-
-
-def check_no_tokens(config: PretrainConfig) -> None:
-    """Refuse whatever is said of token ids, for an objective that predicts none."""
-    keys, fields = ("tokenizer", "tokens", *KMeansKeys.model_fields), PretrainConfig.model_fields
-    said = [key for key in keys if getattr(config, key) != fields[key].default]
-    if said:
-        raise MapetError(
-            f"objective {config.objective!r} predicts pixels and takes no token ids, but something is said of how they "
-            f"are made ({', '.join(said)}); leave that out, or choose an objective that predicts ids"
-        )
 
 
 def is_ready(name: str) -> bool:
@@ -92,8 +76,13 @@ def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: in
     return KFeatures(teacher, grid, config.vocab_size, config.teacher_size or image_size, config.spherical)
 
 
-def ready_tokenizer(name: str, config: PretrainConfig, grid: Grid) -> Tokenizer:
+def ready_tokenizer(name: str, config: Any, grid: Grid) -> Tokenizer:
     """Read a tokenizer that is not to be fitted.
+
+    Args:
+        name: of a published tokenizer, or a folder.
+        config: of a pre-training run: channels, ``vocab_size`` and the keys of a teacher.
+        grid: rows and columns of the student's patches.
 
     Raises:
         MapetError: if it cannot be had, or does not fit the student.
@@ -104,8 +93,8 @@ def ready_tokenizer(name: str, config: PretrainConfig, grid: Grid) -> Tokenizer:
     tokenizer = load_tokenizer(name, config.teacher_weights)
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise MapetError(
-            f"vocab_size is {config.vocab_size}, but tokenizer {name!r} is fitted and has "
-            f"{tokenizer.vocab_size} ids; leave --vocab-size out"
+            f"vocab_size is {config.vocab_size}, but tokenizer {name!r} is fitted and has {tokenizer.vocab_size} ids; "
+            "leave --vocab-size out"
         )
     check_readable(name, tokenizer, config.channels)
     check_grid(f"tokenizer {name!r}", tokenizer.grid, grid)
@@ -129,38 +118,3 @@ def check_grid(what: str, grid: Grid, wanted: Grid) -> None:
             f"{what} gives {grid[0]} x {grid[1]} ids an image, but the model has {wanted[0]} x {wanted[1]} patches; "
             "make one for this image and patch size"
         )
-
-
-def measure_baseline(ids: Iterable[Tensor], vocab_size: int, key: str, file: Path) -> Baseline:
-    """Return loss and accuracy of guessing ids by their frequency, measured once per run and kept in ``file``.
-
-    Args:
-        ids: of some images.
-        vocab_size: how many there are.
-        key: of a run's records, what is to be compared with that loss.
-        file: JSON.
-    """
-    try:
-        saved = json.loads(file.read_text())
-        return Baseline(float(saved["unigram_entropy"]), float(saved["chance"]), key)
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged and measured again", file)
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for part in ids:
-        counts += torch.bincount(part.flatten().cpu(), minlength=vocab_size)
-    share = counts / counts.sum()
-    entropy = float(torch.special.entr(share.double()).sum())
-    baseline = Baseline(entropy, float(share.max()), key)
-    used = int((counts > 0).sum())
-    content = {"unigram_entropy": entropy, "chance": baseline.chance, "used_ids": used, "ids": len(counts)}
-    replace_file(file, json.dumps(content, indent=1) + "\n")
-    logger.info(
-        "tokens: %d of %d ids in use, unigram entropy %.3f nats, most frequent id %.1f%%",
-        used,
-        len(counts),
-        entropy,
-        100 * baseline.chance,
-    )
-    return baseline

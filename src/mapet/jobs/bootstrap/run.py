@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from mapet.config.base import make_config
-from mapet.engine.training import check_out
+from mapet.data.open import open_images
+from mapet.engine.runfolder import check_out
+from mapet.engine.trainer import Result
 from mapet.errors import MapetError
-from mapet.jobs.pretrain.config import PretrainConfig
-from mapet.jobs.pretrain.run import RunResult, initial_backbone, pretrain
-from mapet.objectives.registry import find_objective
+from mapet.jobs.pretrain.run import pretrain
+from mapet.jobs.pretrain.settle import initial_backbone, settle_run
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def bootstrap(
     block: int = -1,
     resume: bool = False,
     console: Console | None = None,
-) -> list[RunResult]:
+) -> list[Result]:
     """Pre-train on pixels, then again on ids fitted to the features so learned, ``rounds`` times.
 
     Args:
@@ -53,16 +53,13 @@ def bootstrap(
     """
     if not 1 <= rounds <= MOST_ROUNDS:
         raise MapetError(f"rounds is {rounds}; bootstrapping takes 1 to {MOST_ROUNDS} after the first")
-    if values.get("tokens") is not None:
-        raise MapetError("a token store cannot be bootstrapped from; leave --tokens out")
-    if values.get("init") is not None:
-        raise MapetError("bootstrapping begins with random weights; leave --init out, or use mapet pretrain")
-    config = make_config(PretrainConfig, dict(values))
-    if not find_objective(config.objective).needs_ids:
-        raise MapetError(
-            f"objective {config.objective!r} predicts pixels, so better token ids are of no use to it; choose another"
-        )
-    check_out(config.data, out)
+    for key, remedy in (("tokens", "leave --tokens out"), ("init", "leave --init out, or use mapet pretrain")):
+        if values.get(key) is not None:
+            raise MapetError(f"bootstrapping fits its own tokenizers to a network of random weights; {remedy}")
+    check_out(str(values.get("data", "")), out)
+    config = settle_run(values, len(open_images(str(values.get("data", "")))))
+    if config.targets != "ids":
+        raise MapetError(f"objective {config.objective!r} predicts {config.targets}, not token ids; choose another")
     blocks = len(initial_backbone(config).blocks)
     if not -blocks <= block < blocks:
         raise MapetError(f"block is {block}, but the network has {blocks}: take 0 to {blocks - 1}, or -1 for the last")
@@ -70,14 +67,14 @@ def bootstrap(
     foreign = sorted(path.name for path in root.glob("*") if not re.fullmatch(r"round\d+", path.name))
     if foreign:
         raise MapetError(f"output folder {root} holds {foreign[0]!r}, no round; choose a new folder with --out")
-    results: list[RunResult] = []
+    results: list[Result] = []
     for number in range(rounds + 1):
         asked = dict(values)
         if number:
-            exported = results[-1].folder.exported
+            exported = results[-1].exported
             asked |= {"tokenizer": str(exported), "teacher_stage": block, "teacher_weights": None, "teacher_size": None}
         logger.info("round %d of %d: %s", number, rounds, asked.get("tokenizer") or "pixels")
         results.append(pretrain(asked, root / f"round{number}", resume=resume, console=console))
-        if results[-1].steps < results[-1].total_steps:
+        if not results[-1].finished:
             break
     return results

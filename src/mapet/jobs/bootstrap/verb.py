@@ -4,55 +4,52 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
-from mapet.cli.console import set_up_logging
-from mapet.cli.flags import add_job_flags, given_values
+from mapet.config.verb import Call, Verb
+from mapet.data.names import check_images
 from mapet.jobs.pretrain.config import PretrainConfig
 
 
-def add_parser(verbs: Any) -> None:
-    """Declare the verb."""
-    parser = verbs.add_parser(
-        "bootstrap",
-        help="pre-train in rounds, each on ids of the features that the last one learned",
-        description="Pre-train on k-pixels, fit a tokenizer to the features so learned, pre-train anew on its ids, "
-        "and so on: targets that get better without a foreign teacher.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of bootstrapping alone."""
     parser.add_argument("--rounds", type=int, default=1, help="rounds after the first (default: 1)")
     parser.add_argument(
-        "--block", type=int, default=-1, help="of the network whose features are clustered (default: -1, the last)"
+        "--block", type=int, default=-1, help="block whose features are clustered (default: -1, the last)"
     )
-    parser.add_argument("--resume", action="store_true", help="continue where it was stopped, or begin")
-    parser.add_argument("--json", action="store_true", help="print the rounds as JSON")
-    add_job_flags(parser, PretrainConfig, "the rounds' run folders are made in it")
-    parser.set_defaults(run=run)
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(call: Call) -> int:
     """Bootstrap."""
-    console = set_up_logging()
     from mapet.jobs.bootstrap.run import bootstrap
 
+    flags = call.flags
     results = bootstrap(
-        given_values(parsed, PretrainConfig),
-        parsed.out,
-        rounds=parsed.rounds,
-        block=parsed.block,
-        resume=parsed.resume,
-        console=console,
+        call.values, call.out, rounds=flags.rounds, block=flags.block, resume=flags.resume, console=call.console
     )
     last = results[-1]
     if not last.is_main:
         return 0
-    if parsed.json:
+    if flags.json:
         rounds = [{"folder": str(r.folder.root), "tokenizer": r.config.tokenizer, "steps": r.steps} for r in results]
-        print(json.dumps({"rounds": rounds, "exported": str(last.folder.exported)}))
-    if last.steps < last.total_steps:
-        console.print(f"stopped and saved after step {last.steps} of {last.folder.root}; --resume continues")
+        print(json.dumps({"rounds": rounds, "exported": str(last.exported)}))
+    if not last.finished:
+        call.say(f"stopped and saved after step {last.steps} of {last.folder.root}; --resume continues")
         return 128 + (last.stopped_by or 0)
-    console.print(
-        f'done: timm.create_model("local-dir:{last.folder.exported}", pretrained=True) is the last round\'s',
-        soft_wrap=True,
-    )
+    call.say(f'done: timm.create_model("local-dir:{last.exported}", pretrained=True) is the network of the last round')
     return 0
+
+
+BOOTSTRAP = Verb(
+    summary="pre-train in rounds, each on ids of the features that the round before learned",
+    about="Pre-train on k-pixels, fit a tokenizer to the features so learned, pre-train anew on its ids, and so on: "
+    "targets that\nget better without a foreign teacher.",
+    example="  mapet bootstrap ./photos --out runs/boot --rounds 2",
+    configs=(PretrainConfig,),
+    run=run,
+    positional={"data": "images; may also stand in the recipe"},
+    out="a folder; the rounds' run folders are made in it",
+    resume="continue where it was stopped, or begin",
+    json="print the rounds as JSON",
+    check_data=check_images,
+    options=add_options,
+)

@@ -11,13 +11,15 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from mapet.data.open import open_labelled
+from mapet.data.labelled import open_labelled
 from mapet.data.views import PlainView
 from mapet.engine.files import replace_file
 from mapet.engine.runfolder import RunFolder
+from mapet.engine.trainer import Result
 from mapet.errors import MapetError
 from mapet.jobs.finetune.run import finetune
-from mapet.jobs.pretrain.run import RunResult, initial_backbone, pretrain
+from mapet.jobs.pretrain.run import pretrain
+from mapet.jobs.pretrain.settle import initial_backbone
 from mapet.probes.rows import Row, probe_row
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def run_demo(
     finetuning: Mapping[str, Any] = FINETUNING,
     resume: bool = False,
     console: Console | None = None,
-) -> tuple[RunResult, dict[str, Row] | None]:
+) -> tuple[Result, dict[str, Row] | None]:
     """Pre-train, measure, and write ``results.json`` beside the run.
 
     Args:
@@ -70,7 +72,7 @@ def run_demo(
     if values.get("init") is not None:
         raise MapetError("the demo compares with random weights; leave --init out, or use mapet pretrain")
     result = pretrain(values, out, resume=resume, console=console)
-    if result.steps < result.total_steps:
+    if not result.finished:
         return result, None
     rows = measure_run(result, labels_per_class, finetuning, console)
     if rows is not None:
@@ -79,7 +81,7 @@ def run_demo(
 
 
 def measure_run(
-    result: RunResult, labels_per_class: Sequence[int], finetuning: Mapping[str, Any], console: Console | None = None
+    result: Result, labels_per_class: Sequence[int], finetuning: Mapping[str, Any], console: Console | None = None
 ) -> dict[str, Row] | None:
     """Measure raw pixels, the untrained network and the pre-trained one on the run's own labelled data.
 
@@ -89,8 +91,8 @@ def measure_run(
     """
     config = result.config
     train, test = open_labelled(config.data, config.seed)
-    view = PlainView((config.image_size, config.image_size), config.input_mean, config.input_std)
-    pretrained = result.objective.backbone
+    view = PlainView((config.image_size, config.image_size), config.mean, config.std)
+    pretrained = result.task.outcome()
     device = next(pretrained.parameters()).device
     rows: dict[str, Row] = {}
 
@@ -105,7 +107,7 @@ def measure_run(
         for count in labels_per_class:
             labels = count * len(train.classes)
             values = {
-                "model": str(result.folder.exported),
+                "model": str(result.exported),
                 "data": config.data,
                 "seed": config.seed,
                 "reinit": name == "random_vit",
@@ -115,8 +117,8 @@ def measure_run(
             out = result.folder.root / "finetuned" / f"{name}-{labels}"
             # What has begun knows its model, by a name that may have been another when the run lay elsewhere.
             tuned = finetune({} if RunFolder(out).config.exists() else values, out, resume=True, console=console)
-            if tuned.steps < tuned.total_steps:  # saved; --resume takes it up there
+            if not tuned.finished:  # saved; --resume takes it up there
                 return None
-            if tuned.scores is not None:
-                rows[name][f"finetune_{labels}"] = tuned.scores.accuracy
+            if tuned.is_main:
+                rows[name][f"finetune_{labels}"] = tuned.measured["accuracy"]
     return rows if result.is_main else None

@@ -1,4 +1,4 @@
-"""``mapet demo``: pre-train on embedded digits and show what it was good for."""
+"""``mapet demo``: pre-train on embedded digits and show the gain."""
 
 from __future__ import annotations
 
@@ -6,54 +6,38 @@ import argparse
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from mapet.cli.console import set_up_logging
-from mapet.cli.flags import add_config_flags, add_out_flag, given_values
+from mapet.config.verb import Call, Verb
+from mapet.data.names import DEMO_NAMES
 from mapet.jobs.pretrain.config import PretrainConfig
 
 DEFAULT_OUT = Path("runs/demo")
 ROW_NAMES = {"raw_pixels": "raw pixels", "random_vit": "random-init ViT", "pretrained_vit": "pre-trained ViT"}
 
 
-def add_parser(verbs: Any) -> None:
-    """Declare the verb."""
-    parser = verbs.add_parser(
-        "demo",
-        help="pre-train on embedded digits and show the gain, offline, in under 3 minutes on 2 cores",
-        description="Pre-train a small ViT on 4,000 digits and compare it with the untrained one on 1,000 others.",
-    )
-    parser.add_argument(
-        "--dataset", default="mnist", choices=("mnist", "fashion-mnist"), help="images to use (default: mnist)"
-    )
-    add_out_flag(parser, "the run folder (default: runs/demo, or the next free)", required=False)
-    parser.add_argument("--config", default="demo", help=argparse.SUPPRESS)
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted demo in --out")
-    add_config_flags(parser, PretrainConfig)
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the demo alone."""
+    parser.add_argument("--dataset", default="mnist", choices=DEMO_NAMES, help="images to use (default: mnist)")
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(call: Call) -> int:
     """Run the demo."""
-    console = set_up_logging()
     from mapet.jobs.demo.run import run_demo
 
-    out = Path(parsed.out) if parsed.out else DEFAULT_OUT if parsed.resume else _next_free(DEFAULT_OUT)
-    values = given_values(parsed, PretrainConfig) | {"data": parsed.dataset}
-    result, rows = run_demo(values, out, resume=parsed.resume, console=console)
+    flags = call.flags
+    out = Path(call.out) if call.out else DEFAULT_OUT if flags.resume else _next_free(DEFAULT_OUT)
+    result, rows = run_demo({**call.values, "data": flags.dataset}, out, resume=flags.resume, console=call.console)
     if not result.is_main:
         return 0
     if rows is None:
-        console.print(f"stopped and saved after step {result.steps}; --resume continues {out}", soft_wrap=True)
+        call.say(f"stopped and saved after step {result.steps}; --resume continues {out}")
         return 128 + (result.stopped_by or signal.SIGINT)  # else a fine-tuning was stopped
-    print_rows(Console(), rows, f"accuracy on {parsed.dataset}, test images")
-    console.print(
-        f"pictures: {result.folder.figures}\nresults:  {out / 'results.json'}\n"
-        f'backbone: timm.create_model("local-dir:{result.folder.exported}", pretrained=True)',
-        soft_wrap=True,
+    print_rows(Console(), rows, f"accuracy on {flags.dataset}, test images")
+    call.say(
+        f"pictures: {result.folder.figures}\nresults:  {result.folder.results}\n"
+        f'backbone: timm.create_model("local-dir:{result.exported}", pretrained=True)'
     )
     return 0
 
@@ -67,15 +51,24 @@ def _next_free(folder: Path) -> Path:
 
 def print_rows(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Print accuracies in 0..1 as a table of percentages."""
+    from mapet.report.tables import Table, percent
+
     columns = list(rows["pretrained_vit"])
-    table = Table(title=title)
-    table.add_column("")
-    for column in columns:
-        name, _, count = column.partition("_")
-        table.add_column(
-            f"{count} labels" if count else {"knn": "k-NN", "linear": "linear probe"}[name], justify="right"
-        )
-    for key, row in rows.items():
-        cells = [f"{100 * row[column]:.1f} %" if column in row else "-" for column in columns]
-        table.add_row(ROW_NAMES.get(key, key), *cells, style="bold" if key == "pretrained_vit" else "")
-    console.print(table)
+    names = {"knn": "k-NN", "linear": "linear probe"}
+    header = [names.get(column, f"{column.removeprefix('finetune_')} labels") for column in columns]
+    lines = [[ROW_NAMES[name], *(percent(row.get(column)) for column in columns)] for name, row in rows.items()]
+    console.print(Table(["", *header], lines, title, bold=[len(lines) - 1]).to_terminal())
+
+
+DEMO = Verb(
+    summary="pre-train on embedded digits and show the gain, offline, in under 3 minutes on 2 cores",
+    about="Pre-train a small ViT on 4,000 digits and compare it with the untrained one on 1,000 others.",
+    configs=(PretrainConfig,),
+    run=run,
+    out="the run folder (default: runs/demo, or the next free)",
+    needs_out=False,
+    recipe="demo",
+    resume="continue an interrupted demo in --out",
+    left_out=("data",),
+    options=add_options,
+)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
-
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from mapet.data.augment import seeded
+from mapet.objectives.task import Output, Task
 
 
-class ClassificationOutput(TypedDict):
-    """Scalar ``loss`` and ``accuracy`` (against each image's own label), and ``logits`` ``(B, classes)``."""
-
-    loss: Tensor
-    accuracy: Tensor
-    logits: Tensor
-
-
-class Classification(nn.Module):
+class Classification(Task):
     """Cross-entropy of a network with a classifier.
 
     Args:
@@ -33,8 +23,6 @@ class Classification(nn.Module):
         smoothing: share of a label's probability that is spread over all classes.
         ema_decay: of an exponential moving average of the weights, which warms up as timm's does; None for none.
     """
-
-    updates: Tensor
 
     def __init__(
         self,
@@ -53,10 +41,11 @@ class Classification(nn.Module):
         self.ema = ModelEmaV3(network, ema_decay, use_warmup=True) if ema_decay is not None else None
         if self.ema is not None:
             self.ema.requires_grad_(False)  # processes that train together would wait for its gradients
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def forward(self, images: Tensor, labels: Tensor) -> ClassificationOutput:
-        """Map ``(B, C, H, W)`` images and ``(B,)`` labels to loss and accuracy."""
+    def forward(self, images: Tensor, labels: Tensor) -> Output:
+        """Map ``(B, C, H, W)`` images and ``(B,)`` labels to ``loss``, ``accuracy`` (by each image's own label) and
+        ``logits`` ``(B, classes)``.
+        """
         targets = labels
         if self.mix is not None and self.training:
             # timm mixes in place and draws from NumPy; torch's random state is the step's.
@@ -68,17 +57,11 @@ class Classification(nn.Module):
         accuracy = (logits.argmax(dim=-1) == labels).float().mean()
         return {"loss": loss, "accuracy": accuracy, "logits": logits}
 
-    def average_after(self, optimizer: Optimizer) -> None:
-        """Update the moving average, if there is one, after every step of ``optimizer``."""
+    def after_step(self, step: int, total: int) -> None:
+        """Update the moving average, if there is one."""
         if self.ema is not None:
-            optimizer.register_step_post_hook(self._update)
+            self.ema.update(self.network, step=step + 1)
 
-    def _update(self, *_: Any) -> None:
-        assert self.ema is not None
-        self.updates += 1
-        self.ema.update(self.network, step=int(self.updates))
-
-    @property
     def outcome(self) -> nn.Module:
-        """What is measured and exported: the averaged network where there is one."""
+        """Return the averaged network where there is one."""
         return self.network if self.ema is None else self.ema.module

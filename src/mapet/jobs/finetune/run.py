@@ -5,66 +5,43 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mapet.config.base import continued, parse, read_recipe, settle
 from mapet.data.augment import AugmentedView
-from mapet.data.batches import Batch, DamageTally, ViewDataset
-from mapet.data.open import open_labelled
+from mapet.data.batches import DamageTally, ViewDataset
+from mapet.data.labelled import labels_to_use, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.engine.files import replace_file
-from mapet.engine.loop import agree, on_main
+from mapet.engine.lineage import record_origin
 from mapet.engine.optimizer import build_optimizer
-from mapet.engine.processes import count_workers, main_first, make_accelerator
-from mapet.engine.runfolder import RunFolder
+from mapet.engine.parallel import fast_precision
+from mapet.engine.processes import agree, count_workers, join_processes, main_first, on_main
+from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
-from mapet.engine.training import Job, begin_run, check_out, record_origin, run_folder, run_job, settle_config
+from mapet.engine.trainer import Result, Trainer
 from mapet.errors import MapetError
 from mapet.inference.models import OpenModel, open_model
-from mapet.jobs.evaluate.run import summarise
 from mapet.jobs.finetune.classification import Classification
 from mapet.jobs.finetune.config import FinetuneConfig
-from mapet.jobs.finetune.labels import labels_to_use
 from mapet.models.export import export_network
 from mapet.probes.classifier import score_classifier
-from mapet.probes.metrics import Scores
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What came of a fine-tuning.
-
-    Attributes:
-        folder: the run folder; ``exported/`` is the classifier.
-        config: the resolved configuration.
-        scores: on the test part; None if the run was stopped early, or on any process but the main one.
-        steps: optimiser steps done.
-        total_steps: optimiser steps of the whole run.
-        stopped_by: the signal that ended it early, or None.
-        is_main: whether this process is the one that reports.
-    """
-
-    folder: RunFolder
-    config: FinetuneConfig
-    scores: Scores | None
-    steps: int
-    total_steps: int
-    stopped_by: int | None
-    is_main: bool
+from mapet.probes.metrics import Scores, summarise
+from mapet.report.progress import ProgressSink
 
 
 def finetune(
     values: Mapping[str, Any], out: str | Path, *, resume: bool = False, console: Console | None = None
-) -> FinetuneResult:
+) -> Result:
     """Fine-tune a model on labelled images.
 
     Args:
@@ -73,31 +50,43 @@ def finetune(
         resume: continue the run in ``out`` exactly, or begin it if there is none.
         console: where progress is shown; None for standard error.
 
+    Returns:
+        the result; ``result.measured`` is what ``results.json`` holds, empty if the run was stopped early, and on any
+        process but the main one.
+
     Raises:
         MapetError: for input that cannot work; nothing is lost or half-written.
     """
     with run_folder(out) as folder:
-        config = settle_config(FinetuneConfig, values, folder, resume)
-        return _run(config, folder, resume, console or Console(stderr=True))
+        world = join_processes()
+        begun = resume and folder.config.exists()
+        if begun:
+            config = continued(FinetuneConfig, read_recipe(folder.config), values, folder.root)
+            given = config.model_dump()
+        else:
+            given = parse(FinetuneConfig, values)
+        check_out(str(given.get("data", "")), folder.root)
+        seed = given.get("seed", 0)
+        whole, test = main_first(lambda: open_labelled(str(given.get("data", "")), seed))
+        train = labels_to_use(whole, given.get("label_share"), given.get("labels_per_class"), seed)
+        if not begun:
+            config = settle(
+                FinetuneConfig, values, images=len(train), processes=world.num_processes, precision=fast_precision()
+            )
+        return _train(config, train, test, folder, resume, console or Console(stderr=True))
 
 
-def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Console) -> FinetuneResult:
-    accelerator = make_accelerator(config.precision, config.accumulate)
-    device = accelerator.device
-    check_out(config.data, folder.root)
-    whole, test = main_first(accelerator, lambda: open_labelled(config.data, config.seed))
-    train = labels_to_use(config, whole)
-    config = config.resolve(len(train), accelerator.num_processes)
-
+def _train(
+    config: FinetuneConfig, train: ImageSet, test: ImageSet, folder: RunFolder, resume: bool, console: Console
+) -> Result:
+    device = torch.device(join_processes().device)
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.
     exported = folder.find_export()
-    begun = agree(accelerator, folder.holds_checkpoint() and exported is not None)
-    opened = main_first(accelerator, lambda: _open(config, str(exported) if begun else config.model, train))
-    _check_batch_norm(config, accelerator, opened.network)
-    view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and what the export says
-    config = config.model_copy(
-        update={"image_size": view.size, "crop_pct": view.crop_pct, "precision": accelerator.mixed_precision}
-    )
+    begun = agree(folder.holds_checkpoint() and exported is not None)
+    opened = main_first(lambda: _open(config, str(exported) if begun else config.model, train))
+    _check_batch_norm(config, opened.network)
+    view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and as the export says
+    config = config.but(image_size=view.size, crop_pct=view.crop_pct)
     augment = AugmentedView(
         view.size,
         view.mean,
@@ -108,7 +97,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
         config.color_jitter,
         config.erasing,
     )
-    objective = Classification(
+    task = Classification(
         opened.network,
         len(train.classes),
         mixup=config.mixup,
@@ -116,21 +105,16 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
         smoothing=config.smoothing,
         ema_decay=config.ema_decay,
     ).to(device)
-    optimizer = build_optimizer(opened.network, config.peak_lr, config.weight_decay, config.beta2, config.layer_decay)
-    objective.average_after(optimizer)
 
     def begin() -> None:
-        begin_run(folder, config, resume)
+        folder.open(resume=resume)
+        folder.write_config(config)
         if not (begun or config.reinit):
             record_origin(folder, config.model)
 
-    on_main(accelerator, begin)
-    workers = count_workers(config.workers, train, device)
-    dataset = ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed))
+    on_main(begin)
     labels = torch.tensor(train.labels)
-
-    def targets(batch: Batch) -> tuple[Tensor]:
-        return (labels[batch["index"]].to(device),)
+    latest: list[Scores] = []
 
     def score(network: nn.Module) -> Scores:
         return score_classifier(
@@ -140,58 +124,51 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
             opened.channels,
             device=device,
             batch_size=config.batch_size,
-            workers=workers,
+            workers=count_workers(config.workers, train, device),
             tally=DamageTally(test, config.max_damaged),
         )
 
-    latest: list[Scores] = []
-
-    def measure(trained: nn.Module) -> Iterator[tuple[str, float]]:
-        assert isinstance(trained, Classification)
-        latest[:] = [score(trained.outcome)]
+    def measure(network: nn.Module) -> Iterator[tuple[str, float]]:
+        latest[:] = [score(network)]
         yield "eval_accuracy", latest[0].accuracy
 
-    export = partial(
-        export_network,
-        objective.outcome,
-        mean=view.mean,
-        std=view.std,
-        crop_pct=view.crop_pct,
-        interpolation=view.interpolation,
-        classes=train.classes,
-        tag="finetuned",
-    )
-    job = Job(
-        config,
-        dataset,
-        objective,
-        optimizer,
-        targets,
-        _hash_labels(train),
-        (folder.exported, export),
-        _describe,
-        [measure],
-        config.eval_every or 1,
-        "the labelling",
+    trainer = Trainer(
+        config=config,
+        task=task,
+        optimizer=build_optimizer(opened.network, config, config.layer_decay),
+        dataset=ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed)),
+        inputs=lambda batch: (batch["images"].to(device, non_blocking=True), labels[batch["index"]].to(device)),
+        folder=folder,
+        exported=folder.exported,
+        export=partial(
+            export_network,
+            mean=view.mean,
+            std=view.std,
+            crop_pct=view.crop_pct,
+            interpolation=view.interpolation,
+            classes=train.classes,
+            tag="finetuned",
+        ),
+        targets_hash=hashlib.sha256(json.dumps([train.classes, train.labels]).encode()).hexdigest(),
+        progress=ProgressSink(console, _describe),
+        evaluators=[measure],
+        evaluate_every=config.eval_every,
+        targets_name="the labelling",
         save_first=True,
     )
-    outcome = run_job(job, folder, accelerator, workers, console)
+    result = trainer.run()
 
-    def conclude() -> Scores:
-        # The loop measures after its last step; a run that was finished before takes none.
-        scores = latest[0] if latest else score(objective.outcome)
-        replace_file(folder.results, json.dumps(summarise([scores]), indent=1) + "\n")
-        return scores
+    def conclude() -> dict[str, Any]:
+        # The trainer measures after its last step; a run that was finished before takes none.
+        found = summarise([latest[0] if latest else score(task.outcome())])
+        replace_file(folder.results, json.dumps(found, indent=1) + "\n")
+        return found
 
-    scores = on_main(accelerator, conclude) if outcome.steps == outcome.total_steps else None
-    accelerator.wait_for_everyone()
-    return FinetuneResult(
-        folder, config, scores, outcome.steps, outcome.total_steps, outcome.stopped_by, accelerator.is_main_process
-    )
+    return replace(result, measured=on_main(conclude) or {} if result.finished else {})
 
 
-def _check_batch_norm(config: FinetuneConfig, accelerator: Accelerator, network: nn.Module) -> None:
-    alone = config.batch_size == accelerator.num_processes * config.accumulate
+def _check_batch_norm(config: FinetuneConfig, network: nn.Module) -> None:
+    alone = config.batch_size == join_processes().num_processes * config.accumulate
     if alone and any(isinstance(part, _BatchNorm) for part in network.modules()):
         raise MapetError(
             f"model {config.model!r} has batch norm, which compares images, but it would see one at a time; take a "
@@ -217,10 +194,6 @@ def _open(config: FinetuneConfig, source: str, train: ImageSet) -> OpenModel:
         raise MapetError(f"--pool is for Vision Transformers, which model {config.model!r} is not; leave it out")
     network.reset_classifier(len(train.classes), pool)
     return opened
-
-
-def _hash_labels(images: ImageSet) -> str:
-    return hashlib.sha256(json.dumps([images.classes, images.labels]).encode()).hexdigest()
 
 
 def _describe(record: Record) -> str:

@@ -2,123 +2,182 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator
 
-from mapet.config.base import Common, Free
-from mapet.config.keys import Count, InputKeys, KMeansKeys, Pixels, TrainKeys, ViewKeys
+from mapet.config.base import CHOSEN, Scalar, key
+from mapet.config.keys import (
+    Count,
+    InputKeys,
+    KMeansKeys,
+    Pixels,
+    Share,
+    TeacherKeys,
+    Text,
+    TrainKeys,
+    ViewKeys,
+    check_teacher,
+)
+from mapet.errors import MapetError
 
 MOST_MODEL_ARGUMENT = 2**14  # a depth or a width
 
+# Arguments of timm's networks that are keys here.
+TIMM_ARGUMENTS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "channels",
+    "drop_path_rate": "drop_path",
+    "init_values": "layer_scale",
+}
+IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}  # mean and std by channels
+
 
 class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
-    """What decides a run. ``resolve`` fills in what depends on the data."""
+    """What decides a run; see ``settle`` beside this file for what follows from the data and the network."""
 
-    init: str | None = Field(
+    init: Text | None = key(
         None,
-        min_length=1,
-        description="weights to begin with: a run, an exported or converted folder, or the name of a timm model or of "
-        "one that comes with mapet; its architecture, sizes and normalisation are then the defaults",
-        json_schema_extra=Common,
+        "weights to begin with: a run, an exported or converted folder, or the name of a timm model or of one that "
+        "comes with mapet; its architecture, sizes and normalisation become the defaults",
+        common=True,
+        single=True,
     )
-    init_parts: Literal["backbone", "all"] = Field(
-        "backbone", description="all: begin with the mask vector and the head of --init as well, for the same tokenizer"
+    init_parts: Literal["backbone", "all"] = key(
+        "backbone", "all: begin with the mask vector and the head of --init as well, for the same targets", single=True
     )
-    model: str = Field(
-        "vit_small_patch16_224", description="a timm Vision Transformer by name", json_schema_extra=Common
+    model: str = key("vit_small_patch16_224", "a timm Vision Transformer by name", common=True)
+    image_size: Pixels = key(224, "side of the square input in pixels", common=True)
+    objective: str = key("mapet", "mapet, pim, mim, raster, cae, mae or simmim", common=True, single=True)
+    targets: Literal["ids", "pixels", "features"] = key(
+        CHOSEN,
+        "what is predicted of a patch: ids (of a tokenizer), pixels, or features (of a frozen --teacher); default: "
+        "pixels for mae and simmim, ids for the others",
+        common=True,
     )
-    image_size: Pixels = Field(224, description="side of the square input in pixels", json_schema_extra=Common)
-    tokenizer: str | None = Field(
+    tokenizer: Text | None = key(
+        CHOSEN,
+        "for ids: 'pixels' (the default), a timm or torchvision model name or the exported folder of an earlier run "
+        "(k-means over its features), 'dvae' or 'vqkd' (published), or the folder of a fitted tokenizer",
+        common=True,
+        single=True,
+    )
+    tokens: Text | None = key(
         None,
-        min_length=1,
-        description="'pixels' (the default), a timm or torchvision model name or the exported folder of an earlier "
-        "run (k-means over its features), 'dvae' or 'vqkd' (published), or the folder of a fitted tokenizer",
-        json_schema_extra=Common,
+        "for ids: a token store of these images (mapet tokenizer encode), instead of tokenizing at each step",
+        common=True,
+        single=True,
     )
-    tokens: str | None = Field(
+    teacher: Text | None = key(
         None,
-        min_length=1,
-        description="a token store of these images (mapet tokenizer encode), instead of tokenizing at each step",
-        json_schema_extra=Common,
-    )
-    objective: str = Field(
-        "mapet",
-        description="mapet, pim, mim, raster or cae, which predict ids of a tokenizer; mae or simmim, which predict "
-        "pixels and take no tokenizer",
-        json_schema_extra=Common,
+        "for features: a timm or torchvision model name or the exported folder of an earlier run, whose patch features "
+        "are predicted",
+        common=True,
     )
 
-    patch_size: Pixels | None = Field(None, description="side of a patch in pixels; default: the model's")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth rate of the last block")
-    layer_scale: float | None = Field(
-        0.1, gt=0, le=1e3, description="initial LayerScale; null (flag: none): the model's own"
+    feature_loss: Literal["cosine", "smooth_l1"] = key("cosine", "for features: how predictions are compared")
+    patch_size: Pixels = key(CHOSEN, "side of a patch in pixels; default: the model's")
+    drop_path: float = key(0.1, "stochastic depth rate of the last block", ge=0, lt=1)
+    layer_scale: float | None = key(0.1, "initial LayerScale; null (flag: none): the model's own", gt=0, le=1e3)
+    model_args: dict[str, Scalar] = key({}, "further arguments of timm's VisionTransformer, as depth=4 embed_dim=128")
+    mask_ratio: Share = key(CHOSEN, "share of the patches that are targets; default: the objective's (mapet: 0.75)")
+    masking: str = key(
+        CHOSEN, "how targets are chosen and visited: random, blockwise, cells, raster, spiral; default: the objective's"
     )
-    model_args: dict[str, int | float | bool | str] = Field(
-        default_factory=dict, description="further arguments of timm's VisionTransformer, as depth=4 embed_dim=128"
+    objective_args: dict[str, Scalar] = key({}, "further arguments of the objective, as decoder_depth=2 of mae")
+    views: int | None = key(
+        None, "distinct crops of each image; default: a new one each epoch, or those of --tokens", ge=1, le=10_000
     )
-    context_tokens: Count | None = Field(
+    color_jitter: Share = key(0.4, "colour jitter of the student's view")
+    mean: tuple[float, ...] = key(CHOSEN, "input mean per channel; default: ImageNet's")
+    std: tuple[float, ...] = key(CHOSEN, "input deviation per channel; default: ImageNet's")
+    eval_data: Text | None = key(
         None,
-        description="tokens given, class and register tokens included; default: the objective's (mapet: a quarter)",
+        "labelled images to measure k-NN and a linear probe on: class folders, or a demo set",
+        free=True,
+        single=True,
     )
-    order: str | None = Field(
-        None,
-        description="how targets are chosen and visited: random, blockwise, cells, raster, spiral; default: the "
-        "objective's",
-    )
-    objective_args: dict[str, int | float | bool | str] = Field(
-        default_factory=dict, description="further arguments of the objective, as decoder_depth=2 of mae"
-    )
-    views: int | None = Field(
-        None,
-        ge=1,
-        le=10_000,
-        description="distinct crops of each image; default: a new one each epoch, or those of --tokens",
-    )
-    color_jitter: float = Field(0.4, ge=0, le=1, description="colour jitter of the student's view")
-    mean: tuple[float, ...] | None = Field(None, description="input mean per channel; default: ImageNet's")
-    std: tuple[float, ...] | None = Field(None, description="input deviation per channel; default: ImageNet's")
-    eval_data: str | None = Field(
-        None,
-        min_length=1,
-        description="labelled images to measure k-NN and a linear probe on: class folders, or a demo set",
-        json_schema_extra=Free,
-    )
-    eval_every: Count = Field(10, description="epochs between evaluations (and one at the end)", json_schema_extra=Free)
+    eval_every: Count = key(10, "epochs between evaluations (and one at the end)", free=True, single=True)
 
     @field_validator("model_args", "objective_args")
     @classmethod
-    def _no_absurd_sizes(cls, arguments: dict[str, int | float | bool | str]) -> dict[str, int | float | bool | str]:
-        for name, value in arguments.items():
+    def _no_absurd_sizes(cls, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, value in (arguments or {}).items():
             if isinstance(value, int) and value > MOST_MODEL_ARGUMENT:
                 raise ValueError(f"{name} is {value}; take at most {MOST_MODEL_ARGUMENT}")
+            if name in TIMM_ARGUMENTS:
+                raise ValueError(f"{name} has a flag of its own: use --{TIMM_ARGUMENTS[name].replace('_', '-')}")
         return arguments
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.channels:
-                raise ValueError(f"{name} has {len(values)} values for {self.channels} channel(s)")
-        if self.std is not None and min(self.std) <= 0:
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> None:
+        """Refuse values that do not go together."""
+        super().check(given)
+        if given.get("std") is not None and min(given["std"]) <= 0:
             raise ValueError("std must be positive")
-        if self.init_parts == "all" and self.init is None:
+        if given.get("init_parts") == "all" and given.get("init") is None:
             raise ValueError("init_parts is 'all', but there is no init; name what the run begins with")
-        self.check_teacher(self.tokenizer)
-        if self.mirror and self.views is None and self.tokens is None:
+        if given.get("mirror") and given.get("views") is None and given.get("tokens") is None:
             raise ValueError("mirror needs views: without a fixed number of views each is drawn anew, flip included")
-        return self
+        check_targets(given)
 
-    @property
-    def input_mean(self) -> tuple[float, ...]:
-        """Per-channel mean of the student's input."""
-        return self.mean or ((0.485, 0.456, 0.406) if self.channels == 3 else (0.449,))
+    @classmethod
+    def choose(
+        cls,
+        given: Mapping[str, Any],
+        *,
+        published: Mapping[str, Any],
+        patch_size: int,
+        vocab_size: int | None,
+        view: Mapping[str, Any],
+        **facts: Any,
+    ) -> dict[str, Any]:
+        """Fill in what follows from data, objective, network and token store.
 
-    @property
-    def input_std(self) -> tuple[float, ...]:
-        """Per-channel deviation of the student's input."""
-        return self.std or ((0.229, 0.224, 0.225) if self.channels == 3 else (0.226,))
+        Args:
+            given: by the user, completed by what ``init`` decides.
+            published: the objective's own ``targets``, ``masking`` and ``mask_ratio``.
+            patch_size: of the network.
+            vocab_size: ids of a tokenizer that is fitted, or None.
+            view: settings of the token store's views; empty without one.
+            facts: see ``TrainKeys.choose``.
+        """
+        channels = given.get("channels", 3)
+        mean, std = IMAGENET[channels]
+        chosen = {name: given.get(name, value) for name, value in published.items()}
+        ids_online = chosen["targets"] == "ids" and given.get("tokens") is None
+        chosen |= {
+            "tokenizer": given.get("tokenizer") or ("pixels" if ids_online else None),
+            "vocab_size": vocab_size if chosen["targets"] == "ids" else None,
+            "patch_size": patch_size,
+            "mean": given.get("mean", mean),
+            "std": given.get("std", std),
+        }
+        for name in ("mean", "std"):
+            if len(chosen[name]) != channels:
+                raise MapetError(f"{name} has {len(chosen[name])} values for {channels} channel(s); give one for each")
+        return {
+            **TrainKeys.choose.__func__(cls, given, **facts),  # type: ignore[attr-defined]
+            **ViewKeys.choose({**given, **view}),
+            **{name: value for name, value in view.items() if name == "views"},
+            **chosen,
+        }
 
-    def resolve(self, images: int, processes: int = 1) -> Self:
-        """Fill in what has a default depending on other values; see ``TrainKeys.resolve``."""
-        return super().resolve(images, processes).model_copy(update={"mean": self.input_mean, "std": self.input_std})
+
+def check_targets(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for keys that do not go with what is predicted."""
+    targets = given.get("targets")
+    if targets == "features" and given.get("teacher") is None:
+        raise ValueError("targets is 'features', but there is no teacher; name one with --teacher")
+    if targets != "features" and given.get("teacher") is not None:
+        raise ValueError("teacher is for targets 'features'; add --targets features, or name it as --tokenizer")
+    if targets in ("pixels", "features"):
+        of_ids = {"tokenizer", "tokens", *KMeansKeys.model_fields} - set(TeacherKeys.model_fields)
+        of_teacher = set(TeacherKeys.model_fields) if targets == "pixels" else set()
+        said = sorted(name for name in of_ids | of_teacher if given.get(name) is not None)
+        if said:
+            raise ValueError(f"targets is {targets!r}, which needs no token ids; leave out {', '.join(said)}")
+    else:
+        check_teacher(given, given.get("tokenizer"))

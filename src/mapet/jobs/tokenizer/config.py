@@ -2,107 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
-
-from mapet.config.base import Common, StrictConfig
+from mapet.config.base import Config, key
 from mapet.config.keys import (
     BatchSize,
     InputKeys,
     KMeansKeys,
     PatchKeys,
+    Share,
     TeacherKeys,
+    Text,
     TokenizerKeys,
     TrainKeys,
     ViewKeys,
     VocabSize,
+    check_teacher,
 )
 
 
 class FitConfig(PatchKeys, KMeansKeys, InputKeys):
     """A tokenizer fitted by k-means."""
 
-    teacher: str = Field(
+    teacher: Text = key(
         "pixels",
-        min_length=1,
-        description="what is clustered: 'pixels', or the features of a timm or torchvision model by name, or of the "
-        "exported folder of an earlier run",
-        json_schema_extra=Common,
+        "what is clustered: 'pixels', or the features of a timm or torchvision model by name, or of the exported "
+        "folder of an earlier run",
+        common=True,
     )
-    crop_min: float | None = Field(
+    crop_min: float | None = key(
         None,
+        "fit on random crops that cover at least this share of an image; default: on the centre square",
         gt=0,
         le=1,
-        description="fit on random crops that cover at least this share of an image; default: on the centre square",
     )
-    batch_size: BatchSize = Field(64, description="images at a time, per process")
+    batch_size: BatchSize = key(64, "images at a time, per process")
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        self.check_teacher(self.teacher)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        return self
+    @classmethod
+    def check(cls, given: Mapping[str, Any]) -> None:
+        """Refuse values that do not go together."""
+        check_teacher(given, given.get("teacher"))
+        image, patch = given.get("image_size", 224), given.get("patch_size", 16)
+        if image % patch:
+            raise ValueError(f"image_size {image} is not divisible by patch_size {patch}")
 
 
 class EncodeConfig(ViewKeys, TokenizerKeys):
     """A token store."""
 
-    views: int = Field(
-        8,
-        ge=1,
-        le=10_000,
-        description="distinct crops of each image, so that augmentation stays possible",
-        json_schema_extra=Common,
+    views: int = key(
+        8, "distinct crops of each image, so that augmentation stays possible", common=True, ge=1, le=10_000
     )
-    batch_size: BatchSize = Field(64, description="views at a time, per process")
+    batch_size: BatchSize = key(64, "views at a time, per process")
 
 
 class ReportConfig(TokenizerKeys):
     """A report on a tokenizer."""
 
 
-class CheckConfig(StrictConfig):
+class CheckConfig(Config):
     """A verification of a token store."""
 
-    tokens: str = Field(min_length=1, description="the token store", json_schema_extra=Common)
-    data: str | None = Field(
-        None,
-        min_length=1,
-        description="the images; left out, only the store itself is verified",
-        json_schema_extra=Common,
+    tokens: Text = key(..., "the token store", common=True)
+    data: Text | None = key(None, "the images; left out, only the store itself is verified", common=True)
+    tokenizer: Text | None = key(
+        None, "the tokenizer that the store was made with; default: where it was then", common=True
     )
-    tokenizer: str | None = Field(
-        None,
-        min_length=1,
-        description="the tokenizer it was made with; default: where it was",
-        json_schema_extra=Common,
-    )
-    teacher_weights: str | None = Field(
-        None, description="of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE"
-    )
-    workers: int | None = Field(None, ge=0, le=1024, description="processes that read images; default: chosen by cores")
+    teacher_weights: str | None = key(None, "of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE")
+    workers: int | None = key(None, "processes that read images; default: chosen by cores", ge=0, le=1024)
 
 
 class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys, InputKeys):
     """A VQ-KD tokenizer trained on one's own images (BEiT v2, 2208.06366)."""
 
-    teacher: str = Field(
-        min_length=1,
-        description="whose features are distilled: a timm or torchvision model by name, or the exported folder of an "
-        "earlier run",
-        json_schema_extra=Common,
+    teacher: Text = key(
+        ...,
+        "whose features are distilled: a timm or torchvision model by name, or the exported folder of an earlier run",
+        common=True,
     )
-    vocab_size: VocabSize = Field(8192, description="how many ids", json_schema_extra=Common)
-    code_dim: int = Field(32, ge=1, le=2**14, description="width of a code")
-    embed_dim: int = Field(
-        768, ge=1, le=2**14, description="width of encoder and decoder; a multiple of 64, or of the heads"
-    )
-    depth: int = Field(12, ge=1, le=1000, description="blocks of the encoder")
-    num_heads: int = Field(12, ge=1, le=2**10, description="attention heads")
-    decoder_depth: Literal[1, 3] = Field(3, description="blocks of the decoder")
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="how slowly codes follow the patches they stand for")
-    crop_min: float = Field(0.2, gt=0, le=1, description="least share of the image that a random crop covers")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    color_jitter: float = Field(0.0, ge=0, le=1, description="colour jitter of the encoder's view")
+    vocab_size: VocabSize = key(8192, "how many ids", common=True)
+    code_dim: int = key(32, "width of a code", ge=1, le=2**14)
+    embed_dim: int = key(768, "width of encoder and decoder; a multiple of 64, or of the heads", ge=1, le=2**14)
+    depth: int = key(12, "blocks of the encoder", ge=1, le=1000)
+    num_heads: int = key(12, "attention heads", ge=1, le=2**10)
+    decoder_depth: Literal[1, 3] = key(3, "blocks of the decoder: 1 or 3")
+    ema_decay: float = key(0.99, "how slowly codes follow the patches they stand for", ge=0, lt=1)
+    crop_min: float = key(0.2, "least share of the image that a random crop covers", gt=0, le=1)
+    flip: Share = key(0.5, "probability of a horizontal flip")
+    color_jitter: Share = key(0.0, "colour jitter of the encoder's view")

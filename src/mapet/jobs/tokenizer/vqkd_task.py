@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
+from mapet.objectives.task import Output, Task
 from mapet.tokenizers.kmeans import nearest_centroid
 from mapet.tokenizers.vqkd import VQKD, patch_transformer, tanh_projection
 
@@ -17,15 +16,7 @@ from mapet.tokenizers.vqkd import VQKD, patch_transformer, tanh_projection
 DEAD_AFTER_SHARES = 100
 
 
-class VQKDOutput(TypedDict):
-    """What the objective returns, all scalars: ``loss``, ``cosine`` and ``codes_used``."""
-
-    loss: Tensor
-    cosine: Tensor
-    codes_used: Tensor
-
-
-class VQKDObjective(nn.Module):
+class VQKDTask(Task):
     """Reconstruct a teacher's patch features from nothing but the codes of a tokenizer, which so learns its codes.
 
     The loss is the mean of ``1 - cos(reconstruction, teacher)`` and the commitment ``|sg(code) - z|^2 / code_dim``
@@ -70,7 +61,11 @@ class VQKDObjective(nn.Module):
         parts = {"tokenizer.encoder": self.tokenizer.encoder, "decoder": self.decoder}
         return {f"{part}.{name}" for part, vit in parts.items() for name in vit.no_weight_decay()}
 
-    def forward(self, images: Tensor, targets: Tensor) -> VQKDOutput:
+    def outcome(self) -> nn.Module:
+        """Return the tokenizer."""
+        return self.tokenizer
+
+    def forward(self, images: Tensor, targets: Tensor) -> Output:
         """Reconstruct the teacher's features.
 
         Args:

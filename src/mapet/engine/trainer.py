@@ -1,0 +1,318 @@
+"""The trainer: set up, fetch, forward, backward, step, log, measure, save. It knows no objective and no metric."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mapet.config.base import config_to_yaml
+from mapet.config.keys import TrainKeys
+from mapet.data.batches import Batch, DamageTally, StepSampler, ViewDataset, load_batches
+from mapet.data.seeds import Stream, fold_seed
+from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_checkpoint, read_state, write_checkpoint
+from mapet.engine.files import replace_file, replace_folder
+from mapet.engine.finite import check_finite
+from mapet.engine.optimizer import learning_rate
+from mapet.engine.parallel import make_accelerator, wrap
+from mapet.engine.processes import agree, count_workers, on_main
+from mapet.engine.runfolder import RunFolder
+from mapet.engine.sinks import SINKS, Record, RunFacts, Sink
+from mapet.engine.stop import StopRequest
+from mapet.errors import MapetError
+from mapet.objectives.task import Task
+
+logger = logging.getLogger(__name__)
+
+# Measures the network that comes out of a task: yields names and values.
+Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
+# Turns a batch into what the task's forward takes, on the device; no gradient goes through it.
+Inputs = Callable[[Batch], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        folder: the run folder.
+        config: the settled configuration.
+        task: as trained; ``task.outcome()`` is the network.
+        exported: the folder with what came out.
+        steps, total_steps: optimiser steps done, and of the whole run.
+        stopped_by: the signal that ended the run early, or None.
+        is_main: whether this process is the one that reports, of those that trained together.
+        measured: what was measured last, by name.
+    """
+
+    folder: RunFolder
+    config: Any
+    task: Task
+    exported: Path
+    steps: int
+    total_steps: int
+    stopped_by: int | None
+    is_main: bool
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.steps == self.total_steps
+
+    def __repr__(self) -> str:
+        figures = "".join(f", {name} {value:.4g}" for name, value in self.measured.items() if isinstance(value, float))
+        return f"<{self.folder.root}: step {self.steps} of {self.total_steps}{figures}; exported to {self.exported}>"
+
+
+@dataclass
+class Trainer:
+    """Trains a task from its last checkpoint, or the beginning, to the end or a stop request.
+
+    Attributes:
+        config: settled.
+        task: on its device.
+        optimizer: of the task's parameters; a group's ``lr_scale`` multiplies the learning rate.
+        dataset: gives the batches.
+        inputs: what the task takes of a batch.
+        folder: the run folder, held by this process.
+        exported: the folder for what comes out.
+        export: writes ``task.outcome()`` into a folder.
+        targets_hash: of what makes the targets; a resumed run must have the same.
+        progress: shows records on the terminal.
+        evaluators: measure ``task.outcome()`` during the run.
+        evaluate_every: epochs between that.
+        targets_name: what makes the targets, for messages.
+        save_first: save before the first step, because what the task begins with may not be had again.
+    """
+
+    config: TrainKeys
+    task: Task
+    optimizer: Optimizer
+    dataset: ViewDataset
+    inputs: Inputs
+    folder: RunFolder
+    exported: Path
+    export: Callable[[nn.Module, Path], None]
+    targets_hash: str
+    progress: Sink
+    evaluators: Sequence[Evaluator] = ()
+    evaluate_every: int = 1
+    targets_name: str = "the tokenizer or token store"
+    save_first: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass over the images."""
+        return len(self.dataset) // self.config.batch_size
+
+    def run(self) -> Result:
+        """Train; all processes call it."""
+        config, folder = self.config, self.folder
+        self.accelerator = make_accelerator(config.precision, config.accumulate)
+        self.is_main = self.accelerator.is_main_process
+        # A resumed run may have another number of processes.
+        config.choose_batch(config.model_dump(), len(self.dataset), self.accelerator.num_processes)
+        self.tally = DamageTally(self.dataset.images, config.max_damaged)
+        first = self._restore()
+        self.wrapped, self.optimizer = wrap(self.accelerator, self.task, self.optimizer)
+        if self.is_main:
+            self._begin_metrics(first)
+        if self.save_first and first == 0:
+            self._save(0)
+        batches = self._batches(first)
+        done, measured = first, dict[str, float]()
+        with ExitStack() as opened:
+            sinks = [*(make() for make in SINKS.values()), self.progress] if self.is_main else []
+            for sink in sinks:
+                sink.begin(RunFacts(folder.root, config, first, config.steps))
+                opened.enter_context(closing(sink))
+            stop = opened.enter_context(StopRequest())
+            self.wrapped.train()
+            for step in range(first, config.steps):
+                record = self._step(step, batches)
+                self.task.after_step(step, config.steps)
+                done = step + 1
+                last = done == config.steps or agree(stop.requested)
+                fresh = {}
+                if done % (self.evaluate_every * self.steps_per_epoch) == 0 or done == config.steps:
+                    fresh = self._measure(done)
+                if step % config.log_every == 0 or fresh or last:
+                    for sink in sinks:
+                        sink.write(record | fresh)
+                if done % config.checkpoint_every == 0 or last:
+                    self._save(done)
+                measured = fresh or measured
+                if last:
+                    break
+        if self.is_main and not self.exported.exists():  # a user may have moved that of a finished run away
+            self._export()
+        self.accelerator.wait_for_everyone()
+        return Result(folder, config, self.task, self.exported, done, config.steps, stop.signal, self.is_main, measured)
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> Record:
+        """Take one optimiser step and return its record."""
+        config, accelerator = self.config, self.accelerator
+        # All randomness of a step comes from here, so a run can be taken up at any step.
+        torch.manual_seed(fold_seed(config.seed, Stream.STEP, step, accelerator.process_index))
+        lr = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # timm's name, for layer-wise decay
+
+        began, waited = time.perf_counter(), 0.0
+        sums: dict[str, Tensor] = {}
+        grad_norm, measured = 0.0, dict[str, float]()
+        for _ in range(config.accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            self.tally.add(batch["damaged"])
+            inputs = self.inputs(batch)
+            with accelerator.accumulate(self.wrapped):
+                output = self.wrapped(*inputs)
+                for name, value in output.items():
+                    if value.ndim == 0:
+                        sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
+                accelerator.backward(output["loss"])
+                if accelerator.sync_gradients:
+                    grad_norm = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad))
+                    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
+                    measured = dict(zip(sums, means, strict=True))
+                    check_finite(
+                        step=step,
+                        loss=measured["loss"],
+                        grad_norm=grad_norm,
+                        lr=lr,
+                        precision=config.precision,
+                        inputs=inputs,
+                        task=self.task,
+                    )
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        return {
+            "step": step,
+            "epoch": (step + 1) / self.steps_per_epoch,
+            "images": (step + 1) * config.batch_size,
+            **measured,
+            "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16's scaler skips such steps
+            "images_per_s": config.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "damaged": len(self.tally.indices),
+        }
+
+    def _measure(self, done: int) -> dict[str, float]:
+        """Return what the evaluators yield, on the main process, with the task in evaluation mode."""
+
+        def work() -> dict[str, float]:
+            measured: dict[str, float] = {}
+            self.task.eval()
+            try:
+                with torch.no_grad():
+                    for evaluator in self.evaluators:
+                        measured.update(evaluator(self.task.outcome()))
+            finally:
+                self.task.train()
+            return measured
+
+        try:
+            return on_main(work) or {}
+        except Exception:
+            self._save(done)  # a failed measurement must not lose what was learned
+            raise
+
+    def _save(self, done: int) -> None:
+        """Store the state after so many steps; all processes call it."""
+        self.tally.indices.update(gather_object(sorted(self.tally.indices)))
+        if not self.is_main:
+            return
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        state = State(done, self.config.steps, self._made_from(), sorted(self.tally.indices), scaler)
+        # What comes out is written first: where the last checkpoint is, its export is too.
+        self._export()
+        replace_folder(self.folder.checkpoint, lambda fresh: write_checkpoint(fresh, self.task, self.optimizer, state))
+
+    def _export(self) -> None:
+        replace_folder(self.exported, lambda fresh: self.export(self.task.outcome(), fresh))
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        config, accelerator = self.config, self.accelerator
+        sampler = StepSampler(
+            len(self.dataset),
+            config.batch_size,
+            config.seed,
+            first,
+            config.steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.accumulate,
+        )
+        workers = count_workers(config.workers, self.dataset.images, accelerator.device)
+        return iter(load_batches(self.dataset, sampler, workers, pin=accelerator.device.type == "cuda"))
+
+    def _begin_metrics(self, first: int) -> None:
+        """Write down the configuration and drop the records of steps that will be computed again."""
+        config, folder = self.config, self.folder
+        replace_file(folder.config, config_to_yaml(config))
+        if folder.metrics.exists():
+            folder.forget_metrics_from(first)
+        elif first:
+            logger.warning("%s is gone: the curve begins at step %d", folder.metrics, first)
+        logger.info(
+            "%s: %d images, steps %d to %d of %d images on %s in precision %s",
+            folder.root,
+            len(self.dataset),
+            first,
+            config.steps,
+            config.batch_size,
+            self.accelerator.device,
+            config.precision,
+        )
+
+    def _made_from(self) -> MadeFrom:
+        images = self.dataset.images
+        return MadeFrom(len(images), images.fingerprint, self.targets_hash, self.accelerator.num_processes)
+
+    def _restore(self) -> int:
+        """Load the last checkpoint, if there is one; return the steps done."""
+        folder, now = self.folder, self._made_from()
+        if not folder.checkpoint.exists():
+            return 0
+        before = read_state(folder.checkpoint).made_from
+        if before.fingerprint != now.fingerprint:
+            raise MapetError(
+                f"'data' changed since the run in {folder.root} began: it had {before.images} images, now there are "
+                f"{now.images}, or some have other names; restore it, or start another run with another --out"
+            )
+        if before.targets != now.targets:
+            raise MapetError(
+                f"{self.targets_name} is not what the run in {folder.root} began with, so its targets mean something "
+                "else; restore it, or start another run with another --out"
+            )
+        if before.processes != now.processes:
+            logger.warning(
+                "the run began with %d processes and goes on with %d: the images and their order are the same, the "
+                "masks are not",
+                before.processes,
+                now.processes,
+            )
+        state = read_checkpoint(folder.checkpoint, self.task, self.optimizer)
+        if state.total_steps != self.config.steps:
+            raise damaged_checkpoint(
+                folder.checkpoint, ValueError(f"it is of {state.total_steps} steps, the run of {self.config.steps}")
+            )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.tally.indices.update(state.damaged)
+        return state.step
