@@ -24,26 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mapet.jobs.evaluate import verb as evaluate
     from mapet.jobs.export import verb as export
     from mapet.jobs.finetune import verb as finetune
-    from mapet.jobs.infer import embed_verb, predict_verb
+    from mapet.jobs.infer import verb as infer
     from mapet.jobs.pretrain import verb as pretrain
     from mapet.jobs.tokenizer import verb as tokenizer
 
     parser = Parser(prog="mapet", description="Pre-train a Vision Transformer on your own unlabelled images.")
     parser.add_argument("--version", action="version", version=f"mapet {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (
-        pretrain,
-        compare,
-        finetune,
-        evaluate,
-        predict_verb,
-        embed_verb,
-        export,
-        convert,
-        tokenizer,
-        bootstrap,
-        demo,
-    ):
+    for verb in (pretrain, compare, finetune, evaluate, infer, export, convert, tokenizer, bootstrap, demo):
         verb.add_parser(verbs)
     try:
         with stopped_by_signals():

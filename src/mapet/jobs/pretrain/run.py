@@ -35,7 +35,7 @@ from mapet.models.export import export_network
 from mapet.models.vit import build_vit
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, find_objective
-from mapet.probes.during import probe_evaluator
+from mapet.probes.rows import probe_evaluator
 from mapet.report.figures import plot_curve, plot_layout, plot_tokens
 from mapet.report.progress import Baseline
 from mapet.targets.fitting import FIT_EPOCH, fit_codebook
@@ -308,7 +308,8 @@ def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
         return []
     view = PlainView((config.image_size, config.image_size), config.input_mean, config.input_std)
     parts = open_labelled(config.eval_data, config.seed)
-    return [probe_evaluator(*parts, view, channels=config.channels, workers=workers)]
+    measure = probe_evaluator(*parts, view, channels=config.channels, workers=workers)
+    return [lambda objective: measure(objective.get_submodule("backbone"))]
 
 
 def _plot_start(
