@@ -1,1 +1,1 @@
-"""What frozen features are worth: k-NN, linear and attentive probes."""
+"""Evaluation of frozen features by k-NN, linear and attentive probes."""

@@ -1,4 +1,4 @@
-"""Attentive probes: one learned query attends to the patches, then a linear layer."""
+"""Attentive probe: one learned query attends to the patches, then a linear classifier."""
 
 from __future__ import annotations
 
@@ -13,38 +13,34 @@ from mapet.data.seeds import Stream, fold_seed
 from mapet.probes.features import Features
 from mapet.probes.heads import Setting, Training, cross_entropy
 
-HEAD_WIDTH = 64  # of an attention head
+HEAD_WIDTH = 64  # channels of an attention head
 MOST_PASSES = 300
 
 
-class AttentiveHead(nn.Module):
-    """A probe without an MLP, as in CAPI (2502.08769) and, but for that, V-JEPA (2404.08471).
+def attentive_head(width: int, classes: int) -> nn.Sequential:
+    """Return an attentive probe without an MLP, as in CAPI (2502.08769); V-JEPA (2404.08471) adds an MLP.
 
     Args:
-        width: of the tokens; split into attention heads of 64 where that divides it, else one head.
-        classes: how many.
+        width: channels of the patches; attention heads have 64 channels if that divides the width, else there is one.
+        classes: number of classes.
+
+    Returns:
+        a module that maps ``(B, P, D)`` patches to ``(B, C)`` logits.
     """
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        attention_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
-        # Some networks do not normalise their patches in the end.
-        self.norm = nn.LayerNorm(width)
-        self.pool = AttentionPoolLatent(width, out_features=0, num_heads=attention_heads, q_proj=False)
-        self.classifier = nn.Linear(width, classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return ``(B, C)`` logits of ``(B, P, D)`` patches."""
-        logits: Tensor = self.classifier(self.pool(self.norm(tokens)))
-        return logits
+    attention_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
+    return nn.Sequential(
+        nn.LayerNorm(width),  # some networks do not normalise their last patches
+        AttentionPoolLatent(width, out_features=0, num_heads=attention_heads, q_proj=False),
+        nn.Linear(width, classes),
+    )
 
 
 class AttentiveHeads(nn.Module):
-    """Attentive heads of several settings over the same patches."""
+    """One attentive head for each setting, all on the same patches."""
 
     def __init__(self, width: int, classes: int, heads: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(AttentiveHead(width, classes) for _ in range(heads))
+        self.heads = nn.ModuleList(attentive_head(width, classes) for _ in range(heads))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return ``(B, heads, C)`` logits of ``(B, P, D)`` patches."""
@@ -52,7 +48,7 @@ class AttentiveHeads(nn.Module):
 
 
 def fit_attentive(features: Features, settings: Sequence[Setting], training: Training) -> AttentiveHeads:
-    """Train an attentive head for every setting, by AdamW with a cosine, on the same batches of patches."""
+    """Train an attentive head for each setting on the same batches, with AdamW and a cosine schedule."""
     with seeded(fold_seed(training.seed, Stream.HEAD)):
         heads = AttentiveHeads(features.store.shape[-1], len(features.classes), len(settings)).to(training.device)
     groups = [

@@ -1,4 +1,4 @@
-"""Frozen features of labelled images."""
+"""Network outputs and frozen features of labelled images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from mapet.data.batches import DamageTally
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
 from mapet.errors import MapetError
+from mapet.inference.finite import check_finite
 from mapet.inference.streaming import stream
 from mapet.probes.metrics import IntArray
 
 FloatArray = np.ndarray[Any, np.dtype[Any]]
-HELD_OUT_FOLDS = 5  # one of which is held out
+Network = Callable[[Tensor], Tensor]  # from normalised ``(B, C, H, W)`` images to ``(B, ...)``
+FOLDS = 5  # one fold is held out
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Features:
     """Features of ``n`` labelled images.
 
     Attributes:
-        store: ``(N, ...)`` floats, perhaps on the disk, among which they are.
-        rows: ``(n,)`` where.
+        store: ``(N, ...)`` features in memory or on disk; subsets share it.
+        rows: ``(n,)`` indices of the images in the store.
         y: ``(n,)`` class indices.
-        classes: the classes' names.
+        classes: names of the classes.
     """
 
     store: FloatArray
@@ -48,114 +49,112 @@ class Features:
 
     @property
     def x(self) -> FloatArray:
-        """All of them, ``(n, ...)``, in memory."""
+        """All features, ``(n, ...)``, in memory."""
         return self.store[self.rows]
 
     def take(self, indices: IntArray | slice) -> tuple[FloatArray, IntArray]:
-        """Return features and class indices of some; of a store on the disk only these are read."""
+        """Return features and class indices of the given images, in memory."""
         return self.store[self.rows[indices]], self.y[indices]
 
     def subset(self, indices: IntArray) -> Features:
-        """Return some; the store is shared."""
+        """Return the given images; the store is not copied."""
         return Features(self.store, self.rows[indices], self.y[indices], self.classes)
 
 
-def extract_features(
-    read: Callable[[Tensor], Tensor],
+def stream_labelled(
+    network: Network,
     images: ImageSet,
     view: View,
     channels: int,
     *,
-    device: torch.device,
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: str = "no",
-    tally: DamageTally | None = None,
-    least_classes: int = 2,
-    file: Path | None = None,
+    dtype: torch.dtype = torch.float32,
     show: Callable[[int], None] = lambda done: None,
-) -> Features:
-    """Run a frozen network over labelled images, in order.
+    **options: Any,
+) -> Iterator[tuple[IntArray, Tensor]]:
+    """Yield ``(labels, output)`` of each batch, in the order of the images; damaged images are left out.
 
     Args:
-        read: maps normalised ``(B, C, H, W)`` images on ``device`` to their features ``(B, ...)``.
-        images: labelled; images that cannot be read are left out.
-        view, channels, device, batch_size, workers, precision, tally: see ``inference.stream``.
-        least_classes: how many classes there must be images of; what only tests may have one.
-        file: where features are kept, in float16, instead of in memory in float32.
-        show: is told how many images are done.
+        network: maps normalised ``(B, C, H, W)`` images to ``(B, ...)``.
+        images: labelled images.
+        view, channels: see ``inference.stream``.
+        dtype: of the output.
+        show: called with the number of images done.
+        options: ``device``, ``batch_size``, ``workers``, ``precision`` and ``tally`` of ``inference.stream``.
 
     Raises:
-        MapetError: if the images have no labels, too few classes can be read, a feature is not finite, or
-            the disk has no room.
+        MapetError: if the output contains NaN or infinity, or too many images are damaged.
     """
-    if images.labels is None:
-        raise MapetError(f"{images.name} has no labels; evaluation needs one subfolder per class")
-    x, kept = np.empty(0), np.empty(len(images), dtype=np.int64)
-    done = 0
-    batches = stream(
-        read,
-        images,
-        view,
-        channels,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        tally=tally,
-    )
-    for indices, output in batches:
+    assert images.labels is not None
+    labels, done = np.asarray(images.labels, dtype=np.int64), 0
+    for indices, output in stream(network, images, view, channels, **options):
+        output = output.float().to(dtype)
+        check_finite(output, [images.keys[i] for i in indices.tolist()], "the network's output")
+        yield labels[indices.numpy()], output
+        done += len(indices)
+        show(done)
+
+
+def extract_features(
+    network: Network, images: ImageSet, view: View, channels: int, *, file: Path | None = None, **options: Any
+) -> Features:
+    """Compute the features of labelled images; damaged images are left out.
+
+    Args:
+        network: maps normalised ``(B, C, H, W)`` images to features ``(B, ...)``.
+        images: labelled images.
+        view, channels: see ``inference.stream``.
+        file: stores the features on disk in float16; None: they are kept in memory in float32.
+        options: ``show`` and the options of ``stream_labelled``.
+
+    Raises:
+        MapetError: if a feature is NaN or infinite, too many images are damaged, or the disk is too small.
+    """
+    store, y = np.empty(0), np.empty(len(images), dtype=np.int64)
+    dtype, done = torch.float32 if file is None else torch.float16, 0
+    for labels, output in stream_labelled(network, images, view, channels, dtype=dtype, **options):
         if not done:
             shape = (len(images), *output.shape[1:])
-            x = np.empty(shape, np.float32) if file is None else _on_disk(file, shape)
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused
-            found = output.float().cpu().numpy().astype(x.dtype)
-        wrong = ~np.isfinite(found).reshape(len(found), -1).all(axis=1)
-        if wrong.any():
-            raise MapetError(
-                f"the features of image {images.keys[int(indices[int(wrong.argmax())])]!r} in {images.name} contain "
-                "NaN or infinity; take another --precision, or weights that are sound"
-            )
-        x[done : done + len(found)], kept[done : done + len(found)] = found, indices.numpy()
-        done += len(found)
-        show(done)
-    y = np.asarray(images.labels, dtype=np.int64)[kept[:done]]
-    if len(np.unique(y)) < least_classes:
-        raise MapetError(f"of the labelled images of {images.name} only {done} of one class can be read; repair them")
-    return Features(x, np.arange(done), y, images.classes)
+            store = np.empty(shape, np.float32) if file is None else _allocate_on_disk(file, shape)
+        batch = slice(done, done + len(labels))
+        store[batch], y[batch] = output.cpu().numpy(), labels
+        done += len(labels)
+    return Features(store, np.arange(done), y[:done], images.classes)
 
 
-def _on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
-    needed = 2 * int(np.prod(shape))
-    # Reserved now: a mapped file that grows where there is no room kills the process without a word.
+def _allocate_on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
+    size = 2 * int(np.prod(shape))
+    # A full disk kills a process that writes to a mapped file, without a message: allocate the space before.
     try:
-        free = shutil.disk_usage(file.parent).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"{free / 2**30:.1f} GiB are free")
+        if size > shutil.disk_usage(file.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with file.open("wb") as fresh:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fresh.fileno(), 0, needed)
+                os.posix_fallocate(fresh.fileno(), 0, size)
         return np.memmap(file, np.float16, "r+", shape=shape)
     except OSError as error:
         raise MapetError(
-            f"the features take {needed / 2**30:.2g} GiB in the temporary folder {file.parent}, which cannot hold them "
-            f"({error.strerror}); set TMPDIR to a larger disk, or take a smaller --image-size"
+            f"the features need {size / 2**30:.2g} GiB in the temporary folder {file.parent}, which has no room for "
+            f"them ({error.strerror}); set TMPDIR to a larger disk, or use a smaller --image-size"
         ) from error
 
 
 def hold_out(y: IntArray, seed: int) -> tuple[IntArray, IntArray]:
-    """Split labels in two, class by class: the indices of four fifths, and of the fifth to choose settings by.
+    """Split training images class by class: the indices of four fifths, and of the fifth that chooses the settings.
+
+    Args:
+        y: ``(n,)`` class indices.
+        seed: decides which images are held out.
 
     Raises:
-        MapetError: if every class has a single image.
+        MapetError: if there is only one class, or a single image of every class.
     """
-    largest = int(np.bincount(y).max())
-    if largest < 2:
-        raise MapetError(
-            "each class has a single training image, so none can be held out to choose settings by; add images"
-        )
-    folds = StratifiedKFold(min(HELD_OUT_FOLDS, largest), shuffle=True, random_state=seed % 2**32)
+    counts = np.bincount(y)
+    if np.count_nonzero(counts) < 2:
+        raise MapetError(f"the {len(y)} training images that can be read are of one class; repair or add images")
+    if counts.max() < 2:
+        raise MapetError("each class has a single training image, so no image can be held out; add images")
+    folds = StratifiedKFold(min(FOLDS, int(counts.max())), shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds: they may lack one
+        warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds are allowed
         rest, held_out = next(iter(folds.split(y, y)))
     return rest, held_out

@@ -1,10 +1,9 @@
-"""Probes: heads trained on frozen features, many settings side by side, of which the best is reported."""
+"""Probes: heads with different settings, trained together on frozen features; the best setting is tested."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import torch
@@ -18,12 +17,12 @@ from mapet.probes.features import Features, hold_out
 from mapet.probes.metrics import MOST_GUESSES, IntArray, Scores, score
 
 USUAL_STEPS, LEAST_PASSES = 2000, 10
-PREDICTED_AT_A_TIME = 1024
+TEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Of one head: learning rate and weight decay."""
+    """Learning rate and weight decay of a head."""
 
     lr: float
     weight_decay: float
@@ -34,12 +33,12 @@ class Training:
     """How heads are trained.
 
     Attributes:
-        seed: decides initial weights, the order of images and what is held out.
-        device: where.
-        steps: optimiser steps; None: 2,000, or ten passes over the images if that is more.
-        batch_size: images a step, or all if they are fewer.
-        most_passes: over few images, for which 2,000 steps would be more; None: they are taken.
-        show: is told how many steps are done, of twice as many in ``evaluate_probe``.
+        seed: decides the initial weights, the order of the images and which images are held out.
+        device: of the heads.
+        steps: optimiser steps; None: 2,000, or ten passes over the images if these are more steps.
+        batch_size: images of a step; all images if there are fewer.
+        most_passes: limits the default steps to this many passes over the images; None: no limit.
+        show: called with the number of steps done; ``evaluate_probe`` does twice ``steps_for(n)``.
     """
 
     seed: int
@@ -50,42 +49,42 @@ class Training:
     show: Callable[[int], None] = lambda done: None
 
     def steps_for(self, images: int) -> int:
-        """Optimiser steps for so many images."""
+        """Return the number of optimiser steps for this many training images."""
         steps = USUAL_STEPS
         if self.most_passes is not None:
             steps = min(steps, self.most_passes * images // min(self.batch_size, images))
         return self.steps or max(steps, LEAST_PASSES * images // self.batch_size)
 
     def batches(self, features: Features) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the ``(features, labels)`` of every step, on the device; each pass shows every image once."""
+        """Yield the ``(features, labels)`` of each step, on the device; a pass shows every image once."""
         size, steps = min(self.batch_size, len(features)), self.steps_for(len(features))
         sampler = StepSampler(len(features), size, fold_seed(self.seed, Stream.HEAD, 1), 0, steps)
         for step, keys in enumerate(sampler):
-            yield self._put(features, np.array([index for _, index in keys]))
+            yield self._to_device(features, np.array([index for _, index in keys]))
             self.show(step + 1)
 
     def in_order(self, features: Features) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all ``(features, labels)``, in order, on the device."""
-        for start in range(0, len(features), PREDICTED_AT_A_TIME):
-            yield self._put(features, slice(start, start + PREDICTED_AT_A_TIME))
+        """Yield all ``(features, labels)`` in order, on the device."""
+        for start in range(0, len(features), TEST_BATCH):
+            yield self._to_device(features, slice(start, start + TEST_BATCH))
 
-    def _put(self, features: Features, indices: IntArray | slice) -> tuple[Tensor, Tensor]:
+    def _to_device(self, features: Features, indices: IntArray | slice) -> tuple[Tensor, Tensor]:
         x, y = features.take(indices)
         return torch.from_numpy(x).float().to(self.device), torch.from_numpy(y).to(self.device)
 
 
-# Trains a head for every setting on the same batches: maps ``(B, ...)`` features to ``(B, settings, C)`` logits.
+# Trains one head per setting on the same batches; the result maps ``(B, ...)`` features to ``(B, heads, C)`` logits.
 Fit = Callable[[Features, Sequence[Setting], Training], nn.Module]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Outcome of a probe.
+    """Result of a probe.
 
     Attributes:
-        setting: what did best on the held-out part of the training images.
-        held_out: accuracy in 0..1 there, by setting.
-        scores: on the test images, of a head trained with ``setting`` on all training images.
+        setting: the best setting on the held-out training images.
+        held_out: accuracy in 0..1 on these images, by setting.
+        scores: on the test images, of a head trained on all training images with the best setting.
     """
 
     setting: Setting
@@ -94,44 +93,45 @@ class ProbeResult:
 
 
 def grid(lrs: Sequence[float], weight_decays: Sequence[float]) -> list[Setting]:
-    """Return every combination."""
-    return [Setting(lr, weight_decay) for lr, weight_decay in product(lrs, weight_decays)]
+    """Return every combination of learning rate and weight decay."""
+    return [Setting(lr, weight_decay) for lr in lrs for weight_decay in weight_decays]
 
 
 def evaluate_probe(
     fit: Fit, train: Features, test: Features, settings: Sequence[Setting], training: Training
 ) -> ProbeResult:
-    """Train a head for every setting in one pass, keep the best on held-out images, train it on all, and test it.
+    """Choose the best setting on held-out training images, train a head with it on all of them, and test the head.
 
     Args:
         fit: trains the heads.
-        train, test: features; the test part decides nothing.
+        train, test: features; the test images do not influence the choice.
         settings: to choose from.
-        training: how they are trained.
+        training: how the heads are trained.
 
     Raises:
-        MapetError: if every head diverged.
+        MapetError: if every head diverged, or no image can be held out.
     """
-    # Equally long, so that what is chosen suits what it is chosen for.
+    # Both trainings take the same number of steps, so that the chosen setting suits the second one.
     steps = training.steps_for(len(train))
     training = replace(training, steps=steps)
-    rest, kept = (train.subset(indices) for indices in hold_out(train.y, training.seed))
-    accuracy, loss = _measure(fit(rest, settings, training), kept, training)
+    rest, held_out = (train.subset(indices) for indices in hold_out(train.y, training.seed))
+    accuracy, loss = _measure(fit(rest, settings, training), held_out, training)
     if not loss.isfinite().any():
         lrs = ", ".join(f"{setting.lr:g}" for setting in settings)
-        raise MapetError(f"the probe diverged at every learning rate ({lrs}); take a lower --lr")
-    accuracy = accuracy.where(loss.isfinite(), -torch.inf)
-    # Of equally accurate heads the surer one.
+        raise MapetError(f"the probe diverged at every learning rate ({lrs}); pass a lower --lr")
+    accuracy = accuracy.where(loss.isfinite(), 0.0)
+    # Of settings with equal accuracy the one with the lower loss; the loss of a head that diverged is not comparable.
+    loss = loss.where(loss.isfinite(), torch.inf)
     best = min(range(len(settings)), key=lambda i: (-float(accuracy[i]), float(loss[i])))
-    held_out = {setting: max(0.0, float(value)) for setting, value in zip(settings, accuracy, strict=True)}
     last = replace(training, show=lambda done: training.show(steps + done))
     guesses = predict(fit(train, [settings[best]], last), test, training)
-    return ProbeResult(settings[best], held_out, score(test.y, guesses, train.classes))
+    accuracies = dict(zip(settings, accuracy.tolist(), strict=True))
+    return ProbeResult(settings[best], accuracies, score(test.y, guesses, train.classes))
 
 
 @torch.no_grad()
 def predict(heads: nn.Module, features: Features, training: Training) -> IntArray:
-    """Return ``(n, min(5, C))`` class indices by the first head, the likeliest first.
+    """Return the ``(n, min(5, C))`` classes that the first head predicts, the most probable first.
 
     Raises:
         MapetError: if the head diverged.
@@ -140,14 +140,14 @@ def predict(heads: nn.Module, features: Features, training: Training) -> IntArra
     for x, _ in training.in_order(features):
         logits = heads(x)[:, 0]
         if not logits.isfinite().all():
-            raise MapetError("the probe diverged when it was trained on all images; take a lower --lr")
+            raise MapetError("the probe diverged when it was trained on all images; pass a lower --lr")
         guesses.append(logits.topk(min(MOST_GUESSES, len(features.classes))).indices.cpu())
     return torch.cat(guesses).numpy()
 
 
 @torch.no_grad()
 def _measure(heads: nn.Module, features: Features, training: Training) -> tuple[Tensor, Tensor]:
-    """Return accuracy in 0..1 and mean loss in nats, of each head."""
+    """Return the accuracy in 0..1 and the mean loss in nats of each head."""
     right, loss = [], []
     for x, y in training.in_order(features):
         logits = heads(x)
@@ -157,5 +157,5 @@ def _measure(heads: nn.Module, features: Features, training: Training) -> tuple[
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of every head, ``(B, heads)`` in nats, of ``(B, heads, C)`` logits and ``(B,)`` labels."""
+    """Return the ``(B, heads)`` loss in nats of ``(B, heads, C)`` logits and ``(B,)`` labels."""
     return F.cross_entropy(logits.movedim(1, 2), labels[:, None].expand(-1, logits.shape[1]), reduction="none")

@@ -1,4 +1,4 @@
-"""The weighted k-NN classifier of Wu et al. (2018, 1805.01978, section 3.4), as DINO reports it."""
+"""Weighted k-NN classifier of Wu et al. (2018, 1805.01978, section 3.4), as DINO reports it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mapet.probes.metrics import MOST_GUESSES, IntArray, Scores, score
 
 CHUNK_BYTES = 256 * 2**20  # of similarities at a time
 
-# Far below what float32 features mean. Rounded so, copies of an image are equally near, which the sums of a matrix
-# product would leave to chance. The step from one index to the next then settles ties; among 60,000 images it adds up
-# to 6e-11, which is still far below.
+# Similarities are rounded to 12 decimals, far below the precision of float32 features, so that copies of an image are
+# equally similar whatever the rounding of the matrix product. Ties are then broken by index: each index is worse than
+# the one before by 1e-15, which adds up to 6e-11 over 60,000 images.
 DECIMALS, TIE = 12, 1e-15
 
 
 @dataclass(frozen=True)
 class KNNResult:
-    """Outcome of a k-NN evaluation.
+    """Result of a k-NN evaluation.
 
     Attributes:
-        k: the number of neighbours that did best on the held-out part of the training images.
-        held_out, test: accuracy in 0..1 by number of neighbours.
-        scores: on the test images, with ``k``.
+        k: the best number of neighbours on the held-out training images.
+        held_out, test: accuracy in 0..1 on the held-out and the test images, by number of neighbours.
+        scores: on the test images, with ``k`` neighbours.
     """
 
     k: int
@@ -41,60 +41,60 @@ class KNNResult:
 def evaluate_knn(
     train: Features, test: Features, neighbours: Sequence[int], temperature: float, seed: int
 ) -> KNNResult:
-    """Choose the number of neighbours on held-out training images, then classify the test images with all others.
+    """Choose the number of neighbours on held-out training images, then classify the test images.
 
     Args:
         train, test: ``(n, D)`` features.
-        neighbours: numbers to choose from; those for which there are too few images are left out.
+        neighbours: numbers to choose from; numbers above that of the training images are left out.
         temperature: see ``classify``.
-        seed: decides what is held out.
+        seed: decides which images are held out.
 
     Raises:
-        MapetError: if there are too few images for any number of neighbours.
+        MapetError: if every number of neighbours is too large, or no image can be held out.
     """
     rest, held_out = hold_out(train.y, seed)
     possible = [k for k in sorted(set(neighbours)) if k <= len(rest)]
     if not possible:
         raise MapetError(
-            f"k-NN with k = {min(neighbours)} needs as many training images, but there are {len(rest)} besides those "
-            f"held out to choose k by; take --k {len(rest)} or less"
+            f"k-NN with k = {min(neighbours)} needs as many training images, but there are {len(rest)} besides the "
+            f"images held out to choose k; pass --k {len(rest)} or less"
         )
     count = len(train.classes)
-    chosen_by = classify(*train.take(rest), train.take(held_out)[0], possible, temperature, count)
-    held_out_accuracy = {k: float((chosen_by[k][:, 0] == train.y[held_out]).mean()) for k in possible}
+    held_out_guesses = classify(*train.take(rest), train.take(held_out)[0], possible, temperature, count)
+    held_out_accuracy = {k: float((held_out_guesses[k][:, 0] == train.y[held_out]).mean()) for k in possible}
     guesses = classify(train.x, train.y, test.x, possible, temperature, count)
-    best = max(possible, key=lambda k: held_out_accuracy[k])  # of equals the first, which is the least
     accuracy = {k: float((guesses[k][:, 0] == test.y).mean()) for k in possible}
+    best = max(possible, key=lambda k: held_out_accuracy[k])  # the smallest k of those that are equally accurate
     return KNNResult(best, held_out_accuracy, accuracy, score(test.y, guesses[best], train.classes))
 
 
 def classify(
     known: FloatArray, labels: IntArray, asked: FloatArray, neighbours: Sequence[int], temperature: float, count: int
 ) -> dict[int, IntArray]:
-    """Classify by the ``k`` nearest in cosine similarity ``s``, each voting for its class with ``exp(s / T)``.
+    """Classify by the ``k`` nearest neighbours in cosine similarity ``s``, each with the vote ``exp(s / T)``.
 
-    Similarities are computed in float64: in float32 their rounding decides who is among the ``k`` nearest where
-    features have much in common, as an untrained network's have. Neighbours equally near are taken in the order of
-    their index; of classes with equal votes the first one wins.
+    Similarities are computed in float64: the features of an untrained network are so similar that rounding in float32
+    changes the ``k`` nearest. Of equally similar neighbours those with the lower index are taken, of classes with
+    equal votes the first.
 
     Args:
-        known: ``(n, D)`` features.
-        labels: ``(n,)`` class indices.
-        asked: ``(m, D)`` features.
-        neighbours: values of ``k``, none above ``n``.
-        temperature: ``T``; the less, the more the nearest count.
+        known: ``(n, D)`` features of the training images.
+        labels: ``(n,)`` class indices of the training images.
+        asked: ``(m, D)`` features of the images to classify.
+        neighbours: values of ``k``, at most ``n``.
+        temperature: ``T``; a lower one gives the nearest neighbours more weight.
         count: number of classes.
 
     Returns:
-        by ``k``: ``(m, min(5, count))`` class indices, the likeliest first.
+        for each ``k`` ``(m, min(5, count))`` class indices, the most probable first.
     """
     train, votes_for = _directions(known), torch.from_numpy(labels)
-    later = TIE * torch.arange(len(train), dtype=torch.float64)
+    tie_break = TIE * torch.arange(len(train), dtype=torch.float64)
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for chunk in torch.from_numpy(asked).split(max(1, CHUNK_BYTES // (8 * len(train)))):
         similarity = (_directions(chunk.numpy()) @ train.T).round(decimals=DECIMALS).clamp(-1, 1)
-        nearest = (similarity - later).topk(max(neighbours)).indices
-        # exp(s / T) up to a factor that all votes for an image share, so that the nearest counts 1 however small T is.
+        nearest = (similarity - tie_break).topk(max(neighbours)).indices
+        # Relative to the nearest neighbour, whose vote is 1, so that no vote overflows for a small T.
         near = similarity.gather(1, nearest)
         weights = ((near - near[:, :1]) / temperature).exp()
         for k in neighbours:

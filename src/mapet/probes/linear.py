@@ -1,4 +1,4 @@
-"""Linear probes: softmax regression on standardised features."""
+"""Linear probe: softmax regression on standardised features."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from torch import Tensor, nn
 from mapet.probes.features import Features, FloatArray
 from mapet.probes.heads import Setting, Training, cross_entropy
 
-ROWS_AT_A_TIME = 8192
-DAMPING = 1e-2  # of the whitening: directions of less variance, of 1 on average, are learned more slowly
-CONSTANT = 1e-12  # a feature whose variance is this share of its square does not vary
+CHUNK = 8192  # images at a time
+DAMPING = 1e-2  # added to the variances (1 on average) that the whitening divides by
+CONSTANT = 1e-12  # a feature is constant if its variance is below this share of its mean square
 
 
 class LinearHeads(nn.Module):
-    """Linear heads of several settings over whitened features.
+    """One linear head for each setting, all on the same whitened features.
 
     Args:
-        mean: ``(D,)`` that is taken off features.
-        whiten: ``(D, D)`` that they are then multiplied by.
-        heads: how many.
-        classes: how many.
+        mean: ``(D,)``, subtracted from the features.
+        whiten: ``(D, D)``, the centred features are multiplied by it.
+        heads: number of heads.
+        classes: number of classes.
     """
+
+    mean: Tensor
+    whiten: Tensor
 
     def __init__(self, mean: Tensor, whiten: Tensor, heads: int, classes: int) -> None:
         super().__init__()
@@ -34,8 +37,8 @@ class LinearHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, classes))
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Return ``(B, D)`` features, whitened."""
-        return (x - self.get_buffer("mean")) @ self.get_buffer("whiten")
+        """Return ``(B, D)`` whitened features."""
+        return (x - self.mean) @ self.whiten
 
     def logits(self, prepared: Tensor) -> Tensor:
         """Return ``(B, heads, C)`` logits of whitened features."""
@@ -48,29 +51,29 @@ class LinearHeads(nn.Module):
 
 
 def fit_linear(features: Features, settings: Sequence[Setting], training: Training) -> LinearHeads:
-    """Train a linear head for every setting, by SGD with momentum and a cosine, on the same batches.
+    """Train a linear head for each setting on the same batches, by SGD with momentum and a cosine schedule.
 
-    Each minimises what logistic regression does: the mean cross-entropy plus half the weight decay times the squared
-    weights on standardised features (``weight_decay = 1 / (C n)`` in scikit-learn's terms). Only the way there is
-    eased: weights are expressed in the features' principal directions, scaled so that all vary alike; without it
-    the many directions of little variance take SGD or AdamW tens of thousands of steps.
+    Each head minimises the loss of logistic regression on standardised features: the mean cross-entropy plus half the
+    weight decay times the squared weights (``weight_decay = 1 / (C n)`` for scikit-learn's ``C``). The weights are
+    expressed in the principal directions of the features, scaled to similar variance: without that, directions of
+    small variance need tens of thousands of steps.
     """
     mean, deviation, variances, directions = principal(features)
-    # No less than the weight decays, so that these are never the steepest part of the loss.
-    eased = 1 / (variances + max(DAMPING, *(setting.weight_decay for setting in settings)))
-    whiten = torch.from_numpy(directions * np.sqrt(eased) / deviation[:, None]).float()
+    # The damping is not below the weight decay, so that the penalty is never the steepest part of the loss.
+    scale = 1 / (variances + max(DAMPING, *(setting.weight_decay for setting in settings)))
+    whiten = torch.from_numpy(directions * np.sqrt(scale) / deviation[:, None]).float()
     heads = LinearHeads(torch.from_numpy(mean).float(), whiten, len(settings), len(features.classes))
     heads.to(training.device)
-    # Squared weights on standardised features are these, times the squared weights in principal directions.
-    price = torch.from_numpy(eased).float().to(training.device)
+    # A squared weight in a principal direction, times its scale, is the squared weight on standardised features.
+    penalty_scale = torch.from_numpy(scale).float().to(training.device)
     lr = torch.tensor([setting.lr for setting in settings], device=training.device)
     decay = torch.tensor([setting.weight_decay for setting in settings], device=training.device)
-    # One optimiser for all: a loss that is multiplied by the learning rate needs one of 1.
+    # One optimiser trains all heads: its learning rate is 1, and each head's loss is multiplied by its own.
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps_for(len(features)))
     for x, y in training.batches(whitened(features, heads)):
         data_loss = cross_entropy(heads.logits(x), y).mean(0)
-        penalty = decay / 2 * (heads.weight.square() * price).sum((1, 2))
+        penalty = decay / 2 * (heads.weight.square() * penalty_scale).sum((1, 2))
         optimizer.zero_grad()
         (lr * (data_loss + penalty)).sum().backward()
         optimizer.step()
@@ -79,17 +82,18 @@ def fit_linear(features: Features, settings: Sequence[Setting], training: Traini
 
 
 def principal(features: Features) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Return mean and standard deviation of features, and variances and directions of the standardised ones.
+    """Return the principal directions of standardised features, computed in float64.
 
-    All in float64: ``(D,)``, ``(D,)``, ``(D,)``, and ``(D, D)`` with a direction a column. The deviation of what does
-    not vary is 1.
+    Returns:
+        ``(D,)`` means and ``(D,)`` standard deviations of the features (1 for a constant feature), ``(D,)`` variances
+        of the standardised features in the principal directions, and ``(D, D)`` directions, one in each column.
     """
     width = features.store.shape[1]
     total, products = np.zeros(width), np.zeros((width, width))
-    for start in range(0, len(features), ROWS_AT_A_TIME):
-        part = features.take(slice(start, start + ROWS_AT_A_TIME))[0].astype(np.float64)
-        total += part.sum(axis=0)
-        products += part.T @ part
+    for start in range(0, len(features), CHUNK):
+        x = features.take(slice(start, start + CHUNK))[0].astype(np.float64)
+        total += x.sum(axis=0)
+        products += x.T @ x
     mean = total / len(features)
     covariance = products / len(features) - np.outer(mean, mean)
     variance = covariance.diagonal()
@@ -100,10 +104,9 @@ def principal(features: Features) -> tuple[FloatArray, FloatArray, FloatArray, F
 
 @torch.no_grad()
 def whitened(features: Features, heads: LinearHeads) -> Features:
-    """Return the features as the heads' logits take them, once rather than at every step."""
+    """Return the whitened features, so that they are computed once and not at every step."""
     store = np.empty((len(features), heads.weight.shape[2]), dtype=np.float32)
-    for start in range(0, len(features), ROWS_AT_A_TIME):
-        part = slice(start, start + ROWS_AT_A_TIME)
-        x = torch.from_numpy(features.take(part)[0]).to(heads.weight.device)
-        store[part] = heads.prepare(x).cpu().numpy()
+    for start in range(0, len(features), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        store[chunk] = heads.prepare(torch.from_numpy(features.take(chunk)[0]).to(heads.weight.device)).cpu().numpy()
     return Features(store, np.arange(len(features)), features.y, features.classes)

@@ -1,4 +1,4 @@
-"""What is said of predicted classes."""
+"""Accuracy, top-5 accuracy and confusion matrix of predicted classes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Scores:
-    """How well the classes of test images were predicted.
+    """Scores of the predicted classes of test images.
 
     Attributes:
         classes: names of the ``C`` classes.
-        accuracy: share in 0..1 of the images whose first guess is right.
-        top5: share whose class is among the first five guesses; None where there are no more than five classes.
-        confusion: ``(C, C)`` counts of images: rows are true classes, columns predicted ones.
+        accuracy: share of images in 0..1 whose most probable class is the true one.
+        top5: share of images in 0..1 whose true class is among the five most probable; None for five classes or fewer.
+        confusion: ``(C, C)`` numbers of images: rows are true classes, columns predicted classes.
     """
 
     classes: tuple[str, ...]
@@ -32,12 +32,12 @@ class Scores:
 
 
 def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
-    """Score guesses.
+    """Score predicted classes.
 
     Args:
         truth: ``(n,)`` class indices.
-        guesses: ``(n, k)`` class indices, the likeliest first; ``k`` is 5, or all classes if they are fewer.
-        classes: their names.
+        guesses: ``(n, min(5, C))`` class indices, the most probable first.
+        classes: names of the ``C`` classes.
     """
     right = guesses == truth[:, None]
     return Scores(
@@ -49,7 +49,7 @@ def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
 
 
 def per_class(confusion: IntArray, classes: Sequence[str]) -> dict[str, float | None]:
-    """Return accuracy in 0..1 by the name of the true class, of a confusion matrix; None without images."""
+    """Return the accuracy in 0..1 of each class, by name; None for a class without images."""
     return {
         name: float(row[number] / row.sum()) if row.sum() else None
         for number, (name, row) in enumerate(zip(classes, confusion, strict=True))

@@ -1,13 +1,14 @@
-"""One row of a results table: what a backbone is worth by every measure at once."""
+"""k-NN and linear-probe accuracy with fixed settings, as one row of a table or during training."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
-from mapet.jobs.evaluate.config import KNN_TEMPERATURE
 from mapet.probes.features import extract_features
 from mapet.probes.heads import Setting, Training, predict
 from mapet.probes.knn import classify
@@ -16,38 +17,50 @@ from mapet.probes.metrics import score
 
 Row = dict[str, float]
 
-
-# A row is for comparison, and may be made during training: settings that do for any features, and no choice of them.
-NEIGHBOURS, SETTING, STEPS = 10, Setting(lr=0.3, weight_decay=1e-3), 500
+# Rows compare networks: the settings are fixed and suit any features.
+NEIGHBOURS, TEMPERATURE = 10, 0.07
+SETTING, STEPS = Setting(lr=0.3, weight_decay=1e-3), 500
 
 
 def probe_row(
-    model: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
+    network: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
 ) -> Row:
-    """Return k-NN and linear-probe accuracies in 0..1; with ``nn.Flatten()`` as the model, of raw pixels.
+    """Return the k-NN and the linear-probe accuracy in 0..1, as ``knn`` and ``linear``.
 
     Args:
-        model: maps normalised ``(B, C, H, W)`` images to ``(B, D)``; put into evaluation mode meanwhile.
-        train, test: labelled.
-        view: makes the input.
+        network: maps normalised ``(B, C, H, W)`` images to ``(B, D)`` features; ``nn.Flatten()`` gives raw pixels.
+            It is in evaluation mode meanwhile.
+        train, test: labelled images.
+        view: makes the input of the network.
         channels: of the input.
         workers: processes that load images.
     """
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    training = model.training
-    model.eval()
+    device = next(iter(network.parameters()), torch.empty(0)).device
+    was_training = network.training
+    network.eval()
     seen, unseen = (
-        extract_features(model, part, view, channels, device=device, workers=workers, least_classes=least)
-        for part, least in ((train, 2), (test, 1))
+        extract_features(network, part, view, channels, device=device, workers=workers) for part in (train, test)
     )
-    model.train(training)
+    network.train(was_training)
     k = min(NEIGHBOURS, len(seen))
-    nearest = classify(seen.x, seen.y, unseen.x, [k], KNN_TEMPERATURE, len(seen.classes))[k]
-    probe = Training(seed=0, device=device, steps=STEPS)
-    with torch.enable_grad():  # the training loop measures without
-        heads = fit_linear(seen, [SETTING], probe)
-    linear = predict(heads, unseen, probe)
+    nearest = classify(seen.x, seen.y, unseen.x, [k], TEMPERATURE, len(seen.classes))[k]
+    training = Training(seed=0, device=device, steps=STEPS)
+    with torch.enable_grad():  # the training loop disables gradients around its evaluators
+        heads = fit_linear(seen, [SETTING], training)
+    linear = predict(heads, unseen, training)
     return {
         "knn": score(unseen.y, nearest, seen.classes).accuracy,
         "linear": score(unseen.y, linear, seen.classes).accuracy,
     }
+
+
+def probe_evaluator(
+    train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
+) -> Callable[[nn.Module], Iterable[tuple[str, float]]]:
+    """Return a function that measures a network; it gives ``eval_knn`` and ``eval_linear``, see ``probe_row``."""
+
+    def evaluate(network: nn.Module) -> list[tuple[str, float]]:
+        row = probe_row(network, train, test, view, channels=channels, workers=workers)
+        return [(f"eval_{name}", accuracy) for name, accuracy in row.items()]
+
+    return evaluate

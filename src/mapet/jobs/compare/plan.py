@@ -19,7 +19,7 @@ from mapet.errors import MapetError, nearest
 from mapet.jobs.compare.cells import UNTRAINED, Cell, folder_name
 from mapet.jobs.compare.config import CompareConfig
 from mapet.jobs.compare.costs import FREE, Cost, hash_teacher, measure_cost, time_step
-from mapet.jobs.evaluate.run import KINDS
+from mapet.jobs.evaluate.config import EVALUATIONS
 from mapet.jobs.finetune.config import FinetuneConfig
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.tokenizer.config import FitConfig
@@ -249,7 +249,7 @@ def _measures(config: CompareConfig) -> dict[str, Mapping[str, Any]]:
         for key in NOT_OF_A_MEASURE:
             if key in keys:
                 raise MapetError(f"{origin} has {key!r}, which is that of each cell; leave it out")
-        config_class = FinetuneConfig if kind == "finetune" else KINDS[kind][0]
+        config_class = FinetuneConfig if kind == "finetune" else EVALUATIONS[kind][0]
         make_config(config_class, {"model": "-", "data": config.data, "seed": 0, **keys}, origin)
         measures[kind] = json.loads(json.dumps(keys))
     return measures

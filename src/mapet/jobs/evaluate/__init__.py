@@ -1,1 +1,1 @@
-"""What a model is worth: k-NN, probes, its own classifier."""
+"""Evaluation of a model: k-NN, linear probe, attentive probe, or its own classifier."""

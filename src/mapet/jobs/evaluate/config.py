@@ -1,4 +1,4 @@
-"""The configurations of the evaluations."""
+"""The evaluations by name, and their configurations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ Rates = Annotated[tuple[LearningRate, ...], Field(min_length=1)]
 Decays = Annotated[tuple[WeightDecay, ...], Field(min_length=1)]
 Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 
-KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
-
 
 class FeatureKeys(InferenceKeys):
-    """Which features are judged."""
+    """The features that are evaluated."""
 
     features: Literal["pooled", "class", "mean", "class+mean"] = Field(
         "pooled",
-        description="pooled (what the model's own classifier would read), class (the class token), mean (over patches) "
+        description="pooled (the input of the model's own classifier), class (the class token), mean (over patches) "
         "or class+mean",
         json_schema_extra=Common,
     )
@@ -31,13 +29,16 @@ class HeadKeys(StrictConfig):
     """How the heads of a probe are trained."""
 
     steps: Count | None = Field(
-        None, description="optimiser steps; default: 2000, or 10 passes if that is more", json_schema_extra=Common
+        None,
+        description="optimiser steps; default: 2000 (attentive: at most 300 passes), or 10 passes if that is more",
+        json_schema_extra=Common,
     )
     seeds: int = Field(
         3,
         ge=1,
         le=100,
-        description="repetitions, from --seed upwards: other initial weights, order and held-out images",
+        description="repetitions, with the seeds from --seed upwards: they change initial weights, order and held-out "
+        "images",
         json_schema_extra=Common,
     )
 
@@ -47,10 +48,11 @@ class KNNConfig(FeatureKeys):
 
     k: Counts = Field(
         (1, 5, 10, 20, 50, 100, 200),
-        description="numbers of neighbours; chosen from on held-out training images",
+        description="numbers of neighbours; the best one on held-out training images is used",
         json_schema_extra=Common,
     )
-    temperature: float = Field(KNN_TEMPERATURE, gt=0, description="neighbours vote with exp(similarity / temperature)")
+    # The default of Wu et al. (1805.01978) and DINO.
+    temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
 
 
 class LinearConfig(HeadKeys, FeatureKeys):
@@ -58,7 +60,8 @@ class LinearConfig(HeadKeys, FeatureKeys):
 
     lr: Rates = Field((0.1, 0.3, 1.0), description="learning rates to choose from")
     weight_decay: Decays = Field(
-        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), description="weight decays to choose from; 1 / (C n) of scikit-learn's C"
+        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+        description="weight decays to choose from; 1 / (C n) for scikit-learn's C and n images",
     )
     probe_batch: BatchSize = Field(512, description="images per step of the probe")
 
@@ -66,19 +69,23 @@ class LinearConfig(HeadKeys, FeatureKeys):
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
-    steps: Count | None = Field(
-        None,
-        description="optimiser steps; default: 2000, or 300 passes if that is less, or 10 passes if that is more",
-        json_schema_extra=Common,
-    )
     lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from")
     weight_decay: Decays = Field((0.01,), description="weight decays to choose from")
     probe_batch: BatchSize = Field(256, description="images per step of the probe")
 
 
 class ClassifyConfig(InferenceKeys):
-    """A classifier measured as it is."""
+    """The model's own classifier."""
 
     crop_pct: float | None = Field(
         0.9, ge=0.01, le=1, description="share of the resized image's side that the model sees; none: the model's own"
     )
+
+
+# Configuration and help text of each evaluation.
+EVALUATIONS: dict[str, tuple[type[InferenceKeys], str]] = {
+    "knn": (KNNConfig, "classify images by their nearest neighbours among the features of training images"),
+    "linear": (LinearConfig, "train a linear classifier on frozen features"),
+    "attentive": (AttentiveConfig, "train a classifier that attends to the frozen features of patches"),
+    "classify": (ClassifyConfig, "measure a fine-tuned model's own classifier"),
+}

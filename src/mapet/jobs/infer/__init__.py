@@ -1,1 +1,1 @@
-"""A trained model applied to images: features and classes, in a file."""
+"""Features (``mapet embed``) and predicted classes (``mapet predict``) of images, in a file."""

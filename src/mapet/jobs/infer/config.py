@@ -1,4 +1,4 @@
-"""The configurations of the commands that apply a trained model to images."""
+"""The configurations of ``mapet embed`` and ``mapet predict``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class EmbedConfig(InferenceKeys):
     features: tuple[FeatureKind, ...] = Field(
         ("pooled",),
         min_length=1,
-        description="columns: pooled (what the model's own classifier reads), class (the class token), mean (over "
-        "patches), patches (each); several may be given",
+        description="columns: pooled (the input of the model's own classifier), class (the class token), mean (over "
+        "patches), patches (all of them); several may be given",
         json_schema_extra=Common,
     )
     dtype: Literal["float32", "float16"] = Field(
-        "float32", description="of the features in the file", json_schema_extra=Common
+        "float32", description="type of the features in the file", json_schema_extra=Common
     )
 
 
 class PredictConfig(InferenceKeys):
-    """Classes of images, in a table."""
+    """Predicted classes of images, in a table."""
 
     top: Count = Field(
-        1, description="classes to be named for each image, the most probable first", json_schema_extra=Common
+        1, description="number of classes for each image, the most probable first", json_schema_extra=Common
     )

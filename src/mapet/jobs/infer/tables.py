@@ -1,129 +1,97 @@
-"""Rows written to a file as they come: CSV, JSON lines, Parquet."""
+"""Tables that are written batch by batch: CSV, JSON lines, Parquet."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
+from mapet.engine.files import new_file
+from mapet.engine.runfolder import explain_disk_errors
 from mapet.errors import MapetError
 
-# By name, one entry per row: words or numbers, or (Parquet only) an (n, d) array.
-Columns = Mapping[str, Sequence[str] | Sequence[float] | np.ndarray[Any, Any]]
+# The rows of a batch, by column: text or numbers, or in Parquet files also an ``(n, d)`` array.
+Columns = Mapping[str, Any]
+# Writes all batches to a table; the second argument describes how they were made.
+WriteTable = Callable[[Iterable[Columns], Mapping[str, Any]], None]
+ENDINGS = (".csv", ".jsonl", ".parquet")
 
 
-class Rows(Protocol):
-    """Takes the same columns each time."""
-
-    def write(self, columns: Columns) -> None:
-        """Append a batch of rows."""
-
-    def close(self) -> None:
-        """Finish the file."""
-
-
-class CSVRows:
-    """Comma-separated values below a line of the columns' names."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file, self._begun = file, False
-        self._writer = csv.writer(file, lineterminator="\n")
-        # Python quotes a carriage return only where it is the end of a line; readers take it for one anyway.
-        self._quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-
-    def write(self, columns: Columns) -> None:
-        """Append a batch of rows."""
-        if not self._begun:
-            self._writer.writerow(columns)
-            self._begun = True
-        for row in zip(*columns.values(), strict=True):
-            (self._quoting if any("\r" in str(value) for value in row) else self._writer).writerow(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
-
-
-class JSONRows:
-    """One JSON object a line."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, columns: Columns) -> None:
-        """Append a batch of rows."""
-        for row in zip(*columns.values(), strict=True):
-            self._file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
-
-
-class ParquetRows:
-    """Parquet, a row group a batch; an ``(n, d)`` array becomes a ``fixed_size_list`` of ``d``.
-
-    Args:
-        file: to be written.
-        about: kept as JSON in the schema's metadata, under ``mapet``.
-    """
-
-    def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
-        self._file, self._about = file, about
-        self._writer: Any = None
-
-    def write(self, columns: Columns) -> None:
-        """Append a batch of rows."""
-        arrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
-        arrays = {
-            name: arrow.FixedSizeListArray.from_arrays(arrow.array(values.ravel()), values.shape[1])
-            if isinstance(values, np.ndarray)
-            else arrow.array(values)
-            for name, values in columns.items()
-        }
-        table = arrow.table(arrays, metadata={"mapet": json.dumps(self._about)})
-        if self._writer is None:
-            # Neither do keys repeat, nor features have a least and greatest that anybody asks for.
-            self._writer = parquet.ParquetWriter(
-                self._file, table.schema, compression="zstd", use_dictionary=False, write_statistics=["key"]
-            )
-        self._writer.write_table(table)
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-TABLES: dict[str, Callable[[Path, Mapping[str, Any]], Rows]] = {
-    ".csv": lambda file, about: CSVRows(file.open("w", encoding="utf-8", newline="")),
-    ".jsonl": lambda file, about: JSONRows(file.open("w", encoding="utf-8", newline="")),
-    ".parquet": ParquetRows,
-}
-
-
-def check_table(out: str | Path, kinds: Collection[str]) -> str:
-    """Return the ending of ``out`` by which ``TABLES`` knows how to write it.
+@contextmanager
+def new_table(out: str | Path | TextIO, endings: Collection[str] = ENDINGS) -> Iterator[WriteTable]:
+    """Give a function that writes a new table: to a file, by its ending, or as CSV to an open text file.
 
     Raises:
-        MapetError: for an ending that is not among ``kinds``, or Parquet without pyarrow.
+        MapetError: for another ending, a file that exists or cannot be written, or Parquet without pyarrow.
     """
-    kind = Path(out).suffix.lower()
-    if kind not in kinds:
-        raise MapetError(f"output {str(out)!r} does not end in {' or '.join(kinds)}; choose another --out")
-    if kind == ".parquet":
-        _import("pyarrow")
-    return kind
+    if not isinstance(out, str | Path):
+        yield lambda batches, about: write_csv(out, batches)
+        return
+    ending = Path(out).suffix.lower()
+    if ending not in endings:
+        raise MapetError(f"output {str(out)!r} does not end in {' or '.join(endings)}; choose another --out")
+    if ending == ".parquet" and find_spec("pyarrow") is None:
+        raise MapetError("Parquet files need pyarrow; install it with: pip install 'mapet[parquet]'")
+    with explain_disk_errors(Path(out).parent), new_file(Path(out)) as fresh:
+        if ending == ".parquet":
+            yield partial(write_parquet, fresh)
+        else:
+            with fresh.open("w", encoding="utf-8", newline="") as file:
+                write = write_csv if ending == ".csv" else write_json_lines
+                yield lambda batches, about: write(file, batches)
 
 
-def _import(module: str) -> Any:
+def write_csv(file: TextIO, batches: Iterable[Columns]) -> None:
+    """Write a header and comma-separated values."""
+    writer = csv.writer(file, lineterminator="\n")
+    for number, columns in enumerate(batches):
+        if number == 0:
+            writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        file.flush()
+
+
+def write_json_lines(file: TextIO, batches: Iterable[Columns]) -> None:
+    """Write one JSON object per line."""
+    for columns in batches:
+        for row in zip(*columns.values(), strict=True):
+            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+
+
+def write_parquet(file: Path, batches: Iterable[Columns], about: Mapping[str, Any]) -> None:
+    """Write one row group per batch; an ``(n, d)`` array becomes a ``fixed_size_list`` of ``d``.
+
+    Args:
+        file: to write.
+        batches: columns by name, the same for each batch.
+        about: stored as JSON in the metadata of the schema, under ``mapet``.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    writer = None
     try:
-        return import_module(module)
-    except ImportError as error:
-        raise MapetError("Parquet files need pyarrow; install it with: pip install 'mapet[parquet]'") from error
+        for columns in batches:
+            arrays = {
+                name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
+                if isinstance(values, np.ndarray)
+                else pyarrow.array(values)
+                for name, values in columns.items()
+            }
+            table = pyarrow.table(arrays, metadata={"mapet": json.dumps(about)})
+            if writer is None:
+                # Keys do not repeat, so a dictionary is useless, and so are the statistics of features.
+                writer = parquet.ParquetWriter(
+                    file, table.schema, compression="zstd", use_dictionary=False, write_statistics=["key"]
+                )
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
