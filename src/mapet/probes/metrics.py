@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,4 +54,18 @@ def per_class(confusion: IntArray, classes: Sequence[str]) -> dict[str, float | 
     return {
         name: float(row[number] / row.sum()) if row.sum() else None
         for number, (name, row) in enumerate(zip(classes, confusion, strict=True))
+    }
+
+
+def summarise(scores: Sequence[Scores]) -> dict[str, Any]:
+    """Return the scores of several seeds as one JSON object; see ``evaluate`` for the keys."""
+    confusion = np.sum([one.confusion for one in scores], axis=0)
+    accuracies = [one.accuracy for one in scores]
+    tops = [one.top5 for one in scores if one.top5 is not None]
+    return {
+        "accuracy": statistics.mean(accuracies),
+        **({"least": min(accuracies), "greatest": max(accuracies)} if len(scores) > 1 else {}),
+        "top5": statistics.mean(tops) if tops else None,
+        "per_class": per_class(confusion, scores[0].classes),
+        "confusion": confusion.tolist(),
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from mapet.config.keys import KNN_TEMPERATURE
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
 from mapet.probes.features import extract_features
@@ -18,7 +19,7 @@ from mapet.probes.metrics import score
 Row = dict[str, float]
 
 # Rows compare networks: the settings are fixed and suit any features.
-NEIGHBOURS, TEMPERATURE = 10, 0.07
+NEIGHBOURS = 10
 SETTING, STEPS = Setting(lr=0.3, weight_decay=1e-3), 500
 
 
@@ -43,7 +44,7 @@ def probe_row(
     )
     network.train(was_training)
     k = min(NEIGHBOURS, len(seen))
-    nearest = classify(seen.x, seen.y, unseen.x, [k], TEMPERATURE, len(seen.classes))[k]
+    nearest = classify(seen.x, seen.y, unseen.x, [k], KNN_TEMPERATURE, len(seen.classes))[k]
     training = Training(seed=0, device=device, steps=STEPS)
     with torch.enable_grad():  # the training loop disables gradients around its evaluators
         heads = fit_linear(seen, [SETTING], training)

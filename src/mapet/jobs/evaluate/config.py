@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mapet.config.base import Common, StrictConfig
-from mapet.config.keys import BatchSize, Count, InferenceKeys, LearningRate, WeightDecay
+from mapet.config.base import Config, key
+from mapet.config.keys import KNN_TEMPERATURE, BatchSize, Count, InferenceKeys, LearningRate, WeightDecay
 
 Rates = Annotated[tuple[LearningRate, ...], Field(min_length=1)]
 Decays = Annotated[tuple[WeightDecay, ...], Field(min_length=1)]
@@ -17,68 +17,64 @@ Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 class FeatureKeys(InferenceKeys):
     """The features that are evaluated."""
 
-    features: Literal["pooled", "class", "mean", "class+mean"] = Field(
+    features: Literal["pooled", "class", "mean", "class+mean"] = key(
         "pooled",
-        description="pooled (the input of the model's own classifier), class (the class token), mean (over patches) "
-        "or class+mean",
-        json_schema_extra=Common,
+        "pooled (the input of the model's own classifier), class (the class token), mean (over patches) or class+mean",
+        common=True,
     )
 
 
-class HeadKeys(StrictConfig):
+class HeadKeys(Config):
     """How the heads of a probe are trained."""
 
-    steps: Count | None = Field(
+    steps: Count | None = key(
         None,
-        description="optimiser steps; default: 2000 (attentive: at most 300 passes), or 10 passes if that is more",
-        json_schema_extra=Common,
+        "optimiser steps; default: 2000 (attentive: at most 300 passes), or 10 passes if that is more",
+        common=True,
     )
-    seeds: int = Field(
+    seeds: int = key(
         3,
+        "repetitions, with the seeds from --seed upwards: they change initial weights, order and held-out images",
+        common=True,
         ge=1,
         le=100,
-        description="repetitions, with the seeds from --seed upwards: they change initial weights, order and held-out "
-        "images",
-        json_schema_extra=Common,
     )
 
 
 class KNNConfig(FeatureKeys):
     """A weighted k-NN classifier."""
 
-    k: Counts = Field(
+    k: Counts = key(
         (1, 5, 10, 20, 50, 100, 200),
-        description="numbers of neighbours; the best one on held-out training images is used",
-        json_schema_extra=Common,
+        "numbers of neighbours; the best one on held-out training images is used",
+        common=True,
     )
-    # The default of Wu et al. (1805.01978) and DINO.
-    temperature: float = Field(0.07, gt=0, description="neighbours vote with exp(similarity / temperature)")
+    temperature: float = key(KNN_TEMPERATURE, "neighbours vote with exp(similarity / temperature)", gt=0)
 
 
 class LinearConfig(HeadKeys, FeatureKeys):
     """A linear probe."""
 
-    lr: Rates = Field((0.1, 0.3, 1.0), description="learning rates to choose from")
-    weight_decay: Decays = Field(
-        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-        description="weight decays to choose from; 1 / (C n) for scikit-learn's C and n images",
+    lr: Rates = key((0.1, 0.3, 1.0), "learning rates to choose from")
+    weight_decay: Decays = key(
+        (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), "weight decays to choose from; 1 / (C n) for scikit-learn's C and n images"
     )
-    probe_batch: BatchSize = Field(512, description="images per step of the probe")
+    probe_batch: BatchSize = key(512, "images per step of the probe")
 
 
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
 
-    lr: Rates = Field((3e-4, 1e-3, 3e-3), description="learning rates to choose from")
-    weight_decay: Decays = Field((0.01,), description="weight decays to choose from")
-    probe_batch: BatchSize = Field(256, description="images per step of the probe")
+    lr: Rates = key((3e-4, 1e-3, 3e-3), "learning rates to choose from")
+    weight_decay: Decays = key((0.01,), "weight decays to choose from")
+    probe_batch: BatchSize = key(256, "images per step of the probe")
 
 
 class ClassifyConfig(InferenceKeys):
     """The model's own classifier."""
 
-    crop_pct: float | None = Field(
-        0.9, ge=0.01, le=1, description="share of the resized image's side that the model sees; none: the model's own"
+    crop_pct: float | None = key(
+        0.9, "share of the resized image's side that the model sees; none: the model's own", ge=0.01, le=1
     )
 
 

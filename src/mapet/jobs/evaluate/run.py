@@ -12,16 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from mapet.config.base import make_config
+from mapet.config.base import settle
 from mapet.config.keys import InferenceKeys
 from mapet.data.open import open_labelled, open_test
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.runfolder import explain_disk_errors
-from mapet.engine.training import check_out
+from mapet.engine.runfolder import check_out, explain_disk_errors
 from mapet.inference.from_config import open_on_device, stream_options
 from mapet.inference.models import OpenModel
 from mapet.inference.tokens import read_tokens
@@ -34,7 +32,7 @@ from mapet.probes.features import Features, extract_features
 from mapet.probes.heads import Fit, Training, evaluate_probe, grid
 from mapet.probes.knn import evaluate_knn
 from mapet.probes.linear import fit_linear
-from mapet.probes.metrics import Scores, per_class
+from mapet.probes.metrics import Scores, summarise
 from mapet.report.progress import Meter
 
 logger = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ def evaluate(
     Raises:
         MapetError: if the input is wrong; nothing is written.
     """
-    config = make_config(EVALUATIONS[kind][0], dict(values))
+    config = settle(EVALUATIONS[kind][0], values)
     if out is not None:
         check_out(config.data, out)
     with nullcontext() if out is None else claimed_folder(Path(out)):
@@ -197,17 +195,3 @@ def _train_probe(
 
 def _summarise_probe(scores: Sequence[Scores], train: Features, test: Features) -> Results:
     return {**summarise(scores), "train_images": len(train), "test_images": len(test)}
-
-
-def summarise(scores: Sequence[Scores]) -> Results:
-    """Return the scores of several seeds as one JSON object; see ``evaluate`` for the keys."""
-    confusion = np.sum([one.confusion for one in scores], axis=0)
-    accuracies = [one.accuracy for one in scores]
-    tops = [one.top5 for one in scores if one.top5 is not None]
-    return {
-        "accuracy": statistics.mean(accuracies),
-        **({"least": min(accuracies), "greatest": max(accuracies)} if len(scores) > 1 else {}),
-        "top5": statistics.mean(tops) if tops else None,
-        "per_class": per_class(confusion, scores[0].classes),
-        "confusion": confusion.tolist(),
-    }

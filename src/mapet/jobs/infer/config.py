@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from mapet.config.base import Common
+from mapet.config.base import key
 from mapet.config.keys import Count, InferenceKeys
 
 FeatureKind = Literal["pooled", "class", "mean", "patches"]
@@ -15,21 +13,17 @@ FeatureKind = Literal["pooled", "class", "mean", "patches"]
 class EmbedConfig(InferenceKeys):
     """Features of images, in a file."""
 
-    features: tuple[FeatureKind, ...] = Field(
+    features: tuple[FeatureKind, ...] = key(
         ("pooled",),
-        min_length=1,
-        description="columns: pooled (the input of the model's own classifier), class (the class token), mean (over "
+        "columns: pooled (the input of the model's own classifier), class (the class token), mean (over "
         "patches), patches (all of them); several may be given",
-        json_schema_extra=Common,
+        common=True,
+        min_length=1,
     )
-    dtype: Literal["float32", "float16"] = Field(
-        "float32", description="type of the features in the file", json_schema_extra=Common
-    )
+    dtype: Literal["float32", "float16"] = key("float32", "type of the features in the file", common=True)
 
 
 class PredictConfig(InferenceKeys):
     """Predicted classes of images, in a table."""
 
-    top: Count = Field(
-        1, description="number of classes for each image, the most probable first", json_schema_extra=Common
-    )
+    top: Count = key(1, "number of classes for each image, the most probable first", common=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mapet import __version__
-from mapet.config.base import make_config
+from mapet.config.base import settle
 from mapet.config.keys import InferenceKeys
 from mapet.data.open import open_images
 from mapet.errors import MapetError
@@ -57,7 +57,7 @@ def embed_images(values: Mapping[str, Any], out: str | Path, *, console: Console
     Raises:
         MapetError: if the input is wrong; no file is left.
     """
-    config = make_config(EmbedConfig, dict(values))
+    config = settle(EmbedConfig, values)
     with new_table(out, (".parquet",)) as write:
         opened = open_on_device(config, classifier=False)
         read = partial(read_tokens, opened.network)
@@ -94,7 +94,7 @@ def predict_images(
     Raises:
         MapetError: if the input is wrong; no file is left.
     """
-    config = make_config(PredictConfig, dict(values))
+    config = settle(PredictConfig, values)
     with new_table(out) as write:
         opened = open_on_device(config, classifier=True)
         classes = [encodable(name) for name in opened.require_classes()]

@@ -10,21 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
-from mapet.config.base import make_config
+from mapet.config.base import settle
 from mapet.data.batches import DamageTally, ViewDataset, at_random, load_batches
-from mapet.data.decode import check_channels
 from mapet.data.open import open_images
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView, View
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.loop import on_main
-from mapet.engine.processes import count_workers, main_first, make_accelerator
-from mapet.engine.runfolder import explain_disk_errors
-from mapet.engine.training import check_out
+from mapet.engine.processes import count_workers, join_processes, main_first, on_main
+from mapet.engine.runfolder import check_out, explain_disk_errors
 from mapet.errors import MapetError
 from mapet.jobs.tokenizer.atlas import write_codebook_report
 from mapet.jobs.tokenizer.codebook import CodebookReport, CodebookStatistics, shortcomings
@@ -61,30 +57,26 @@ def fit_tokenizer(
     Raises:
         MapetError: for input that cannot work; nothing is half-written.
     """
-    config = make_config(FitConfig, dict(values))
+    config = settle(FitConfig, values)
     console = console or Console(stderr=True)
-    check_channels(config.channels)
     check_out(config.data, out)
     if is_ready(config.teacher):
         raise MapetError(f"teacher {config.teacher!r} is a tokenizer already; use it as it is, with --tokenizer")
-    accelerator = make_accelerator()
     with ExitStack() as held:
-        on_main(accelerator, lambda: held.enter_context(claimed_folder(Path(out))))
-        return _fit(config, Path(out), accelerator, console)
+        on_main(lambda: held.enter_context(claimed_folder(Path(out))))
+        return _fit(config, Path(out), console)
 
 
-def _fit(
-    config: FitConfig, out: Path, accelerator: Accelerator, console: Console
-) -> tuple[Tokenizer, CodebookReport | None]:
-    images = main_first(accelerator, lambda: open_images(config.data))
-    workers = count_workers(config.workers, images, accelerator.device)
+def _fit(config: FitConfig, out: Path, console: Console) -> tuple[Tokenizer, CodebookReport | None]:
+    images = main_first(lambda: open_images(config.data))
+    device = torch.device(join_processes().device)
+    workers = count_workers(config.workers, images, device)
     side = config.image_size // config.patch_size
     vocab_size = settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2)
     config = config.model_copy(update={"vocab_size": vocab_size})
     tokenizer = main_first(
-        accelerator,
-        lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels),
-    ).to(accelerator.device)
+        lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels)
+    ).to(device)
     view = _fit_view(tokenizer.input_size, config.channels, config.crop_min)
     dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
     fit_codebook(
@@ -92,7 +84,6 @@ def _fit(
         config,
         dataset,
         DamageTally(images, config.max_damaged),
-        accelerator,
         seed=config.seed,
         batch_size=config.batch_size,
         workers=workers,
@@ -105,7 +96,7 @@ def _fit(
             replace_folder(out, partial(_write, tokenizer, gathered))
         return gathered[0]
 
-    return tokenizer.eval(), on_main(accelerator, finish)
+    return tokenizer.eval(), on_main(finish)
 
 
 def report_on_tokenizer(
@@ -121,7 +112,7 @@ def report_on_tokenizer(
     Raises:
         MapetError: for input that cannot work; nothing is half-written.
     """
-    config = make_config(ReportConfig, dict(values))
+    config = settle(ReportConfig, values)
     check_out(config.data, out)
     out, device = Path(out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with claimed_folder(out):
