@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from mapet.data.open import open_labelled
+from mapet.data.labelled import open_labelled
 from mapet.data.views import PlainView
 from mapet.engine.files import replace_file
 from mapet.engine.runfolder import RunFolder

@@ -19,7 +19,7 @@ from torch import Tensor
 from mapet.config.base import make_config
 from mapet.config.keys import InferenceKeys
 from mapet.data.batches import DamageTally
-from mapet.data.open import open_labelled, open_test
+from mapet.data.labelled import open_labelled, open_test
 from mapet.data.sources import ImageSet
 from mapet.engine.files import claimed_folder, replace_folder
 from mapet.engine.processes import count_workers, one_device
@@ -30,7 +30,7 @@ from mapet.inference.models import OpenModel, open_model
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.evaluate.config import AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.jobs.evaluate.results import write_results
-from mapet.jobs.finetune.labels import count_seen
+from mapet.jobs.evaluate.seen import count_seen
 from mapet.probes.attentive import MOST_PASSES, fit_attentive
 from mapet.probes.classifier import score_classifier
 from mapet.probes.features import Features, extract_features

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mapet.data.augment import AugmentedView
 from mapet.data.batches import Batch, DamageTally, ViewDataset
-from mapet.data.open import open_labelled
+from mapet.data.labelled import labels_to_use, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.engine.files import replace_file
@@ -33,7 +33,6 @@ from mapet.inference.models import OpenModel, open_model
 from mapet.jobs.evaluate.run import summarise
 from mapet.jobs.finetune.classification import Classification
 from mapet.jobs.finetune.config import FinetuneConfig
-from mapet.jobs.finetune.labels import labels_to_use
 from mapet.models.export import export_network
 from mapet.probes.classifier import score_classifier
 from mapet.probes.metrics import Scores
@@ -86,7 +85,7 @@ def _run(config: FinetuneConfig, folder: RunFolder, resume: bool, console: Conso
     device = accelerator.device
     check_out(config.data, folder.root)
     whole, test = main_first(accelerator, lambda: open_labelled(config.data, config.seed))
-    train = labels_to_use(config, whole)
+    train = labels_to_use(whole, config.label_share, config.labels_per_class, config.seed)
     config = config.resolve(len(train), accelerator.num_processes)
 
     # Once there is a checkpoint, the export beside it is the same architecture, and the source may be gone.

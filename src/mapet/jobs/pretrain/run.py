@@ -16,9 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.config.base import config_to_yaml
-from mapet.data.batches import DamageTally, ViewDataset, at_random, collate, load_batches
+from mapet.data.batches import DamageTally, ViewDataset, collate, draw_batches, load_batches
 from mapet.data.decode import check_channels
-from mapet.data.open import open_images, open_labelled
+from mapet.data.labelled import open_labelled
+from mapet.data.open import open_images
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView
@@ -278,7 +279,7 @@ def _train_view(config: PretrainConfig, view_size: int) -> TrainView:
 
 def _some_ids(source: TokenSource, dataset: ViewDataset, config: PretrainConfig, workers: int) -> Iterator[Tensor]:
     """Yield ids of views of random images, as training sees them."""
-    keys = at_random(len(dataset), BASELINE_IMAGES, 64, FIT_EPOCH, fold_seed(config.seed, Stream.SAMPLE))
+    keys = draw_batches(len(dataset), BASELINE_IMAGES, 64, FIT_EPOCH, fold_seed(config.seed, Stream.SAMPLE))
     tally = DamageTally(dataset.images, config.max_damaged)
     for batch in load_batches(dataset, keys, workers):
         tally.add(batch["damaged"])

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mapet import MapetError
+from mapet.data.demo_sets import read_demo_set
+from mapet.data.names import DEMO_NAMES, check_images, check_labelled
+
+
+def test_import_needs_neither_torch_nor_numpy() -> None:
+    script = "import sys, mapet.data.names; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_folders_files_and_demo_sets_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").touch()
+    check_images(str(tmp_path / "list.txt"))
+    for source in (str(tmp_path), *DEMO_NAMES):
+        check_images(source)
+        check_labelled(source)
+    assert read_demo_set("mnist")[0].name == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("missing", "'missing' is neither a folder"),
+        ("x" * 5000, "is neither a folder"),
+        ("fashion_mnist", "did you mean 'fashion-mnist'"),
+    ],
+)
+def test_other_names_are_refused(source: str, reason: str) -> None:
+    for check in (check_images, check_labelled):
+        with pytest.raises(MapetError, match=reason):
+            check(source)
+
+
+def test_files_have_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "image.png").touch()
+    with pytest.raises(MapetError, match="neither a folder with one subfolder per class nor a demo set"):
+        check_labelled(str(tmp_path / "image.png"))
