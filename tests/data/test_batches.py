@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -59,37 +58,33 @@ def test_views_do_not_depend_on_the_number_of_threads(photographs: Path) -> None
     view = TrainView(224, 224, 0.3, 0.5, 0.4, (0.5,) * 3, (0.5,) * 3)
     dataset = ViewDataset(open_images(str(photographs)), view, 3, Draws(3, 3))
     before = torch.get_num_threads()
-    try:
-        samples = []
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            samples.append(torch.stack([dataset[0, index]["images"] for index in range(8)]))
-            assert torch.get_num_threads() == threads
-        assert torch.equal(*samples)
-    finally:
-        torch.set_num_threads(before)
+    samples = []
+    for threads in (1, 4, before):
+        torch.set_num_threads(threads)
+        samples.append(torch.stack([dataset[0, index]["images"] for index in range(8)]))
+        assert torch.get_num_threads() == threads
+    assert torch.equal(samples[0], samples[1])
 
 
 @pytest.fixture
 def damaged(digits: Path, tmp_path: Path) -> Path:
     """60 digits: one file is truncated, one is a text."""
-    folder = tmp_path / "damaged"
-    shutil.copytree(digits, folder)
-    whole = (folder / "class 1" / "0.png").read_bytes()
-    (folder / "class 1" / "0.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "class 2" / "3.png").write_text("no image at all")
+    folder = Path(shutil.copytree(digits, tmp_path / "damaged"))
+    (folder / "class 1" / "0.png").write_bytes((digits / "class 1" / "0.png").read_bytes()[:100])
+    (folder / "class 2" / "3.png").write_text("no image")
     return folder
 
 
 def test_damaged_files_are_replaced_logged_once_and_counted(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = open_images(str(damaged))
     tally = DamageTally(images, most_share=0.1)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
-                tally.add(batch["damaged"])
-                assert batch["tokenizer_images"].shape == (20, 1, 28, 28)
-                assert batch["tokenizer_images"].flatten(1).amax(1).min() > 0
+    for _ in range(2):
+        for batch in load_batches(ViewDataset(images, VIEW, 1, digests=True), in_order(60, 20), 0):
+            tally.add(batch["damaged"])
+            assert batch["images"].shape == (20, 1, 28, 28)
+            assert batch["tokenizer_images"].flatten(1).amax(1).min() > 0
+            for index, digest in zip(batch["index"].tolist(), batch["digest"], strict=True):
+                assert torch.equal(digest, images.digest(index))
     assert {images.keys[i] for i in tally.indices} == {"class 1/0.png", "class 2/3.png"}
     for key in ("class 1/0.png", "class 2/3.png"):
         assert caplog.text.count(f"skipped damaged image {key}") == 1
@@ -101,29 +96,20 @@ def test_control_characters_in_names_are_escaped() -> None:
 
 def test_too_many_damaged_files_are_an_error(damaged: Path) -> None:
     images = open_images(str(damaged))
-    tally = DamageTally(images, most_share=0.02)
+    batch = next(iter(load_batches(ViewDataset(images, VIEW, 1), in_order(60, 60), 0)))
     with pytest.raises(MapetError, match=r"2 of 60 images cannot be read.*class 1/0\.png.*--max-damaged"):
-        for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
-            tally.add(batch["damaged"])
+        DamageTally(images, most_share=0.02).add(batch["damaged"])
 
 
 @pytest.mark.parametrize("digests", [False, True])
 def test_a_folder_of_unreadable_files_is_an_error_in_the_first_batch(tmp_path: Path, digests: bool) -> None:
-    for number in range(80):
+    for number in range(60):
         (tmp_path / f"{number}.jpg").write_text("no image")
     dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1, digests=digests)
-    batch = next(iter(load_batches(dataset, in_order(80, 4), 0)))
+    batch = next(iter(load_batches(dataset, in_order(60, 4), 0)))
     assert batch["digest"].shape == (4, 32 if digests else 0)
     with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
         DamageTally(dataset.images, most_share=1.0).add(batch["damaged"])
-
-
-def test_digests_of_a_batch_are_those_of_the_images_shown(damaged: Path) -> None:
-    dataset = ViewDataset(open_images(str(damaged)), VIEW, 1, digests=True)
-    batch = next(iter(load_batches(dataset, in_order(20, 20), 0)))
-    assert batch["index"].tolist() != list(range(20))
-    for index, digest in zip(batch["index"].tolist(), batch["digest"], strict=True):
-        assert torch.equal(digest, dataset.images.digest(index))
 
 
 def test_random_batches_have_each_image_once() -> None:
