@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mapet.data.open import open_labelled
+from mapet.data.labelled import open_labelled
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
 from mapet.jobs.pretrain.run import initial_backbone, pretrain

@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-from mapet.data.demo_sets import DEMO_SETS
+from mapet.data.open import open_images
 from mapet.jobs.pretrain.run import pretrain
 from mapet.models.export import export_network
 from mapet.models.vit import build_vit
@@ -88,14 +88,14 @@ def oracle() -> Callable[[str], Oracle]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 real digits as PNG files, six a class, in the ImageFolder layout."""
     folder = tmp_path_factory.mktemp("digits")
-    images = DEMO_SETS["mnist"]()[0]
+    images = open_images("mnist")
     assert images.labels is not None
     seen = dict.fromkeys(range(10), 0)
     for index, label in enumerate(images.labels):
         if seen[label] < 6:
             target = folder / f"class {label}" / f"{seen[label]}.png"
             target.parent.mkdir(exist_ok=True)
-            Image.fromarray(images.items[index]).save(target)
+            Image.fromarray(images.load(index, 1)[0].numpy()).save(target)
             seen[label] += 1
     return folder
 
@@ -104,16 +104,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mosaics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 pictures of four real digits each (0, 1 or 7), 56 pixels, 48 to train on; in their masks 1, 2, 3 are ink."""
     folder = tmp_path_factory.mktemp("mosaics")
-    images = DEMO_SETS["mnist"]()[0]
+    images = open_images("mnist")
     assert images.labels is not None
     value = {0: 1, 1: 2, 7: 3}
     chosen = [index for index, label in enumerate(images.labels) if label in value]
     chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:240]]
     for number in range(60):
         four = chosen[4 * number : 4 * number + 4]
-        pixels = np.block(
-            [[images.items[four[0]], images.items[four[1]]], [images.items[four[2]], images.items[four[3]]]]
-        )
+        quarters = [images.load(i, 1)[0].numpy() for i in four]
+        pixels = np.block([quarters[:2], quarters[2:]])
         values = np.kron(np.array([value[images.labels[i]] for i in four]).reshape(2, 2), np.ones((28, 28)))
         for kind, picture in (("images", pixels), ("masks", np.where(pixels > 0, values, 0).astype(np.uint8))):
             target = folder / kind / ("train" if number < 48 else "val") / f"{number:02}.png"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mapet.cli import main
-from mapet.data.sources import from_labelled_folder
+from mapet.data.labelled import from_labelled_folder
 from mapet.data.views import PlainView
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.evaluate.run import evaluate

@@ -17,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEW = AugmentedView((48, 64), MEAN, STD, 0.3, 0.5, "rand-m9-mstd0.5-inc1", 0.4, 0.5)
 
 
-def test_it_is_timms_own_transform(photographs: Path) -> None:
+def test_augmentation_equals_timms_transform(photographs: Path) -> None:
     timms = create_transform(
         (48, 64),
         is_training=True,
@@ -37,7 +37,7 @@ def test_it_is_timms_own_transform(photographs: Path) -> None:
             torch.testing.assert_close(student, timms(Image.open(path).convert("RGB")), atol=1e-5, rtol=1e-5)
 
 
-def test_draws_decide_and_the_callers_randomness_stays(photographs: Path) -> None:
+def test_the_draw_decides_and_the_callers_random_state_stays(photographs: Path) -> None:
     image = decode(min(photographs.iterdir()), 3)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
     first, again, other = (VIEW(image, Draw(seed, 0))[1] for seed in (1, 1, 2))
@@ -59,8 +59,8 @@ def test_grey_and_deep_images(photographs: Path) -> None:
     torch.testing.assert_close(plain(image, Draw(0, 0))[1], (image / 255 - 0.5) / 0.25)
 
 
-def test_the_strongest_policy_never_fails(photographs: Path) -> None:
-    """timm posterises to 0 bits at magnitude 10, which Pillow refuses from 13 on."""
+def test_the_strongest_policy_does_not_fail(photographs: Path) -> None:
+    """timm posterises to 0 bits at magnitude 10, which Pillow 13 refuses."""
     image = decode(min(photographs.iterdir()), 3)
     strong = replace(VIEW, policy="rand-m10-n6-inc1", size=(16, 16))
     assert all(strong(image, Draw(seed, 0))[1].isfinite().all() for seed in range(40))

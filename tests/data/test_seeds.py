@@ -1,9 +1,15 @@
 from __future__ import annotations
 
-from mapet.data.seeds import Draws
+from mapet.data.seeds import Draws, Stream, fold_seed
 
 
-def test_without_a_number_of_crops_every_epoch_has_a_new_view() -> None:
+def test_seeds_do_not_collide() -> None:
+    seeds = {fold_seed(a, s, b, c) for a in range(9) for s in Stream for b in range(-1, 20) for c in range(50)}
+    assert len(seeds) == 9 * len(Stream) * 21 * 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_every_epoch_has_a_new_view() -> None:
     draws = Draws(1, 2)
     assert [draws.number(epoch, "a") for epoch in range(3)] == [0, 1, 2]
     assert len({draws.draw(epoch, "a").geometry for epoch in range(50)}) == 50
@@ -15,11 +21,11 @@ def test_a_fixed_number_of_views_is_shown_in_turn() -> None:
     shown = [draws.number(epoch, "a") for epoch in range(12)]
     assert sorted(shown[:6]) == list(range(6))
     assert shown[6:] == shown[:6]
-    begins = {draws.number(0, str(name)) for name in range(100)}
-    assert begins == set(range(6)), "images do not all begin with the same view"
+    first = {draws.number(0, str(name)) for name in range(100)}
+    assert first == set(range(6)), "not all images start with the same view"
 
 
-def test_mirrored_views_come_in_pairs_of_one_crop() -> None:
+def test_mirrored_views_are_pairs_of_one_crop() -> None:
     draws = Draws(1, 2, crops=2, mirror=True)
     found = [draws.draw(number, "a") for number in range(4)]
     assert [draw.mirrored for draw in found] == [False, True, False, True]
@@ -36,7 +42,7 @@ def test_colours_change_with_the_epoch_and_crops_do_not() -> None:
     assert Draws(1, 3, crops=1).draw(0, "a").geometry == first.geometry
 
 
-def test_views_are_the_images_own_whatever_others_there_are() -> None:
+def test_views_depend_on_the_images_key() -> None:
     draws = Draws(1, 2)
     assert draws.draw(0, "a").geometry != draws.draw(0, "b").geometry
     assert draws.draw(0, "caf\udce9.png").geometry == draws.draw(0, "caf\udce9.png").geometry

@@ -1,142 +1,138 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mapet import MapetError
 from mapet.data.decode import decode
-from mapet.data.open import open_images, open_labelled, open_test
-from mapet.data.sources import few_per_class, split
+from mapet.data.open import open_images
+from mapet.data.sources import Arrays, ImageSet, Source
 
 
-def test_a_nested_unlabelled_folder_is_found_whole_and_in_order(digits: Path, tmp_path: Path) -> None:
+class Shard(Source):
+    """A tar file of images."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.reads = file, 0
+        with tarfile.open(file) as tar:
+            self.members = [member for member in tar.getmembers() if member.isfile()]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def key(self, index: int) -> str:
+        return self.members[index].name
+
+    def content(self, index: int) -> bytes:
+        self.reads += 1
+        with tarfile.open(self.file) as tar:
+            extracted = tar.extractfile(self.members[index])
+            assert extracted is not None
+            return extracted.read()
+
+
+@pytest.fixture(params=["files", "tar", "arrays"])
+def three(request: pytest.FixtureRequest, digits: Path, tmp_path: Path) -> ImageSet:
+    """Three digits of two classes, from each kind of source."""
+    if request.param == "files":
+        images = open_images(str(digits)).subset([0, 1, 6])
+    elif request.param == "tar":
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for name in ("class 0/0.png", "class 0/1.png", "class 1/0.png"):
+                tar.add(digits / name, name)
+        images = ImageSet("shard.tar", Shard(tmp_path / "shard.tar"))
+    else:
+        pixels = np.random.default_rng(0).integers(0, 255, (3, 5, 6, 3), np.uint8)
+        images = ImageSet("noise", Arrays(pixels))
+        assert torch.equal(images.load(1, 3), torch.tensor(pixels[1]).permute(2, 0, 1))
+        assert images.keys == ("0", "1", "2")
+    return ImageSet(images.name, images.source, (0, 0, 1), ("zero", "one"), images.indices)
+
+
+def test_subsets_of_every_source(three: ImageSet) -> None:
+    part = three.subset([2, 0]).subset([1, 0])
+    assert part.keys == (three.keys[0], three.keys[2]) == (part.key(0), part.key(1))
+    assert part.labels == (0, 1)
+    assert [part.path(i) for i in range(2)] == [three.path(0), three.path(2)]
+    assert torch.equal(part.load(1, 1), three.load(2, 1))
+    assert not torch.equal(part.load(0, 1), part.load(1, 1))
+    assert repr(part) == f"2 images of 2 classes from {three.name}"
+    assert len(three.subset([])) == 0
+
+
+def test_image_and_digest_are_read_together(three: ImageSet, digits: Path) -> None:
+    image, digest = three.load_with_digest(1, 3)
+    if isinstance(three.source, Shard):
+        assert three.source.reads == 1
+    assert torch.equal(image, three.load(1, 3))
+    assert torch.equal(digest, three.digest(1))
+    stored = three.source.content(1) if three.in_memory else (digits / "class 0" / "1.png").read_bytes()
+    assert bytes(digest.tolist()) == hashlib.sha256(stored).digest()
+
+
+def test_nested_folders(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "a" / "b")
+    shutil.copytree(digits / "class 0", tmp_path / "a-c")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
     shutil.copy(next(digits.rglob("*.png")), tmp_path / ".hidden" / "x.png")
     shutil.copy(next(digits.rglob("*.png")), tmp_path / "UPPER.PNG")
-    images = open_images(str(tmp_path))
-    assert len(images) == 61
-    assert list(images.keys) == sorted(images.keys)
-    assert images.labels is None
-    assert images.load(0, 1).shape == (1, 28, 28)
-
-
-def test_links_to_folders_are_followed_but_not_in_circles(digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(digits)
+    (tmp_path / "link").symlink_to(digits / "class 1")
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert len(open_images(str(tmp_path))) == 60
+    images = open_images(str(tmp_path))
+    assert len(images) == 73
+    assert images.keys[0] == "UPPER.PNG"
+    assert list(images.keys) == sorted(images.keys, key=lambda key: key.rpartition("/")[::2])
+    assert images.path(1) == tmp_path / images.keys[1]
+    assert images.labels is None
+    assert repr(images) == f"73 images from {tmp_path}"
 
 
-def test_a_list_of_paths(digits: Path, tmp_path: Path) -> None:
+def test_lists_of_paths(digits: Path, tmp_path: Path) -> None:
     names = sorted(str(path) for path in digits.rglob("*.png"))[:5]
     (tmp_path / "near.png").write_bytes(Path(names[0]).read_bytes())
     (tmp_path / "list.txt").write_text("# comment\n\n" + "\n".join([*names, "near.png"]) + "\n")
     images = open_images(str(tmp_path / "list.txt"))
-    assert len(images) == 6
+    assert images.keys == (*names, "near.png")
     assert images.load(5, 3).shape == (3, 28, 28)
     (tmp_path / "list.txt").write_text("near.png\n", encoding="utf-8-sig")
     assert open_images(str(tmp_path / "list.txt")).keys == ("near.png",)
-    (tmp_path / "list.txt").write_text("x" * 5000 + "\n")
-    with pytest.raises(MapetError, match="which does not exist"):
-        open_images(str(tmp_path / "list.txt"))
-    (tmp_path / "list.txt").write_text("gone.png\n")
-    with pytest.raises(MapetError, match=r"names 'gone\.png', which does not exist"):
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"gone.png\n", r"names 'gone\.png', which does not exist"),
+        (b"x" * 5000, "which does not exist"),
+        (b"# comment\n", "names no image"),
+        (b"\xff\xd8\xff\xe0", "neither a folder of images, nor an image, nor a text file"),
+    ],
+)
+def test_wrong_lists_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(MapetError, match=reason):
         open_images(str(tmp_path / "list.txt"))
 
 
-def test_nothing_to_read_is_said_clearly(tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match="neither a folder"):
-        open_images(str(tmp_path / "missing"))
-    with pytest.raises(MapetError, match="neither a folder"):
-        open_images("x" * 5000)
-    with pytest.raises(MapetError, match="did you mean 'fashion-mnist'"):
-        open_images("fashion_mnist")
+def test_a_single_image(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(MapetError, match="holds no image"):
         open_images(str(tmp_path))
-    (tmp_path / "model.bin").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(MapetError, match="neither a folder of images, nor an image, nor a text file"):
-        open_images(str(tmp_path / "model.bin"))
-
-
-def test_a_single_image(digits: Path) -> None:
-    file = digits / "class 3" / "0.png"
+    file = Path(shutil.copy(digits / "class 3" / "0.png", tmp_path))
     images = open_images(str(file))
     assert images.keys == ("0.png",)
     assert images.load(0, 1).equal(decode(file, 1))
 
 
-def test_labelled_folders(digits: Path, tmp_path: Path) -> None:
-    train, test = open_labelled(str(digits))
-    assert (len(train), len(test)) == (50, 10)
-    assert train.classes == tuple(f"class {digit}" for digit in range(10))
-    assert sorted(test.labels or ()) == list(range(10))
-    assert not set(train.keys) & set(test.keys)
-    shutil.copytree(digits, tmp_path / "Train")
-    shutil.copytree(digits, tmp_path / "val")
-    assert [len(part) for part in open_labelled(str(tmp_path))] == [60, 60]
-    shutil.rmtree(tmp_path / "val" / "class 3")
-    train, test = open_labelled(str(tmp_path))
-    assert test.classes == train.classes, "classes are numbered as in training, those that are absent too"
-    assert sorted(set(test.labels or ())) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    shutil.rmtree(tmp_path / "Train" / "class 7")
-    with pytest.raises(MapetError, match=r"val has images of the class 'class 7', which .*Train does not have"):
-        open_labelled(str(tmp_path))
-
-
-def test_unlabelled_folders_cannot_be_evaluated_on(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match=r"'0\.png' lies outside"):
-        open_labelled(str(digits / "class 0"))
-    shutil.copytree(digits / "class 0", tmp_path / "only")
-    with pytest.raises(MapetError, match="single class 'only'"):
-        open_labelled(str(tmp_path))
-
-
-def test_demo_digits_are_balanced_and_apart() -> None:
-    train, test = open_labelled("mnist")
-    assert (len(train), len(test)) == (4000, 1000)
-    assert all((train.labels or ()).count(digit) == 400 for digit in range(10))
-    assert not {image.tobytes() for image in train.items} & {image.tobytes() for image in test.items}
-
-
-def test_few_labels_are_spread_over_the_classes() -> None:
-    train = open_labelled("mnist")[0]
-    few = few_per_class(train, 10, seed=0)
-    assert all((few.labels or ()).count(digit) == 10 for digit in range(10))
-    assert few.keys != few_per_class(train, 10, seed=1).keys
-    assert set(few.keys) < set(few_per_class(train, 40, seed=0).keys)
-    with pytest.raises(MapetError, match=r"class '0' of mnist has 400 image\(s\), fewer than the 401 asked for"):
-        few_per_class(train, 401, seed=0)
-
-
-def test_split_is_seeded_and_by_class() -> None:
-    train = open_labelled("mnist")[0]
-    first, second = split(train, 0.25, seed=1)
-    assert (len(first), len(second)) == (3000, 1000)
-    assert split(train, 0.25, seed=1)[1].keys == second.keys
-    pairs = split(few_per_class(train, 2, seed=0), 0.2, seed=1)
-    assert [len(part) for part in pairs] == [10, 10], "no class without a test image"
-
-
-def test_fingerprint_follows_names(digits: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_names_only(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "a")
-    before = open_images(str(tmp_path / "a")).fingerprint
-    assert open_images(str(digits)).fingerprint == before
+    images = open_images(str(tmp_path / "a"))
+    assert images.fingerprint == hashlib.sha256("\n".join(images.keys).encode()).hexdigest()
+    assert open_images(str(digits)).fingerprint == images.fingerprint
     (tmp_path / "a" / "class 0" / "0.png").rename(tmp_path / "a" / "class 0" / "zero.png")
-    assert open_images(str(tmp_path / "a")).fingerprint != before
-
-
-def test_images_to_test_on_are_the_test_part_or_all_and_numbered_by_name(digits: Path, tmp_path: Path) -> None:
-    classes = [f"class {digit}" for digit in reversed(range(10))]
-    images = open_test(str(digits), classes, "the model")
-    assert images.classes == tuple(classes)
-    assert [classes[label] for label in images.labels or ()] == [key.split("/")[0] for key in images.keys]
-    for part in ("train", "val"):
-        shutil.copytree(digits / "class 3", tmp_path / part / "class 3")
-    (tmp_path / "val" / "class 3" / "0.png").unlink()
-    assert len(open_test(str(tmp_path), classes, "the model")) == 5
-    assert len(open_test("mnist", [str(digit) for digit in range(10)], "the model")) == 1000
-    with pytest.raises(MapetError, match=r"'class 3', which the model does not have"):
-        open_test(str(tmp_path), classes[:5], "the model")
+    assert open_images(str(tmp_path / "a")).fingerprint != images.fingerprint

@@ -19,10 +19,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere batches are handed over in another way")
-def test_sockets_fit_into_the_longest_temporary_folder_and_a_longer_one_is_refused(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not use sockets")
+def test_a_temporary_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(SCRIPT)
-    for length, said in ((75, "2"), (76, "set TMPDIR to one of at most 75 bytes, or pass --workers 0")):
+    for length, output in ((75, "2"), (76, "set TMPDIR to one of at most 75 bytes, or pass --workers 0")):
         with tempfile.TemporaryDirectory(dir="/tmp") as short:
             folder = Path(short, "x" * (length - len(f"{short}/")))
             folder.mkdir()
@@ -34,7 +34,7 @@ def test_sockets_fit_into_the_longest_temporary_folder_and_a_longer_one_is_refus
                 env={**os.environ, "TMPDIR": str(folder)},
                 check=False,
             )
-        assert said in process.stdout + process.stderr
+        assert output in process.stdout + process.stderr
 
 
 ORPHAN = """
@@ -42,7 +42,7 @@ import os, signal, time
 from torch.utils.data import DataLoader
 from mapet.data.workers import loading_processes
 if __name__ == "__mp_main__":
-    time.sleep(2)  # the loading process imports while its parent is killed
+    time.sleep(2)  # the main process is killed while the loading process imports
     print("imported", flush=True)
 if __name__ == "__main__":
     loader = iter(DataLoader([0], multiprocessing_context="spawn", **loading_processes(1)))
@@ -51,9 +51,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be handled")
-def test_a_loading_process_ends_though_its_parent_is_killed_while_it_imports(tmp_path: Path) -> None:
+def test_a_loading_process_ends_if_the_main_process_is_killed_while_it_imports(tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(ORPHAN)
     process = subprocess.Popen([sys.executable, tmp_path / "load.py"], stdout=subprocess.PIPE, text=True)
-    # Both hold the pipe, so that it ends with the later one.
+    # Both processes hold the pipe: communicate returns when both have ended.
     assert process.communicate(timeout=60)[0] == "imported\n"
     assert process.returncode == -signal.SIGKILL

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mapet.data.demo_sets import DEMO_SETS
+from mapet.data.open import open_images
 from mapet.jobs.tokenizer.atlas import GAP, GROUND, atlas_array, plot_usage, write_codebook_report
 from mapet.jobs.tokenizer.codebook import Atlas, CodebookReport, CodebookStatistics
 from mapet.tokenizers.kpixels import KPixels
@@ -39,7 +39,7 @@ def test_each_patch_is_in_its_place(channels: int, side: int, shown: int) -> Non
 
 
 def test_files_of_a_report_on_real_digits(tmp_path: Path) -> None:
-    images = DEMO_SETS["mnist"]()[0]
+    images = open_images("mnist")
     views = torch.stack([images.load(i, 1) for i in range(0, len(images), 20)]).float() / 255
     tokenizer = KPixels(28, 7, 1, vocab_size=24)
     tokenizer.fit(tokenizer.features(views).flatten(0, 1), seed=0)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mapet import MapetError
-from mapet.data.demo_sets import DEMO_SETS
+from mapet.data.open import open_images
 from mapet.jobs.tokenizer import codebook
 from mapet.jobs.tokenizer.codebook import CodebookReport, CodebookStatistics, chao_shen, report_table, shortcomings
 from mapet.tokenizers.base import Tokenizer
@@ -49,7 +49,7 @@ def drawn(shape: tuple[int, ...], vocab_size: int) -> Tensor:
 @pytest.fixture(scope="module")
 def views() -> Tensor:
     """Every eighth training digit, so that all classes are there."""
-    images = DEMO_SETS["mnist"]()[0]
+    images = open_images("mnist")
     return torch.stack([images.load(i, 1) for i in range(0, len(images), 8)]).float() / 255
 
 

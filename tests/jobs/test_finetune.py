@@ -17,12 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mapet
 from mapet import MapetError
-from mapet.config.base import make_config
-from mapet.data.open import open_labelled
-from mapet.data.sources import few_per_class
 from mapet.jobs.demo.run import FINETUNING
-from mapet.jobs.finetune.config import FinetuneConfig
-from mapet.jobs.finetune.labels import labels_to_use
 from mapet.jobs.finetune.run import finetune
 from mapet.jobs.pretrain.run import pretrain
 from mapet.models.export import export_network
@@ -148,30 +143,6 @@ def test_two_processes_train_on_the_images_of_one(model: Path, digits: Path, tmp
         subprocess.run(command, check=True, capture_output=True)
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-4)
-
-
-def test_labels_are_chosen_by_class_and_seed() -> None:
-    train = open_labelled("mnist")[0].subset(range(2000))
-    config = make_config(FinetuneConfig, {"model": "m", "data": "mnist", "label_share": 0.1})
-    labels = labels_to_use(config, train).labels or ()
-    assert train.labels is not None
-    assert {label: labels.count(label) for label in range(10)} == {
-        label: round(train.labels.count(label) / 10) for label in range(10)
-    }
-    other = labels_to_use(config.model_copy(update={"seed": 1}), train)
-    assert other.keys != labels_to_use(config, train).keys
-    per_class = config.model_copy(update={"label_share": None, "labels_per_class": 3})
-    assert labels_to_use(per_class, train).keys == few_per_class(train, 3, 0).keys
-
-
-def test_a_share_leaves_nothing_of_small_classes_out(digits: Path) -> None:
-    whole = open_labelled(str(digits))[0].subset([0, 5, 6, 7, 8])  # one of the first class, four of the second
-    config = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 0.1})
-    found = [labels_to_use(config.model_copy(update={"label_share": share}), whole) for share in (0.1, 0.6, 0.9)]
-    everything = make_config(FinetuneConfig, {"model": "m", "data": "d", "label_share": 1})
-    assert labels_to_use(everything, whole).keys == whole.keys
-    assert [images.labels for images in found] == [(0, 1), (0, 1, 1), (0, 1, 1, 1, 1)]
-    assert set(found[0].keys) < set(found[1].keys) < set(found[2].keys)
 
 
 def test_it_is_measured_as_the_export_says(

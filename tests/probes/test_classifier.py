@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mapet import MapetError
+from mapet.data.labelled import from_labelled_folder
 from mapet.data.open import open_images
-from mapet.data.sources import from_labelled_folder
 from mapet.data.views import PlainView
 from mapet.probes.classifier import score_classifier
 

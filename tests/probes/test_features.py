@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mapet import MapetError
 from mapet.data.batches import DamageTally
+from mapet.data.labelled import from_labelled_folder
 from mapet.data.open import open_images
-from mapet.data.sources import from_labelled_folder
 from mapet.data.views import PlainView
 from mapet.probes.features import Features, extract_features, hold_out
 

@@ -10,8 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from mapet import MapetError
-from mapet.data.open import open_labelled
-from mapet.data.sources import few_per_class
+from mapet.data.labelled import few_per_class, open_labelled
 from mapet.data.views import PlainView
 from mapet.jobs.evaluate.config import KNN_TEMPERATURE, KNNConfig
 from mapet.probes.features import Features, extract_features

@@ -15,8 +15,7 @@ from torch import nn
 
 from mapet import MapetError
 from mapet.config.base import make_config
-from mapet.data.open import open_labelled
-from mapet.data.sources import few_per_class
+from mapet.data.labelled import few_per_class, open_labelled
 from mapet.data.views import PlainView
 from mapet.jobs.evaluate.config import LinearConfig
 from mapet.probes.features import Features, extract_features

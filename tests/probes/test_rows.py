@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from mapet.data.open import open_labelled
-from mapet.data.sources import few_per_class
+from mapet.data.labelled import few_per_class, open_labelled
 from mapet.data.views import PlainView
 from mapet.probes.during import probe_evaluator
 from mapet.probes.rows import probe_row

@@ -1,1 +1,1 @@
-"""Images: where they come from, and how they become batches."""
+"""Image sets, and how their images become batches."""

@@ -1,11 +1,12 @@
-"""Augmentation for supervised training: timm's, every draw a function of the seed."""
+"""Augmentation for supervised training: timm's transforms, with all randomness from a seed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,16 @@ Augment = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True)
 class AugmentedView:
-    """Random crop, flip, RandAugment or colour jitter, and erasing, as timm trains classifiers.
-
-    Returns ``(nothing, student)`` as ``TrainView`` does.
+    """Random crop, flip, RandAugment or colour jitter, and random erasing, as timm trains classifiers.
 
     Args:
-        size: rows and columns of the input in pixels.
-        mean, std: per-channel normalisation of the input.
-        crop_min: least share of the image's area that a crop covers.
+        size: rows and columns of the output in pixels.
+        mean, std: normalisation of each channel.
+        crop_min: smallest share of the image's area that a crop covers.
         flip: probability of a horizontal flip.
-        policy: timm's name of an augmentation policy, as "rand-m9-mstd0.5-inc1"; None for none.
-        jitter: strength of brightness, contrast and saturation jitter, which a policy replaces.
-        erasing: probability of overwriting a rectangle with noise.
+        policy: timm's name of an augmentation policy, for instance "rand-m9-mstd0.5-inc1"; None for none.
+        jitter: strength of brightness, contrast and saturation jitter; unused with a policy.
+        erasing: probability of replacing a rectangle by noise.
     """
 
     size: tuple[int, int]
@@ -47,11 +46,29 @@ class AugmentedView:
     policy: str | None
     jitter: float
     erasing: float
-    _stages: tuple[Augment, Augment] = field(init=False, repr=False)
-    _erase: Callable[[Tensor], Tensor] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        grey = len(self.mean) == 1
+    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Return ``(tokenizer_images, images)``: an empty tensor, and the normalised ``(C, H, W)`` augmentation.
+
+        16-bit images are augmented in 8 bits. The caller's random state does not change.
+        """
+        crop, colour = self._crop_and_colour
+        pixels = F.to_pil_image(F.to_dtype(image, torch.uint8, scale=True)).convert("RGB")  # timm's policies need RGB
+        with seeded(draw.geometry):
+            cropped = crop(pixels)
+            try:
+                coloured = colour(cropped)
+            except ValueError as error:
+                # timm may posterise to 0 bits, which Pillow 13 refuses; before, it gave a black image.
+                if "bits" not in str(error):
+                    raise
+                coloured = cropped
+            augmented = from_pil(coloured, len(self.mean))
+            images = F.normalize(F.to_dtype(augmented, torch.float32, scale=True), list(self.mean), list(self.std))
+            return NOTHING, RandomErasing(self.erasing, mode="pixel", device="cpu")(images)
+
+    @cached_property
+    def _crop_and_colour(self) -> tuple[Augment, Augment]:
         crop, colour, _ = create_transform(
             self.size,
             is_training=True,
@@ -61,33 +78,15 @@ class AugmentedView:
             auto_augment=self.policy,
             color_jitter=self.jitter or None,
             interpolation="bicubic",
-            mean=self.mean * 3 if grey else self.mean,
-            std=self.std * 3 if grey else self.std,
+            # Of the normalisation, timm uses only the mean here: as the colour of what a policy moves into the image.
+            mean=self.mean * 3 if len(self.mean) == 1 else self.mean,
         )
-        object.__setattr__(self, "_stages", (crop, colour))
-        object.__setattr__(self, "_erase", RandomErasing(self.erasing, mode="pixel", device="cpu"))
-
-    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Return nothing for a tokenizer, and the normalised input; 16-bit images are augmented in 8 bits."""
-        crop, colour = self._stages
-        pixels = F.to_pil_image(F.to_dtype(image, torch.uint8, scale=True)).convert("RGB")  # as timm's policies want it
-        with seeded(draw.geometry):
-            cropped = crop(pixels)
-            try:
-                coloured = colour(cropped)
-            except ValueError as error:
-                # timm may ask for a posterisation to 0 bits: once a black image, since Pillow 13 an error.
-                if "bits" not in str(error):
-                    raise
-                coloured = cropped
-            augmented = from_pil(coloured, len(self.mean))
-            student = F.normalize(F.to_dtype(augmented, torch.float32, scale=True), list(self.mean), list(self.std))
-            return NOTHING, self._erase(student)
+        return crop, colour
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's randomness on the CPU; afterwards it goes on as if nothing had been drawn."""
+    """Seed Python, NumPy and torch (on the CPU) inside the block; restore their random states afterwards."""
     python: Any = random.getstate()
     numpy: Any = np.random.get_state()
     with torch.random.fork_rng(devices=[]):

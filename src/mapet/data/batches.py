@@ -1,4 +1,4 @@
-"""Batches as pure functions of the step, so that a run can start at any step and see the same images."""
+"""Batches as pure functions of the step: a run that starts at any step sees the same images from there on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
@@ -21,27 +21,32 @@ from mapet.errors import MapetError
 logger = logging.getLogger(__name__)
 
 SampleKey = tuple[int, int]  # (epoch, index)
-Met = tuple[int, str]  # a damaged file: (index, reason)
-NO_SEED = Draws(0, 0)  # for views in which nothing is random
+DamagedImage = tuple[int, str]  # (index, reason)
+NO_SEED = Draws(0, 0)  # for views without randomness
 
-# Files that fail are replaced by another image, drawn anew this often before the sample is given up.
+# A damaged image is replaced by another one, drawn at random, at most this often for each sample.
 MOST_ATTEMPTS = 50
 
 
 class Sample(TypedDict):
-    """One image: its two inputs, which image and which view of it, and the damaged files met on the way."""
+    """The view of one image; see ``Batch`` for the entries."""
 
     tokenizer_images: Tensor
     images: Tensor
     index: int
     number: int
     digest: Tensor
-    damaged: list[Met]
+    damaged: list[DamagedImage]
 
 
 class Batch(TypedDict):
-    """``tokenizer_images`` and ``images`` ``(B, C, H, W)``; ``index`` and ``number`` (of the view) ``(B,)``; ``digest``
-    ``(B, 32)`` uint8, or ``(B, 0)`` if not asked for; per image the damaged files met, as (index, reason).
+    """Views of ``B`` images.
+
+    - ``tokenizer_images`` and ``images``: ``(B, C, H, W)``, the two outputs of the view function.
+    - ``index``: ``(B,)``, the index of each image in its set.
+    - ``number``: ``(B,)``, the number of the view; see ``seeds.Draws``.
+    - ``digest``: ``(B, 32)`` uint8, or ``(B, 0)`` if digests are not asked for.
+    - ``damaged``: for each image, the damaged images that it replaces.
     """
 
     tokenizer_images: Tensor
@@ -49,15 +54,15 @@ class Batch(TypedDict):
     index: Tensor
     number: Tensor
     digest: Tensor
-    damaged: list[list[Met]]
+    damaged: list[list[DamagedImage]]
 
 
 @dataclass(frozen=True)
 class StepSampler:
-    """Which images each micro-batch of each step holds; iterates from ``first_step`` to ``last_step``.
+    """The sample keys of each micro-batch, from ``first_step`` to before ``last_step``.
 
-    Every epoch is a permutation drawn from ``(seed, epoch)``, cut into steps of ``batch_size`` images over
-    all processes; what is left over is dropped. A step is cut into ``world * accumulate`` micro-batches.
+    Every epoch is a permutation of the images drawn from ``(seed, epoch)`` and cut into steps of ``batch_size``
+    images over all processes; the remainder is dropped. A step is cut into ``world * accumulate`` micro-batches.
     """
 
     images: int
@@ -86,21 +91,21 @@ class StepSampler:
                 permutation = torch.randperm(self.images, generator=generator)
             start = step % self.steps_per_epoch * self.batch_size
             step_images = permutation[start : start + self.batch_size]
-            mine = step_images.chunk(self.world)[self.rank]
-            for micro in mine.chunk(self.accumulate):
-                yield [(epoch, index) for index in micro.tolist()]
+            rank_images = step_images.chunk(self.world)[self.rank]
+            for micro_batch in rank_images.chunk(self.accumulate):
+                yield [(epoch, index) for index in micro_batch.tolist()]
 
 
 @dataclass(frozen=True)
 class ViewDataset(Dataset[Sample]):
-    """Decodes and augments; an image that cannot be decoded is replaced by a random other one.
+    """Views of images; an image that cannot be decoded is replaced by another one, drawn at random.
 
     Args:
-        images: the data set.
-        view: makes the two inputs.
+        images: the image set.
+        view: makes the two outputs from a decoded image.
         channels: 1 or 3.
         draws: which view of an image an epoch shows.
-        digests: also give the SHA-256 of each image's content.
+        digests: also return the SHA-256 of each image's stored bytes.
     """
 
     images: ImageSet
@@ -115,25 +120,27 @@ class ViewDataset(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
         replacements = random.Random(fold_seed(self.draws.seed, Stream.VIEW, epoch, index))
-        damaged: list[Met] = []
-        # A blank image stands in when all attempts fail; DamageTally then stops the run before it is used.
+        damaged: list[DamagedImage] = []
+        # A blank image is returned if all attempts fail; DamageTally stops the run before it is used.
         image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
         digest = torch.zeros(32 if self.digests else 0, dtype=torch.uint8)
         while len(damaged) < MOST_ATTEMPTS:
             try:
-                image = self.images.load(index, self.channels)
-                digest = self.images.digest(index) if self.digests else digest
+                if self.digests:
+                    image, digest = self.images.load_with_digest(index, self.channels)
+                else:
+                    image = self.images.load(index, self.channels)
                 break
-            except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
+            except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
                 index = replacements.randrange(len(self.images))
-        name = self.images.keys[index]
+        name = self.images.key(index)
         number = self.draws.number(epoch, name)
         with one_thread():
-            view, student = self.view(image, self.draws.draw(number, name, epoch))
+            tokenizer_images, images = self.view(image, self.draws.draw(number, name, epoch))
         return {
-            "tokenizer_images": view,
-            "images": student,
+            "tokenizer_images": tokenizer_images,
+            "images": images,
             "index": index,
             "number": number,
             "digest": digest,
@@ -142,74 +149,74 @@ class ViewDataset(Dataset[Sample]):
 
 
 class DamageTally:
-    """Counts damaged files, names each in the log once, and stops the run when there are too many.
+    """Counts the damaged images of a run, logs each of them once, and stops the run when there are too many.
 
     Args:
-        images: the data set.
-        most_share: the run stops when more than this share of the data set has been found damaged.
-        known: indices found damaged before, from a checkpoint.
+        images: the image set.
+        most_share: the largest share of damaged images with which the run goes on.
+        known: indices of images found damaged earlier, from a checkpoint.
     """
 
     def __init__(self, images: ImageSet, most_share: float, known: Sequence[int] = ()) -> None:
         self.images, self.most_share = images, most_share
         self.indices = set(known)
 
-    def add(self, damaged: Sequence[Sequence[Met]]) -> None:
-        """Take note of the damaged files met for each image of a batch.
+    def add(self, damaged: Sequence[Sequence[DamagedImage]]) -> None:
+        """Count the damaged images of a batch, given for each image of the batch.
 
         Raises:
-            MapetError: if too many files are damaged.
+            MapetError: if too many images are damaged.
         """
-        for met in damaged:
-            for index, reason in met:
+        for attempts in damaged:
+            for index, reason in attempts:
                 if index not in self.indices:
                     self.indices.add(index)
-                    logger.warning(
-                        "skipped damaged image %s (%s)", printable(self.images.keys[index]), printable(reason)
-                    )
-            if len(met) == MOST_ATTEMPTS:
+                    key = printable(self.images.key(index))
+                    logger.warning("skipped damaged image %s (%s)", key, printable(reason))
+            if len(attempts) == MOST_ATTEMPTS:
                 raise self._too_many(f"{MOST_ATTEMPTS} files drawn in a row cannot be read")
         if len(self.indices) > self.most_share * len(self.images):
             raise self._too_many(f"{len(self.indices)} of {len(self.images)} images cannot be read")
 
-    def _too_many(self, what: str) -> MapetError:
-        example = self.images.keys[min(self.indices)]
+    def _too_many(self, count: str) -> MapetError:
+        example = self.images.key(min(self.indices))
         raising = f" or raise --max-damaged (now {self.most_share:g})" if self.most_share < 1 else ""
         return MapetError(
-            f"{what}, the first being {example!r} in {self.images.name}; repair the files named in the log{raising}"
+            f"{count}, the first being {example!r} in {self.images.name}; repair the files named in the log{raising}"
         )
 
 
 def printable(text: str) -> str:
-    """Escape what would break a line of the log or drive a terminal; file names may hold anything."""
+    """Escape characters that would break a line of the log or control a terminal: file names may contain any."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch."""
-    return {
-        "tokenizer_images": torch.stack([sample["tokenizer_images"] for sample in samples]),
-        "images": torch.stack([sample["images"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "number": torch.tensor([sample["number"] for sample in samples]),
-        "digest": torch.stack([sample["digest"] for sample in samples]),
-        "damaged": [sample["damaged"] for sample in samples],
-    }
+    # Lists of different lengths cannot be stacked.
+    batch: Batch = default_collate([{**sample, "damaged": 0} for sample in samples])
+    batch["damaged"] = [sample["damaged"] for sample in samples]
+    return batch
 
 
 def load_batches(
     dataset: ViewDataset, keys: StepSampler | Sequence[list[SampleKey]], workers: int, pin: bool = False
 ) -> DataLoader[Sample]:
-    """Return a loader over the given batches of sample keys, in their order whatever ``workers`` is."""
+    """Return a loader of the batches with the given sample keys; the order does not depend on ``workers``."""
     return DataLoader(dataset, batch_sampler=keys, collate_fn=collate, pin_memory=pin, **loading_processes(workers))
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:
-    """Batch keys for one plain pass over the first ``count`` images."""
-    return [[(0, i) for i in range(start, min(start + batch_size, count))] for start in range(0, count, batch_size)]
+    """Return the sample keys of one pass in order over the first ``count`` images, in the views of epoch 0."""
+    return _cut(range(count), batch_size, epoch=0)
 
 
-def at_random(images: int, count: int, batch_size: int, epoch: int, seed: int) -> list[list[SampleKey]]:
-    """Batch keys for at most ``count`` random images out of so many, each once, in the views of an epoch."""
+def draw_batches(images: int, count: int, batch_size: int, epoch: int, seed: int) -> list[list[SampleKey]]:
+    """Draw ``count`` of ``images`` indices (or all) without replacement; return sample keys with these and an epoch."""
     chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return [[(epoch, index) for index in chosen[i : i + batch_size]] for i in range(0, len(chosen), batch_size)]
+    return _cut(chosen, batch_size, epoch)
+
+
+def _cut(indices: Sequence[int], batch_size: int, epoch: int) -> list[list[SampleKey]]:
+    keys = [(epoch, index) for index in indices]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]

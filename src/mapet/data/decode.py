@@ -1,21 +1,22 @@
-"""From a file or array to a ``(C, H, W)`` tensor, every image mode handled on purpose.
+"""Decoding of image files and arrays to ``(C, H, W)`` tensors.
 
 - 8-bit modes become uint8 tensors. Palettes are looked up; CMYK, YCbCr, LAB and HSV become RGB.
-- Transparency is laid over white, as a browser would show it.
-- Modes with more than 8 bits (16-bit grey, 32-bit integers, floats) become float32 in [0, 1], stretched
-  from the image's own least to its greatest value: such files do not record where white is (12-bit X-rays
-  in 16-bit files would be nearly black otherwise).
+- Transparent pixels are blended with a white background, as web browsers do.
+- Modes with more than 8 bits (16-bit grey, 32-bit integers, floats) become float32 in [0, 1]: each image is
+  stretched from its own minimum to its own maximum, because such files do not record which value is white
+  (12-bit X-rays in 16-bit files would be nearly black otherwise).
 - The EXIF orientation is applied.
 """
 
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
@@ -24,22 +25,40 @@ from mapet.errors import MapetError
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        OSError: if the file is missing, is not a regular file or cannot be read.
+    """
+    if not path.is_file():  # reading from a pipe would wait for ever
+        raise OSError("missing, or not a regular file")
+    return path.read_bytes()
+
+
 def decode(path: str | Path, channels: int) -> Tensor:
     """Read an image file as ``(channels, H, W)``, uint8 or (more than 8 bits) float32 in [0, 1].
 
     Raises:
-        OSError, ValueError, SyntaxError: if the file is missing, damaged or cut short, as Pillow does.
+        OSError, ValueError, SyntaxError: if the file is missing, damaged or truncated, as Pillow raises them.
     """
-    if not Path(path).is_file():  # a pipe would be waited for
-        raise OSError("missing, or not a regular file")
+    return decode_bytes(read_file(Path(path)), channels)
+
+
+def decode_bytes(content: bytes, channels: int) -> Tensor:
+    """Decode the bytes of an image file; see ``decode``."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata that do not touch the pixels
-        with Image.open(path) as opened:
+        warnings.simplefilter("ignore")  # Pillow warns of unusual metadata, which do not affect the pixels
+        try:
+            opened = Image.open(BytesIO(content))
+        except UnidentifiedImageError:  # its message would name the BytesIO object
+            raise UnidentifiedImageError("not an image of a known format") from None
+        with opened:
             return from_pil(opened, channels)
 
 
 def from_pil(opened: Image.Image, channels: int) -> Tensor:
-    """Turn a Pillow image into ``(channels, H, W)`` as ``decode`` does with a file."""
+    """Convert a Pillow image to ``(channels, H, W)``; see ``decode``."""
     image = ImageOps.exif_transpose(opened)
     image.load()
     if image.mode in DEEP_MODES:
@@ -49,14 +68,14 @@ def from_pil(opened: Image.Image, channels: int) -> Tensor:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     if image.mode != "L":
-        image = image.convert("RGB")  # the one mode that all others can be turned into
+        image = image.convert("RGB")  # Pillow converts every mode to RGB, but not every mode to L
     image = image.convert("L" if channels == 1 else "RGB")
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 
 
 def to_channels(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], channels: int) -> Tensor:
-    """Turn an ``(H, W)`` or ``(H, W, 3)`` uint8 array into a ``(channels, H, W)`` tensor."""
+    """Convert an ``(H, W)`` or ``(H, W, 3)`` uint8 array to a ``(channels, H, W)`` tensor."""
     image = torch.tensor(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     return image if len(image) == channels else rgb_to_grayscale(image, num_output_channels=channels)
@@ -70,6 +89,10 @@ def _stretched(values_HW: Tensor) -> Tensor:
 
 
 def check_channels(channels: int) -> None:
-    """Refuse channel counts that image files cannot be turned into."""
+    """Check that image files can be decoded to this number of channels.
+
+    Raises:
+        MapetError: if it is neither 1 nor 3.
+    """
     if channels not in (1, 3):
         raise MapetError(f"channels is {channels}; image files are read as 1 (grey) or 3 (RGB) channels")

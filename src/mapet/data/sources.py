@@ -1,273 +1,257 @@
-"""Where images come from: folders, lists of paths, demo sets. All are an ``ImageSet``."""
+"""Image sets, and the sources that store their images: files in a folder, a list of files, arrays.
+
+A new storage format is a new class with the methods of ``Source`` and a function that returns an ``ImageSet`` of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.data.decode import decode, to_channels
+from mapet.data.decode import decode_bytes, read_file, to_channels
+from mapet.data.names import EXTENSIONS
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".jp2",
-        ".avif",
-        ".tga",
-    )
-)
 
-TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
+class Source(Protocol):
+    """Stored images, addressed by an index from 0.
+
+    A storage format must provide ``__len__``, ``key`` and ``content``, and ``decode`` if the content is not that of an
+    image file. Any exception for a missing or damaged image is allowed.
+    """
+
+    in_memory: ClassVar[bool] = False  # whether loading an image needs neither reading nor decoding
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Return the string that identifies an image, for instance its path relative to the source."""
+
+    def content(self, index: int) -> bytes:
+        """Return the stored bytes of an image."""
+
+    def decode(self, content: bytes, channels: int) -> Tensor:
+        """Return the image of the given stored bytes as ``(channels, H, W)``; see ``mapet.data.decode``."""
+        return decode_bytes(content, channels)
+
+    def path(self, index: int) -> Path | None:
+        """Return the file that holds this image alone; None if there is no such file."""
+        return None
+
+    def load(self, index: int, channels: int) -> Tensor:
+        """Return an image as ``(channels, H, W)``."""
+        return self.decode(self.content(index), channels)
+
+    def digest(self, index: int) -> Tensor:
+        """Return the SHA-256 of an image's stored bytes, ``(32,)`` uint8."""
+        return _sha256(self.content(index))
+
+    def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
+        """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
+        content = self.content(index)
+        return self.decode(content, channels), _sha256(content)
 
 
 @dataclass(frozen=True)
-class ImageSet:
-    """Images by index, perhaps with labels.
+class Files(Source):
+    """Image files.
 
     Attributes:
-        name: what the user called it.
-        keys: one string per image that identifies it: its path relative to the set, or its number.
-        items: file paths, or ``(n, H, W[, 3])`` uint8 arrays.
-        labels: class index per image, or None.
+        root: the folder that ``names`` are relative to.
+        names: the path of each file, which is also the image's key.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, index: int) -> str:
+        """Return the path of a file relative to ``root``."""
+        return self.names[index]
+
+    def path(self, index: int) -> Path:
+        """Return the path of a file."""
+        return self.root / self.names[index]
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of a file."""
+        return read_file(self.path(index))
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays(Source):
+    """Images in memory, ``(n, H, W)`` or ``(n, H, W, 3)`` uint8; their keys are "0", "1", ..."""
+
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    in_memory: ClassVar[bool] = True
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def key(self, index: int) -> str:
+        """Return the number of an image."""
+        return str(index)
+
+    def content(self, index: int) -> bytes:
+        """Return the pixels of an image as bytes."""
+        return bytes(self.pixels[index])
+
+    def decode(self, content: bytes, channels: int) -> Tensor:
+        """Return the pixels as ``(channels, H, W)`` uint8."""
+        return to_channels(np.frombuffer(content, np.uint8).reshape(self.pixels.shape[1:]), channels)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageSet:
+    """Images of a source, all or a selection, with optional labels.
+
+    Attributes:
+        name: what the user called the set.
+        source: where the images are stored.
+        labels: the class index of each image of the set, or None.
         classes: the names of the classes.
+        indices: the position in ``source`` of each image of the set; None for all images of the source.
     """
 
     name: str
-    keys: tuple[str, ...]
-    items: Sequence[Path] | np.ndarray[Any, np.dtype[np.uint8]]
+    source: Source
     labels: tuple[int, ...] | None = None
     classes: tuple[str, ...] = ()
+    indices: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.source) if self.indices is None else len(self.indices)
+
+    def __repr__(self) -> str:
+        of_classes = f" of {len(self.classes)} classes" if self.classes else ""
+        return f"{len(self)} images{of_classes} from {self.name}"
+
+    def key(self, index: int) -> str:
+        """Return the string that identifies an image; see ``Source``."""
+        return self.source.key(self._position(index))
+
+    def path(self, index: int) -> Path | None:
+        """Return the file that holds this image alone; None if there is no such file."""
+        return self.source.path(self._position(index))
 
     def load(self, index: int, channels: int) -> Tensor:
-        """Return image ``index`` as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
-        item = self.items[index]
-        return decode(item, channels) if isinstance(item, Path) else to_channels(item, channels)
+        """Return an image as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
+        return self.source.load(self._position(index), channels)
 
     def digest(self, index: int) -> Tensor:
-        """Return the SHA-256 of image ``index``'s content, ``(32,)`` uint8: of its file's bytes, or its pixels."""
-        item = self.items[index]
-        if isinstance(item, Path):
-            if not item.is_file():  # a pipe would be waited for
-                raise OSError("missing, or not a regular file")
-            with item.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256")
-        else:
-            found = hashlib.sha256(np.ascontiguousarray(item).tobytes())
-        return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+        """Return the SHA-256 of an image's stored bytes (a file's bytes, an array's pixels), ``(32,)`` uint8."""
+        return self.source.digest(self._position(index))
+
+    def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
+        """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
+        return self.source.load_with_digest(self._position(index), channels)
 
     def subset(self, indices: Sequence[int]) -> Self:
         """Return the images at ``indices``, in that order."""
-        items = self.items[np.asarray(indices)] if isinstance(self.items, np.ndarray) else None
+        chosen = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
-            keys=tuple(self.keys[i] for i in indices),
-            items=items if items is not None else [self.items[i] for i in indices],
+            indices=chosen if self.indices is None else self.indices[chosen],
             labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
         )
 
     @property
     def in_memory(self) -> bool:
-        """Whether loading costs no reading and decoding of files."""
-        return isinstance(self.items, np.ndarray)
+        """Whether loading an image needs neither reading nor decoding."""
+        return self.source.in_memory
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The key of each image."""
+        return tuple(self.key(index) for index in range(len(self)))
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the keys in order: changes when images are added, removed or renamed."""
         return hashlib.sha256("\n".join(self.keys).encode(errors="surrogateescape")).hexdigest()
 
+    def _position(self, index: int) -> int:
+        return index if self.indices is None else int(self.indices[index])
+
 
 def from_folder(folder: Path) -> ImageSet:
-    """All images below a folder, nested as they may be, sorted by path; links to folders are followed."""
-    paths = [Path(root) / name for root, name in _walk(folder)]
-    if not paths:
+    """Return all images in a folder and its subfolders, sorted by path; links to folders are followed.
+
+    Raises:
+        MapetError: if there are no images.
+    """
+    names = _find_images(folder)
+    if not names:
         raise MapetError(
             f"folder {folder} holds no image (looked in all its subfolders for {' '.join(sorted(EXTENSIONS))})"
         )
-    return ImageSet(str(folder), tuple(path.relative_to(folder).as_posix() for path in paths), paths)
+    return ImageSet(str(folder), Files(folder, names))
 
 
 def from_file(file: Path) -> ImageSet:
-    """A single image; its name is its key."""
-    return ImageSet(str(file), (file.name,), [file])
-
-
-def from_labelled_folder(folder: Path, least_classes: int = 2) -> ImageSet:
-    """The ``ImageFolder`` layout: the first folder below ``folder`` is the class."""
-    images = from_folder(folder)
-    names = [Path(key).parts[0] if len(Path(key).parts) > 1 else None for key in images.keys]
-    if None in names:
-        stray = images.keys[names.index(None)]
-        raise MapetError(
-            f"labelled folder {folder} needs one subfolder per class, but {stray!r} lies outside of any; move it"
-        )
-    classes = sorted({name for name in names if name is not None})
-    if len(classes) < least_classes:
-        raise MapetError(f"labelled folder {folder} has the single class {classes[0]!r}; at least 2 are needed")
-    index = {name: number for number, name in enumerate(classes)}
-    return replace(images, labels=tuple(index[name] for name in names if name is not None), classes=tuple(classes))
-
-
-def train_and_test(folder: Path) -> tuple[Path, Path] | None:
-    """Return the subfolders that hold the training and the test part; None if there are not both."""
-    by_name = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
-    train, test = (
-        next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
-    )
-    return None if train is None or test is None else (train, test)
-
-
-def with_classes(images: ImageSet, classes: Sequence[str], whose: str) -> ImageSet:
-    """Number the labels of ``images`` as ``classes`` are numbered, by name.
-
-    Raises:
-        MapetError: if an image is of a class that is not among them.
-    """
-    unknown = sorted(set(images.classes) - set(classes))
-    if unknown:
-        names = ", ".join(map(repr, unknown[:5]))
-        raise MapetError(
-            f"{images.name} has images of the class{'es' if len(unknown) > 1 else ''} {names}, which {whose} does not "
-            "have; remove or rename the folder"
-        )
-    index = {name: number for number, name in enumerate(classes)}
-    labels = tuple(index[images.classes[label]] for label in _labels(images))
-    return replace(images, labels=labels, classes=tuple(classes))
+    """Return a single image file as a set; its key is its name."""
+    return ImageSet(str(file), Files(file.parent, (file.name,)))
 
 
 def from_list(file: Path) -> ImageSet:
-    """A text file with one image path per line, relative to the file's own folder; ``#`` starts a comment."""
+    """Return the images named by a text file: one path per line, relative to the text file; ``#`` starts a comment.
+
+    Raises:
+        MapetError: if the file is not text, names no image, or names a file that does not exist.
+    """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise MapetError(
             f"{file} is neither a folder of images, nor an image, nor a text file of paths ({error.reason})"
         ) from error
-    names = [line for line in lines if line and not line.startswith("#")]
+    names = tuple(line for line in lines if line and not line.startswith("#"))
     if not names:
         raise MapetError(f"list {file} names no image; write one path per line")
-    paths = [file.parent / name for name in names]
-    # os.path, not pathlib: false, not an error, for a name that no file can have.
-    exist = [os.path.isfile(path) for path in paths]  # noqa: PTH113
-    missing = next((name for name, found in zip(names, exist, strict=True) if not found), None)
-    if missing is not None:
-        raise MapetError(
-            f"list {file} names {missing[:200]!r}, which does not exist (paths are relative to {file.parent.resolve()})"
-        )
-    return ImageSet(str(file), tuple(names), paths)
-
-
-def from_array(
-    name: str, images: np.ndarray[Any, np.dtype[np.uint8]], labels: Sequence[int], classes: Sequence[str]
-) -> ImageSet:
-    """Images that are in memory already, ``(n, H, W[, 3])`` uint8."""
-    keys = tuple(str(number) for number in range(len(images)))
-    return ImageSet(name, keys, images, tuple(int(label) for label in labels), tuple(classes))
-
-
-def split(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Split a labelled set in two, class by class; the second part holds ``share`` of each class.
-
-    Raises:
-        MapetError: if that leaves nothing of a class for the first part.
-    """
-    first: list[int] = []
-    second: list[int] = []
-    for name, members in _shuffled_classes(images, seed):
-        held_out = max(1, round(share * len(members)))
-        if held_out >= len(members):
+    for name in names:
+        # os.path, not pathlib: pathlib raises an error for a name that is too long for a file.
+        if not os.path.isfile(file.parent / name):  # noqa: PTH113
             raise MapetError(
-                f"class {name!r} of {images.name} has {len(members)} image(s), too few to hold some out; add images or "
-                "remove the class"
+                f"list {file} names {name[:200]!r}, which does not exist (paths are relative to "
+                f"{file.parent.resolve()})"
             )
-        second += members[:held_out]
-        first += members[held_out:]
-    return images.subset(sorted(first)), images.subset(sorted(second))
+    return ImageSet(str(file), Files(file.parent, names))
 
 
-def share_per_class(images: ImageSet, share: float, seed: int) -> ImageSet:
-    """Take ``share`` of each class, at least one image; with the same seed, more are a superset of fewer."""
-    chosen: list[int] = []
-    for _, members in _shuffled_classes(images, seed):
-        chosen += members[: max(1, round(share * len(members)))]
-    return images.subset(sorted(chosen))
-
-
-def _shuffled_classes(images: ImageSet, seed: int) -> Iterator[tuple[str, list[int]]]:
-    """Yield each class's name and the indices of its images in random order."""
-    labels = torch.tensor(_labels(images))
-    generator = torch.Generator().manual_seed(seed)
-    for label in labels.unique():
-        members = torch.nonzero(labels == label)[:, 0]
-        yield images.classes[int(label)], members[torch.randperm(len(members), generator=generator)].tolist()
-
-
-def few_per_class(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """Take ``count`` labelled images of each class; with the same seed, more are a superset of fewer.
-
-    Raises:
-        MapetError: if a class has fewer.
-    """
-    labels = torch.tensor(_labels(images))
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen: list[int] = []
-    for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        if len(members) < count:
-            raise MapetError(
-                f"class {images.classes[int(label)]!r} of {images.name} has {len(members)} image(s), fewer than the "
-                f"{count} asked for; take {len(members)} or fewer of each class"
-            )
-        chosen += members[:count].tolist()
-    return images.subset(sorted(chosen))
-
-
-def _labels(images: ImageSet) -> tuple[int, ...]:
-    if images.labels is None:
-        raise MapetError(f"{images.name} has no labels; give a folder with one subfolder per class")
-    return images.labels
+def _find_images(folder: Path) -> tuple[str, ...]:
+    """Return the relative paths of all images, sorted by folder, then by name; each real folder is entered once."""
+    entered: set[str] = set()
+    found: list[tuple[str, str]] = []
+    for root, folders, files in os.walk(folder, onerror=_warn, followlinks=True):
+        real = str(Path(root).resolve())
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        below = "/".join(Path(root).relative_to(folder).parts)
+        images = (name for name in files if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."))
+        found += [(below, name) for name in images]
+    return tuple(f"{below}/{name}".removeprefix("/") for below, name in sorted(found))
 
 
 def _warn(error: OSError) -> None:
     logger.warning("skipped folder %s (%s)", error.filename, error.strerror)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (folder, file name) of all images, sorted by path; each real folder is entered once."""
-    seen: set[str] = set()
-    found: list[tuple[str, str]] = []
-    for root, folders, files in os.walk(folder, onerror=_warn, followlinks=True):
-        real = str(Path(root).resolve())
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        found += [
-            (root, name) for name in files if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
-        ]
-    yield from sorted(found)
+def _sha256(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Processes that load images: how they begin, and how they end."""
+"""Loading processes: how they start, and how they end."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ import torch.multiprocessing
 
 from mapet.errors import MapetError
 
-# Of a socket's name, as the system takes it, and what multiprocessing appends to the temporary folder for one.
+# Bytes in the name of a socket: the most that Linux accepts, and what multiprocessing appends to the temporary folder.
 LONGEST_SOCKET = 107
 SOCKET = "/pymp-12345678/listener-12345678"
 
 
 def loading_processes(count: int) -> dict[str, Any]:
-    """Return the arguments of a ``DataLoader`` with so many processes.
+    """Return the arguments of a ``DataLoader`` with ``count`` processes.
 
     Raises:
-        MapetError: if batches could not be handed over: multiprocessing would drop them, and the loader wait for ever.
+        MapetError: if the sockets that transfer batches would get too long a name; multiprocessing would drop the
+            batches silently, and the loader would wait for ever.
     """
     folder = tempfile.gettempdir()
     if count and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
         longest = LONGEST_SOCKET - len(SOCKET)
         if len(folder.encode(errors="surrogateescape")) > longest:
             raise MapetError(
-                f"the name of the temporary folder {folder} is too long for the sockets by which processes hand over "
-                f"images; set TMPDIR to one of at most {longest} bytes, or pass --workers 0"
+                f"the name of the temporary folder {folder} is too long for the sockets that transfer images between "
+                f"processes; set TMPDIR to one of at most {longest} bytes, or pass --workers 0"
             )
-    return {"num_workers": count, "worker_init_fn": begin_worker}
+    return {"num_workers": count, "worker_init_fn": start_worker}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As in a loading process: a mean's rounding depends on the number of threads; small images are not worth more."""
+    """Use one thread for torch, as loading processes do: the rounding of a mean depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -53,42 +54,43 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _end_workers() -> None:
+def _kill_workers() -> None:
     for child in multiprocessing.active_children():
         child.kill()
 
 
-# After an error, Python waits for its child processes, having asked them to stop by the very signal that loading
-# processes ignore. Registered after multiprocessing's own exit function, it runs before it.
-atexit.register(_end_workers)
+# After an error, multiprocessing's exit function sends child processes SIGTERM, which loading processes ignore, and
+# waits for them. This function is registered later and therefore runs earlier.
+atexit.register(_kill_workers)
 
 
-def begin_worker(worker: int) -> None:
-    """Leave it to the main process to end this loading process; without it, end."""
-    # Ctrl-C and hanging up reach every process of a terminal, SLURM's SIGTERM every process of a job. The main one
-    # decides when to stop, and until then needs batches; workers end with it.
+def start_worker(worker: int) -> None:
+    """Let a loading process end only with the main process."""
+    # Ctrl-C and SIGHUP reach every process of a terminal, and SLURM's SIGTERM every process of a job. The main process
+    # decides when to stop, and needs batches until then.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    sys.excepthook = _silent_when_left
-    # Torch's own watch begins too late: who was orphaned while it imported waits for its new parent to end.
+    sys.excepthook = _hide_lost_connections
+    # Torch's own watch starts too late: if the main process ends while a loading process imports torch, the watch
+    # waits for the process that adopted it.
     when_parent_ends(partial(os._exit, 1))
 
 
-def when_parent_ends(act: Callable[[], None]) -> None:
-    """Call a function, in a thread, as soon as the process that started this one has ended, however it did."""
+def when_parent_ends(action: Callable[[], None]) -> None:
+    """Call a function, in a thread, as soon as the process that started this process has ended for any reason."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
     def wait() -> None:
         parent.join()
-        act()
+        action()
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _silent_when_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say nothing of a main process that stopped while a batch was handed over to it; that is not the worker's news."""
+def _hide_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print no traceback when the main process stopped while a batch was sent to it."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

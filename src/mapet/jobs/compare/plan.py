@@ -12,7 +12,8 @@ from typing import Any
 
 from mapet.config.base import free_keys, make_config
 from mapet.config.keys import KMeansKeys
-from mapet.data.open import open_images, open_labelled
+from mapet.data.labelled import open_labelled
+from mapet.data.open import open_images
 from mapet.data.sources import ImageSet
 from mapet.engine.files import replace_file
 from mapet.errors import MapetError, nearest

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mapet.config.base import free_keys, make_config, override, read_recipe
-from mapet.data.sources import train_and_test
+from mapet.data.labelled import train_and_test
 from mapet.engine.files import replace_file
 from mapet.engine.runfolder import RunFolder, explain_disk_errors, held_folder
 from mapet.engine.training import check_out

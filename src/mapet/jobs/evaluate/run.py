@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mapet.config.base import settle
 from mapet.config.keys import InferenceKeys
-from mapet.data.open import open_labelled, open_test
+from mapet.data.labelled import open_labelled, open_test
 from mapet.engine.files import claimed_folder, replace_folder
 from mapet.engine.runfolder import check_out, explain_disk_errors
 from mapet.inference.from_config import open_on_device, stream_options
@@ -25,7 +25,7 @@ from mapet.inference.models import OpenModel
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.evaluate.config import EVALUATIONS, AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.jobs.evaluate.results import write_results
-from mapet.jobs.finetune.labels import count_seen
+from mapet.jobs.evaluate.seen import count_seen
 from mapet.probes.attentive import MOST_PASSES, fit_attentive
 from mapet.probes.classifier import score_classifier
 from mapet.probes.features import Features, extract_features

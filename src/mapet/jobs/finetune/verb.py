@@ -30,9 +30,9 @@ def run(call: Call) -> int:
 
 FINETUNE = Verb(
     summary="train a classifier from a pre-trained model and labelled images",
-    about="Fine-tune a run, an exported folder or a timm model on labelled images: one subfolder per class.\n"
-    "The defaults are the recipe of the method's authors for ViT-Base; see also the recipes finetune_tiny, finetune_small and "
-    "finetune_base.",
+    about="Fine-tune a run, an exported folder or a timm model on labelled images: one subfolder per class. The\n"
+    "defaults are the recipe of the method's authors for ViT-Base; see also the recipes finetune_tiny,\n"
+    "finetune_small and finetune_base.",
     example="  mapet finetune runs/photos ./labelled --out runs/classifier",
     configs=(FinetuneConfig,),
     run=run,

@@ -15,8 +15,8 @@ class EmbedConfig(InferenceKeys):
 
     features: tuple[FeatureKind, ...] = key(
         ("pooled",),
-        "columns: pooled (the input of the model's own classifier), class (the class token), mean (over "
-        "patches), patches (all of them); several may be given",
+        "columns: pooled (the input of the model's own classifier), class (the class token), mean (over patches), "
+        "patches (all of them); several may be given",
         common=True,
         min_length=1,
     )

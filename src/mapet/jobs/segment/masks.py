@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
-from mapet.data.sources import ImageSet, from_folder, train_and_test
+from mapet.data.labelled import train_and_test
+from mapet.data.sources import ImageSet, from_folder
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def _pair(folder: Path, mask_folder: Path, **settings: Any) -> MaskedSet:
             f"({' '.join(sorted(MASK_EXTENSIONS))}; {len(lacking)} of {len(images)} images have none); add the masks, "
             "or move such images elsewhere"
         )
-    return MaskedSet(images.name, images.keys, images.items, masks=tuple(found[name] for name in names), **settings)
+    return MaskedSet(images.name, images.source, masks=tuple(found[name] for name in names), **settings)
 
 
 def _without_extension(key: str) -> str:
@@ -181,10 +182,12 @@ def count_pixels(masked: MaskedSet, threads: int = 1) -> Iterator[Tensor]:
 
 def _count(masked: MaskedSet, index: int) -> Tensor:
     ids = masked.mask(index)
-    size = _image_size(masked.items[index])
+    path = masked.path(index)
+    assert path is not None
+    size = _image_size(path)
     if size is not None and size != tuple(ids.shape):
         raise MapetError(
-            f"image {masked.items[index]} has {size[0]} x {size[1]} pixels, but its mask {masked.masks[index]} has "
+            f"image {path} has {size[0]} x {size[1]} pixels, but its mask {masked.masks[index]} has "
             f"{ids.shape[0]} x {ids.shape[1]} (rows x columns); they must be of one size"
         )
     wrong = ids[(ids < IGNORED) | (ids >= MOST_CLASSES)]

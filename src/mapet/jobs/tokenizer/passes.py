@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mapet.data.batches import Met
+from mapet.data.batches import DamagedImage
 from mapet.data.seeds import Draws
 from mapet.data.sources import ImageSet
 from mapet.data.views import TrainView
@@ -27,7 +27,7 @@ class Views(TypedDict):
     views: Tensor
     index: Tensor
     digest: Tensor
-    damaged: list[list[Met]]
+    damaged: list[list[DamagedImage]]
 
 
 class Digests(TypedDict):
@@ -49,7 +49,7 @@ class EveryView(Dataset[Views]):
     def __getitem__(self, indices: Sequence[int]) -> Views:
         views, damaged = [], []
         for index in indices:
-            met: list[Met] = []
+            met: list[DamagedImage] = []
             try:
                 image = self.images.load(index, self.channels)
             except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mapet import MapetError
+from mapet.data.names import DEMO_NAMES, check_images, check_labelled
+
+
+def test_import_needs_neither_torch_nor_numpy() -> None:
+    script = "import sys, mapet.data.names; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_folders_files_and_demo_sets_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").touch()
+    check_images(str(tmp_path / "list.txt"))
+    for source in (str(tmp_path), *DEMO_NAMES):
+        check_images(source)
+        check_labelled(source)
+
+
+@pytest.mark.parametrize("check", [check_images, check_labelled])
+def test_other_names_are_refused(check: Callable[[str], None]) -> None:
+    for name in ("missing", "x" * 5000):
+        with pytest.raises(MapetError, match="is neither a folder"):
+            check(name)
+    with pytest.raises(MapetError, match="did you mean 'fashion-mnist'"):
+        check("fashion_mnist")
+
+
+def test_files_have_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "image.png").touch()
+    with pytest.raises(MapetError, match="neither a folder with one subfolder per class nor a demo set"):
+        check_labelled(str(tmp_path / "image.png"))
