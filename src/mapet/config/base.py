@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Annotated, Any, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
 from mapet.errors import MapetError, nearest
@@ -73,7 +73,7 @@ def key(
         instead_of: another key that this one replaces.
         bounds: pydantic's constraints, such as ``ge=0``.
     """
-    marks = {"common": common, "free": free, "single": single, "instead_of": instead_of}
+    marks: dict[str, JsonValue] = {"common": common, "free": free, "single": single, "instead_of": instead_of}
     return Field(default, description=text, json_schema_extra={"marks": marks}, **bounds)
 
 
@@ -116,12 +116,10 @@ def _partial(config_class: type[AnyConfig]) -> type[AnyConfig]:
     """Return the class with every key optional."""
     fields: dict[str, Any] = {}
     for name, field in config_class.model_fields.items():
-        # Constraints bind the value, not None.
-        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation  # type: ignore[valid-type]
-        fields[name] = (kind | None if not admits_none(config_class, name) else field.annotation, Field(None))
-        if admits_none(config_class, name) and field.metadata:
-            fields[name] = (Annotated[(field.annotation, *field.metadata)], Field(None))
-    return create_model(config_class.__name__, __base__=config_class, **fields)  # type: ignore[no-any-return]
+        kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        # Constraints bind the value, not the None that stands for "not given".
+        fields[name] = (kind if admits_none(config_class, name) else kind | None, Field(None))
+    return create_model(config_class.__name__, __base__=config_class, **fields)
 
 
 def parse(config_class: type[Config], values: Mapping[str, Any], origin: str = "the configuration") -> dict[str, Any]:

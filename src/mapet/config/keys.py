@@ -228,23 +228,19 @@ class TrainKeys(DataKeys):
             raise ValueError("give epochs or steps, not both")
 
     @classmethod
-    def choose(
-        cls, given: Mapping[str, Any], *, images: int, processes: int = 1, precision: str = "no", **facts: Any
-    ) -> dict[str, Any]:
+    def choose(cls, given: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         """Fill in batch size, length, learning rate, precision and the time between checkpoints.
 
         Args:
             given: by the user.
-            images: size of the data set.
-            processes: that train together.
-            precision: that the device has fast.
-            facts: of other keys.
+            facts: ``images``, the size of the data set; ``processes`` that train together; ``precision`` that the device
+                has fast.
 
         Raises:
             MapetError: if a batch is larger than the data set, or cannot be shared out evenly.
         """
-        batch_size = cls.choose_batch(given, images, processes)
-        per_epoch = images // batch_size
+        batch_size = cls.choose_batch(given, facts["images"], facts.get("processes", 1))
+        per_epoch = facts["images"] // batch_size
         epochs = None if "steps" in given else given.get("epochs") or cls.default_epochs
         rate, batch = cls.published_rate
         # Adam's steps do not grow with the gradient, so noise, not size, sets the rate: hence the root (Malladi et al.,
@@ -255,7 +251,7 @@ class TrainKeys(DataKeys):
             "epochs": epochs,
             "steps": given["steps"] if epochs is None else epochs * per_epoch,
             "lr": given.get("lr", scaled),
-            "precision": given.get("precision", precision),
+            "precision": given.get("precision", facts.get("precision", "no")),
             "checkpoint_every": given.get("checkpoint_every", per_epoch),
         }
 
@@ -271,7 +267,7 @@ class TrainKeys(DataKeys):
         Raises:
             MapetError: if it is larger than the data set, or cannot be shared out evenly.
         """
-        parts = processes * given.get("accumulate", 1)
+        parts: int = processes * given.get("accumulate", 1)
         together = cls.images_together(given)
         unit = parts * together
         if images < unit:

@@ -110,3 +110,5 @@ def vit_from_upstream(state: Mapping[str, Tensor], config: Mapping[str, Any] | N
     }
     vit: VisionTransformer = timm.create_model(blueprint.architecture, **arguments)
     return vit
+
+PRETRAINING_FILE = "pretraining.safetensors"

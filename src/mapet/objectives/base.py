@@ -84,7 +84,8 @@ class Objective(Task):
 
     def outcome(self) -> nn.Module:
         """Return the backbone: mask vectors, decoders and heads are dropped after pre-training."""
-        return self.backbone
+        network: nn.Module = self.backbone
+        return network
 
     def no_weight_decay(self) -> set[str]:
         """Return position embeddings and lone vectors."""

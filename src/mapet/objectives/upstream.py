@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mapet.errors import MapetError
 from mapet.models.upstream import PRETRAINING_NAMES, read_upstream, vit_from_upstream
 from mapet.objectives.mapet import MaPeT
+from mapet.objectives.targets import Ids
 
 
 def load_upstream(
@@ -41,8 +42,7 @@ def load_upstream(
     renamed = {PRETRAINING_NAMES.get(name, f"backbone.{name}"): tensor for name, tensor in state.items()}
     objective = MaPeT(
         vit_from_upstream(state, config),
-        vocab_size=state["decoder.weight"].shape[0],
-        context_tokens=config.get("context_tokens"),
+        Ids(state["decoder.weight"].shape[0]),
     )
     _load(objective, renamed)
     return objective

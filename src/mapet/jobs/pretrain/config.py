@@ -124,34 +124,24 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         check_targets(given)
 
     @classmethod
-    def choose(
-        cls,
-        given: Mapping[str, Any],
-        *,
-        published: Mapping[str, Any],
-        patch_size: int,
-        vocab_size: int | None,
-        view: Mapping[str, Any],
-        **facts: Any,
-    ) -> dict[str, Any]:
+    def choose(cls, given: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         """Fill in what follows from data, objective, network and token store.
 
         Args:
             given: by the user, completed by what ``init`` decides.
-            published: the objective's own ``targets``, ``masking`` and ``mask_ratio``.
-            patch_size: of the network.
-            vocab_size: ids of a tokenizer that is fitted, or None.
-            view: settings of the token store's views; empty without one.
-            facts: see ``TrainKeys.choose``.
+            facts: those of ``TrainKeys.choose``; ``published``: the objective's own ``targets``, ``masking`` and
+                ``mask_ratio``; ``patch_size`` of the network; ``vocab_size`` of a tokenizer that is fitted, or None;
+                ``view``: settings of the token store's views, empty without one.
         """
+        view = facts["view"]
         channels = given.get("channels", 3)
         mean, std = IMAGENET[channels]
-        chosen = {name: given.get(name, value) for name, value in published.items()}
+        chosen = {name: given.get(name, value) for name, value in facts["published"].items()}
         ids_online = chosen["targets"] == "ids" and given.get("tokens") is None
         chosen |= {
             "tokenizer": given.get("tokenizer") or ("pixels" if ids_online else None),
-            "vocab_size": vocab_size if chosen["targets"] == "ids" else None,
-            "patch_size": patch_size,
+            "vocab_size": facts["vocab_size"] if chosen["targets"] == "ids" else None,
+            "patch_size": facts["patch_size"],
             "mean": given.get("mean", mean),
             "std": given.get("std", std),
         }
@@ -159,7 +149,7 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
             if len(chosen[name]) != channels:
                 raise MapetError(f"{name} has {len(chosen[name])} values for {channels} channel(s); give one for each")
         return {
-            **TrainKeys.choose.__func__(cls, given, **facts),  # type: ignore[attr-defined]
+            **super().choose(given, **facts),
             **ViewKeys.choose({**given, **view}),
             **{name: value for name, value in view.items() if name == "views"},
             **chosen,

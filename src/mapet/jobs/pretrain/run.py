@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mapet.config.base import continued, read_recipe
-from mapet.data.batches import DamageTally, ViewDataset, at_random, collate, load_batches
+from mapet.data.batches import DamageTally, ViewDataset, collate, draw_batches, load_batches
 from mapet.data.labelled import open_labelled
 from mapet.data.open import open_images
 from mapet.data.seeds import Draws, Stream, fold_seed
@@ -182,7 +182,7 @@ def _train_view(config: PretrainConfig, view_size: int) -> TrainView:
 
 def _some_values(source: TargetSource, dataset: ViewDataset, config: PretrainConfig, workers: int) -> Iterator[Tensor]:
     """Yield target values of views of random images, as training sees them."""
-    keys = at_random(len(dataset), BASELINE_IMAGES, 64, FIT_EPOCH, fold_seed(config.seed, Stream.SAMPLE))
+    keys = draw_batches(len(dataset), BASELINE_IMAGES, 64, FIT_EPOCH, fold_seed(config.seed, Stream.SAMPLE))
     tally = DamageTally(dataset.images, config.max_damaged)
     for batch in load_batches(dataset, keys, workers):
         tally.add(batch["damaged"])

@@ -17,10 +17,10 @@ from mapet.engine.checkpoint import TASK_FILE, read_state
 from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
 from mapet.inference.models import open_model
+from mapet.models.upstream import PRETRAINING_FILE
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.models.attention import use_layouts
 from mapet.models.tensors import read_tensors
-from mapet.models.upstream import PRETRAINING_FILE
 from mapet.objectives.base import Objective
 from mapet.targets.sources import TargetSource
 from mapet.targets.tokenizer import is_ready
@@ -70,7 +70,7 @@ def inherit(given: Mapping[str, Any]) -> dict[str, Any]:
     recorded = {key: value for key, value in network.pretrained_model_args.items() if value is not None}
     arguments = {key: value for key, value in recorded.items() if key not in SET_OTHERWISE}
     has_scale = any(".ls1." in key for key in network.state_dict())
-    source = {
+    source: dict[str, Any] = {
         "model": network.pretrained_cfg["architecture"],
         "patch_size": network.patch_embed.patch_size[0],
         "layer_scale": recorded.get("init_values"),
@@ -78,7 +78,7 @@ def inherit(given: Mapping[str, Any]) -> dict[str, Any]:
     asked = {key: values[key] for key in ("model", "patch_size") if key in values}
     if "model" in asked:
         asked["model"] = asked["model"].split(".")[0]
-    wrong = [(key, values[key], source[key]) for key in asked if asked[key] != source[key]]
+    wrong: list[tuple[str, Any, Any]] = [(key, values[key], source[key]) for key in asked if asked[key] != source[key]]
     if "layer_scale" in values and (values["layer_scale"] is not None) != has_scale:
         wrong.append(("layer_scale", values["layer_scale"], source["layer_scale"] or has_scale or None))
     own = values.get("model_args", {})
@@ -97,7 +97,7 @@ def inherit(given: Mapping[str, Any]) -> dict[str, Any]:
             f"init {init!r} takes images of {rows} x {columns} pixels, and pre-training takes squares; pass "
             "--image-size, and its position embeddings are resized"
         )
-    inherited = {"channels": opened.channels, "image_size": rows}
+    inherited: dict[str, Any] = {"channels": opened.channels, "image_size": rows}
     if values.get("channels", opened.channels) == opened.channels:
         inherited |= {"mean": opened.view.mean, "std": opened.view.std}
     values = {**inherited, **values, **source, "model_args": arguments | own}

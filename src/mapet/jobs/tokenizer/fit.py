@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from mapet.config.base import settle
-from mapet.data.batches import DamageTally, ViewDataset, at_random, load_batches
+from mapet.data.batches import DamageTally, ViewDataset, draw_batches, load_batches
 from mapet.data.open import open_images
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
@@ -140,7 +140,7 @@ def gather_statistics(
     patches = tokenizer.grid[0] * tokenizer.grid[1]
     wanted = PATCHES_PER_CODE * tokenizer.vocab_size // patches
     count = min(len(images), max(LEAST_REPORT_IMAGES, min(MOST_REPORT_IMAGES, wanted)))
-    keys = at_random(len(images), count, 64, REPORT_EPOCH, fold_seed(seed, Stream.SAMPLE, 1))
+    keys = draw_batches(len(images), count, 64, REPORT_EPOCH, fold_seed(seed, Stream.SAMPLE, 1))
     statistics, done = CodebookStatistics(tokenizer), 0
     shown: list[torch.Tensor] = []
     tally = DamageTally(images, 1.0)
