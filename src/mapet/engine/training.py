@@ -21,12 +21,12 @@ from mapet.config.keys import TrainKeys
 from mapet.data.batches import DamageTally, StepSampler, ViewDataset, load_batches
 from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_checkpoint, read_state, write_checkpoint
 from mapet.engine.files import replace_file, replace_folder
+from mapet.engine.lineage import read_origin
 from mapet.engine.loop import Evaluator, Plan, Targets, Trainee, train
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
 from mapet.engine.sinks import JsonLines, Record, Sink, TensorBoard
 from mapet.engine.stop import StopRequest
 from mapet.errors import MapetError
-from mapet.jobs.export.card import read_origin
 from mapet.report.progress import ProgressSink
 
 logger = logging.getLogger(__name__)

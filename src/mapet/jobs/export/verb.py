@@ -8,13 +8,12 @@ from typing import Any
 
 from mapet.cli.console import set_up_logging
 from mapet.cli.flags import add_config_flags, add_out_flag, given_values
-from mapet.jobs.export.config import ExportConfig, TimmExportConfig
+from mapet.jobs.export.config import CONFIGS, SUFFIXES
 
-# What is written, its configuration, and what --out takes.
-FORMATS: dict[str, tuple[str, type[ExportConfig], str]] = {
-    "timm": ("a folder for timm and the Hugging Face hub, with a model card", TimmExportConfig, "FOLDER"),
-    "onnx": ("an ONNX file with a dynamic batch (needs 'mapet[onnx]')", ExportConfig, "FILE.onnx"),
-    "torch": ("a torch.export program with a dynamic batch", ExportConfig, "FILE.pt2"),
+HELP = {
+    "timm": "a folder for timm and the Hugging Face hub, with a model card",
+    "onnx": "an ONNX file with a dynamic batch (needs 'mapet[onnx]')",
+    "torch": "a torch.export program with a dynamic batch",
 }
 
 
@@ -27,11 +26,13 @@ def add_parser(verbs: Any) -> None:
         "real images, in batches of several sizes, before it is kept.",
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, (what, config_class, out) in FORMATS.items():
-        form = formats.add_parser(name, help=what, description=f"Export a model as {what}.")
+    for name, config_class in CONFIGS.items():
+        form = formats.add_parser(name, help=HELP[name], description=f"Export a model as {HELP[name]}.")
         form.add_argument("model", help=config_class.model_fields["model"].description)
-        add_out_flag(form, "what to write; must not be there yet", out)
-        form.add_argument("--json", action="store_true", help="print what came of it as JSON")
+        add_out_flag(
+            form, "what to write; must not be there yet", f"FILE{SUFFIXES[name]}" if SUFFIXES[name] else "FOLDER"
+        )
+        form.add_argument("--json", action="store_true", help="print the result as JSON")
         add_config_flags(form, config_class, left_out=("model",))
         form.set_defaults(run=run)
 
@@ -41,8 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
     console = set_up_logging()
     from mapet.jobs.export.run import export_model
 
-    _, config_class, _ = FORMATS[parsed.format]
-    result = export_model(parsed.format, given_values(parsed, config_class), parsed.out)
+    result = export_model(parsed.format, given_values(parsed, CONFIGS[parsed.format]), parsed.out)
     if parsed.json:
         print(json.dumps(result))
     else:

@@ -17,10 +17,10 @@ from mapet.engine.checkpoint import read_state
 from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
 from mapet.inference.models import open_model
-from mapet.jobs.convert.run import PRETRAINING_FILE
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.models.attention import use_layouts
 from mapet.models.tensors import read_tensors
+from mapet.models.upstream import PRETRAINING_FILE
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import find_objective
 from mapet.targets.sources import NoTokens
