@@ -152,7 +152,7 @@ def test_what_cannot_be_parsed_is_one_sentence(
         ["predict", "m", "d"],
         ["embed", "m", "d"],
         ["export", "timm", "m"],
-        ["convert", "mae", "f"],
+        ["convert", "upstream", "f"],
         ["tokenizer", "fit", "d"],
         ["tokenizer", "encode", "d"],
         ["bootstrap", "d"],

@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
+import timm
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -18,15 +18,16 @@ from tests.conftest import TINY
 from mapet import MapetError
 from mapet.inference.models import open_model
 from mapet.jobs.pretrain.run import pretrain
+from mapet.models.export import export_network
 
 
 @pytest.fixture
 def copy(classifier: Path, tmp_path: Path) -> Path:
-    """An exported folder to be spoilt."""
+    """A copy of an exported folder, to be damaged."""
     return Path(shutil.copytree(classifier, tmp_path / "model"))
 
 
-def test_what_the_input_is_to_be(classifier: Path) -> None:
+def test_the_view_is_that_of_training(classifier: Path) -> None:
     opened = open_model(classifier)
     view = opened.view
     assert (view.size, view.mean, view.std, view.crop_pct) == ((28, 28), (0.13,), (0.31,), 1.0)
@@ -35,7 +36,7 @@ def test_what_the_input_is_to_be(classifier: Path) -> None:
     assert open_model(classifier, image_size=(14, 35)).view.size == (14, 35)
 
 
-def test_how_timm_wants_a_model_s_images_cut_is_kept() -> None:
+def test_the_view_keeps_the_crop_of_timm() -> None:
     view = open_model("resnet18.a1_in1k", reinit=True).view
     assert (view.size, view.crop_pct, view.squash, view.interpolation) == ((224, 224), 0.95, False, "bicubic")
     view = open_model("convnextv2_nano.fcmae_ft_in22k_in1k_384", reinit=True).view
@@ -50,6 +51,7 @@ def test_with_and_without_its_classifier(classifier: Path, pretrained_run: Path)
     assert torch.equal(whole.network.forward_features(images), headless.network.forward_features(images))
     assert whole.require_classes() == ("round", "straight", "bent", 'odd, "quoted"')
     assert headless.classes == ()
+    assert repr(whole) == f"OpenModel({str(classifier)!r}, VisionTransformer, input 1 x 28 x 28, 4 classes)"
     with pytest.raises(MapetError, match="has no classifier; fine-tune it first"):
         open_model(pretrained_run, classifier=True).require_classes()
 
@@ -81,68 +83,99 @@ def test_the_hash_is_of_the_weights(classifier: Path, copy: Path) -> None:
     assert open_model(copy).weights_hash != open_model(classifier).weights_hash
 
 
-def test_broken_weights(classifier: Path, copy: Path) -> None:
-    weights = load_file(copy / "model.safetensors")
-    weights["blocks.0.attn.qkv.weight"][0, 0] = float("nan")
-    save_file(weights, copy / "model.safetensors")
-    with pytest.raises(MapetError, match=r"contain NaN or infinity \(first 'blocks\.0\.attn\.qkv\.weight', 1 tensors"):
-        open_model(copy)
+def save_with(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Change tensors in an exported folder; None removes one."""
+    weights = {**load_file(folder / "model.safetensors"), **changes}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def test_damaged_weights_are_refused(copy: Path) -> None:
     whole = (copy / "model.safetensors").read_bytes()
+    bias = load_file(copy / "model.safetensors")["norm.bias"]
+    for kept in (torch.float16, torch.float64):
+        save_with(copy, **{"norm.bias": bias.to(kept)})
+        open_model(copy)
+    for changed, says in (
+        (None, r"model is damaged \(.*norm.bias.*\); restore it or export the model again"),
+        (torch.full_like(bias, torch.nan), r"contain NaN or infinity \(first 'norm.bias', 1 tensors"),
+        (bias.to(torch.complex64), "model is damaged .*model.safetensors holds 'norm.bias' as C64, not as one of F64"),
+        (bias.to(torch.float8_e4m3fn), "'norm.bias' as F8_E4M3"),
+        (bias.long(), "'norm.bias' as I64"),
+    ):
+        (copy / "model.safetensors").write_bytes(whole)
+        save_with(copy, **{"norm.bias": changed})
+        with pytest.raises(MapetError, match=says):
+            open_model(copy)
+        open_model(copy, reinit=True)
     (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(MapetError, match=r"cannot be read .*cut short or edited, export it again"):
-        open_model(copy)
-    weights = load_file(classifier / "model.safetensors")
-    del weights["norm.weight"]
-    save_file(weights, copy / "model.safetensors")
-    with pytest.raises(MapetError, match=r"cannot be read .*norm\.weight"):
+    with pytest.raises(MapetError, match=r"model is damaged \("):
         open_model(copy)
 
 
-def test_broken_configurations(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", [0.1, 0.2]), ("std", [0.0]), ("mean", 0.1), ("crop_pct", "0.9"), ("input_size", 28)]
+)
+def test_damaged_input_settings_are_refused(key: str, value: Any, copy: Path) -> None:
+    content = json.loads((copy / "config.json").read_text())
+    content["pretrained_cfg"][key] = value
+    (copy / "config.json").write_text(json.dumps(content))
+    for source in (copy, f"local-dir:{copy}"):
+        with pytest.raises(MapetError, match=r"model is damaged \(.*\); restore it or export the model again"):
+            open_model(source)
+
+
+def test_damaged_configurations_are_refused(copy: Path) -> None:
     config = (copy / "config.json").read_text()
     for text, says in (
-        ("{", "cannot be read"),
-        ("[]", "no JSON object"),
-        ("{}", "lacks 'architecture'"),
-        (config.replace("vit_tiny_patch16_224", "vit_nothing"), "cannot be read"),
+        ("{", r"model/config.json is damaged \("),
+        ("[]", r"model is damaged \("),
+        ("{}", r"model is damaged \("),
+        (config.replace("vit_tiny_patch16_224", "vit_nothing"), r"model is damaged \(.*vit_nothing"),
     ):
         (copy / "config.json").write_text(text)
-        with pytest.raises(MapetError, match=says):
+        with pytest.raises(MapetError, match=f"{says}.*; restore it or export the model again"):
             open_model(copy)
 
 
+def test_flat_configurations_of_older_timm_are_read(tmp_path: Path) -> None:
+    export_network(timm.create_model("resnet10t", num_classes=2), tmp_path, (0.5,) * 3, (0.2,) * 3)
+    assert open_model(tmp_path).view.size == (176, 176)
+    content = json.loads((tmp_path / "config.json").read_text())
+    flat = {**content["pretrained_cfg"], "architecture": content["architecture"], "num_features": 512}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert open_model(tmp_path, classifier=True).classes == ("0", "1")
+
+
 @pytest.mark.parametrize("lacking", ["config.json", "model.safetensors"])
-def test_folders_that_are_no_model(lacking: str, copy: Path, digits: Path, tmp_path: Path) -> None:
+def test_other_folders_and_files_are_refused(lacking: str, copy: Path, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "mae.pth").write_bytes(b"weights")
     (copy / lacking).unlink()
-    with pytest.raises(MapetError, match=f"lacks '{lacking}'"):
-        open_model(copy)
-    with pytest.raises(MapetError, match="neither a run that was saved at least once nor an exported model"):
-        open_model(digits)
-    for missing in (tmp_path / "gone", f"local-dir:{tmp_path / 'gone'}"):
-        with pytest.raises(MapetError, match=r"gone' does not exist"):
-            open_model(missing)
-    (tmp_path / "file.txt").write_text("")
-    with pytest.raises(MapetError, match="name a run, an exported folder or a timm model"):
-        open_model(tmp_path / "file.txt")
+    for source, says in (
+        (copy, f"lacks '{lacking}'"),
+        (digits, "neither a run that was saved at least once nor an exported model"),
+        (tmp_path / "gone", "gone' does not exist"),
+        (f"local-dir:{tmp_path / 'gone'}", "gone' does not exist"),
+        (tmp_path / "mae.pth", "mae.pth' is a file, not a folder; convert .* or name a run"),
+        ("vit_tinny_patch16_224", "unknown model 'vit_tinny_patch16_224'.*did you mean 'vit_tiny_patch16_224'"),
+    ):
+        with pytest.raises(MapetError, match=says):
+            open_model(source)
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for name in ("vit_tiny_patch16_224", "hf-hub:timm/no_such_model", "resnet18.no_such_tag"):
-        with pytest.raises(MapetError, match=rf"weights of model '{name}' could not be fetched \("):
-            open_model(name)
+def test_weights_that_do_not_exist_on_the_hub_are_refused() -> None:
+    with pytest.raises(MapetError, match=r"weights of model 'resnet18.no_such_tag' could not be fetched \("):
+        open_model("resnet18.no_such_tag")
 
 
-def test_image_sizes_that_do_not_fit(classifier: Path) -> None:
+def test_image_sizes_that_do_not_fit_are_refused(classifier: Path) -> None:
     with pytest.raises(MapetError, match=r"image size 28x30 does not fit .*30 is not divisible by .* 7; take 28 or 35"):
         open_model(classifier, image_size=(28, 30))
     with pytest.raises(MapetError, match=r"image size 3x7 .*take 7 or 14"):
         open_model(classifier, image_size=(3, 7))
 
 
-@pytest.mark.parametrize("name", ["mixer_s32_224", "levit_128s", "efficientvit_m0", "maxvit_pico_rw_256"])
-def test_sizes_that_only_running_shows_to_be_wrong(name: str) -> None:
+@pytest.mark.parametrize("name", ["mixer_s32_224", "levit_128s", "maxvit_pico_rw_256"])
+def test_sizes_that_only_fail_when_the_network_runs_are_refused(name: str) -> None:
     with pytest.raises(MapetError, match=f"model '{name}' cannot take images of 37 x 50 pixels|does not fit model"):
         open_model(name, image_size=(37, 50), reinit=True)
 
@@ -153,7 +186,7 @@ def test_networks_without_position_embeddings_take_any_size() -> None:
 
 
 class Stopper(io.StringIO):
-    """A terminal whose user asks for a stop when the first step is shown."""
+    """A terminal that sends SIGTERM when the first step is shown."""
 
     def write(self, text: str) -> int:
         if "step 1/" in text:
@@ -161,7 +194,7 @@ class Stopper(io.StringIO):
         return len(text)
 
 
-def test_a_run_that_has_not_finished_says_how_far_it_is(
+def test_an_unfinished_run_is_opened_with_a_warning(
     digits: Path, pretrained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -184,4 +217,4 @@ def test_a_run_that_has_not_finished_says_how_far_it_is(
     assert not caplog.records
     (run / "checkpoints" / "last" / "state.json").write_text("{")
     open_model(run)
-    assert f"nothing tells whether run {run} has finished" in caplog.text
+    assert f"cannot tell whether run {run} has finished" in caplog.text

@@ -45,7 +45,7 @@ def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of somebody else's making: keys that pre-training does not have, a classifier with names."""
+    """A run folder with keys that pre-training does not have, and a classifier with names."""
     out = tmp_path_factory.mktemp("runs") / "parts"
     (out / "exported").mkdir(parents=True)
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def everything_in(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("form", OUTPUTS)
-def test_every_format_gives_what_timm_gives_on_100_images(form: str, run: Path, digits: Path, tmp_path: Path) -> None:
+def test_every_format_gives_the_output_of_timm(form: str, run: Path, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / OUTPUTS[form]
     result = export_model(form, {"model": str(run), "check": "mnist"}, out)
     assert (result["images"], result["checked_on"], result["input_size"]) == (100, "mnist", [1, 28, 28])
@@ -110,7 +110,7 @@ def test_every_format_gives_what_timm_gives_on_100_images(form: str, run: Path, 
 
     content = everything_in(out)
     for place in (str(run), str(digits), str(Path.home()), str(Path(timm.__file__).parent), str(tmp_path)):
-        assert place.encode() not in content, "nobody need know where things lie on this machine"
+        assert place.encode() not in content, "an export must not name folders of this machine"
 
 
 def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
     }
 
 
-def test_other_sizes_are_timms(run: Path, tmp_path: Path) -> None:
+def test_other_sizes_give_the_output_of_timm(run: Path, tmp_path: Path) -> None:
     export_model("timm", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "folder")
     export_model("torch", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "model.pt2")
     network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
@@ -171,14 +171,14 @@ def test_the_card_of_a_run(
     }
     assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
     assert "# digits-vit\n" in card.text
-    assert f"| trained on | {digits.name}, 60 images |" in card.text
-    assert "| objective | mapet |" in card.text
-    assert "| tokenizer | pixels |" in card.text
-    assert "| length | 4 steps, " in card.text
+    assert f"- trained on: {digits.name}, 60 images\n" in card.text
+    assert "- objective: mapet\n" in card.text
+    assert "- tokenizer: pixels\n" in card.text
+    assert "- length: 4 steps, " in card.text
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert f"| loss, mean of the last 100 logged steps | {sum(losses) / 4:.4g} |" in card.text
+    assert f"- loss, mean of the last 100 logged steps: {sum(losses) / 4:.4g}\n" in card.text
     entropy = json.loads((run / "baseline.json").read_text())["unigram_entropy"]
-    assert f"| loss without looking at the image | {entropy:.4g} |" in card.text
+    assert f"- loss without looking at the image: {entropy:.4g}\n" in card.text
     assert "arXiv:2306.07346" in card.text
     assert "No licence" not in card.text
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
@@ -201,10 +201,10 @@ def test_the_card_of_a_run_of_another_kind(
     card = ModelCard.load(out / "README.md")
     assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-classification")
     assert "No licence has been chosen" in card.text
-    assert "| output | logits of 3 classes: crack, dent, whole \\| sound |" in card.text
-    assert "| model | photos |" in card.text
-    assert "| length | 6 steps |" in card.text
-    assert "| eval_accuracy | 0.875 |" in card.text
+    assert "- output: logits of 3 classes: crack, dent, whole | sound\n" in card.text
+    assert "- model: photos\n" in card.text
+    assert "- length: 6 steps\n" in card.text
+    assert "- eval_accuracy: 0.875\n" in card.text
     assert "layer_decay: 0.65" in card.text
     assert "teacher_weights: https://host/w.pth\n" in card.text
     assert "accuracy: 0.9" in card.text
@@ -218,10 +218,10 @@ def test_the_card_of_a_run_of_another_kind(
     assert capsys.readouterr().out.strip() in CLASSES
 
 
-def test_the_card_of_what_is_no_run(run: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
     export_model("timm", {"model": str(run / "exported"), "check_images": 3}, tmp_path / "again")
     card = ModelCard.load(tmp_path / "again" / "README.md")
-    assert f"parameters, exported from `{run.name}`" in card.text
+    assert f"- exported from: {run.name}\n" in card.text
     for absent in ("Configuration", "Citation", "loss"):
         assert absent not in card.text
     export_model("timm", {"model": str(run), "reinit": True, "check_images": 3}, tmp_path / "random")
@@ -231,11 +231,10 @@ def test_the_card_of_what_is_no_run(run: Path, tmp_path: Path) -> None:
     assert "loss" not in card.text, "the run's figures are not those of random weights"
 
 
-def test_checked_on_the_images_of_the_run(run: Path, digits: Path, tmp_path: Path) -> None:
+def test_the_export_is_compared_on_the_images_of_the_run(run: Path, digits: Path, tmp_path: Path) -> None:
     result = export_model("timm", {"model": str(run)}, tmp_path / "one")
     assert (result["images"], result["checked_on"]) == (60, str(digits))
-    result = export_model("timm", {"model": str(run), "check_images": 7}, tmp_path / "two")
-    assert result["images"] == 7
+    assert export_model("timm", {"model": str(run), "check_images": 7}, tmp_path / "two")["images"] == 7
 
 
 def changed_copy(run: Path, target: Path, change: float) -> Path:
@@ -246,7 +245,7 @@ def changed_copy(run: Path, target: Path, change: float) -> Path:
     return target
 
 
-def test_half_the_bytes(run: Path, tmp_path: Path) -> None:
+def test_float16_halves_the_file(run: Path, tmp_path: Path) -> None:
     whole = export_model("timm", {"model": str(run), "check": "mnist"}, tmp_path / "whole")
     out = tmp_path / "half"
     half = export_model("timm", {"model": str(run), "check": "mnist", "dtype": "float16"}, out)
@@ -268,7 +267,7 @@ def test_half_the_bytes(run: Path, tmp_path: Path) -> None:
         export_model("timm", {"model": str(large), "dtype": "float16"}, tmp_path / "too-large")
 
 
-def test_what_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
+def test_an_export_that_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(MapetError, match="differs from the model by up to .* more than the tolerance 1e-12"):
@@ -300,7 +299,9 @@ def test_what_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
         ("tim", "x", {}, "unknown format 'tim'; did you mean 'timm'"),
     ],
 )
-def test_refusals(form: str, out: str, values: dict[str, Any], says: str, run: Path, tmp_path: Path) -> None:
+def test_wrong_input_is_refused(
+    form: str, out: str, values: dict[str, Any], says: str, run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "model.onnx").write_text("mine")
     with pytest.raises(MapetError, match=says):
@@ -310,7 +311,7 @@ def test_refusals(form: str, out: str, values: dict[str, Any], says: str, run: P
 
 
 @pytest.mark.parametrize(("form", "name"), [("timm", "vit"), ("torch", "vit.pt2")])
-def test_a_full_disk_is_one_sentence(form: str, name: str, run: Path, digits: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(form: str, name: str, run: Path, digits: Path, tmp_path: Path) -> None:
     """In a process of its own: torch's archive writer would take it down."""
     command = [sys.executable, "-m", "mapet", "export", form, str(run), "--check", str(digits), "--out"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
@@ -320,7 +321,7 @@ def test_a_full_disk_is_one_sentence(form: str, name: str, run: Path, digits: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:
+def test_a_missing_package_is_named(run: Path, tmp_path: Path) -> None:
     """In a process of its own, in which the package cannot be imported."""
     command = "import sys; sys.modules['onnxscript'] = None; from mapet.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["export", "onnx", str(run), "--out", str(tmp_path / "model.onnx")]
@@ -330,37 +331,28 @@ def test_without_the_packages_a_sentence(run: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_of_a_classifier_says_how_it_was_pre_trained(run: Path, digits: Path, tmp_path: Path) -> None:
-    """Also after a second fine-tuning, and when the runs before it are gone."""
-    source, first, second = tmp_path / "photos", tmp_path / "first", tmp_path / "second"
+def test_the_card_names_the_runs_before_even_if_they_are_gone(run: Path, digits: Path, tmp_path: Path) -> None:
+    def card(model: Path) -> str:
+        export_model("timm", {"model": str(model), "check_images": 3}, tmp_path / f"card of {model.name}")
+        return ModelCard.load(tmp_path / f"card of {model.name}" / "README.md").text
+
+    source, first, second, fresh, more = (tmp_path / name for name in ("photos", "first", "second", "fresh", "more"))
     shutil.copytree(run, source)
     values = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "data": str(digits)}
     finetune({**values, "model": str(source / "exported")}, first, console=Console(quiet=True))
     finetune({**values, "model": str(first)}, second, console=Console(quiet=True))
-    finetune({**values, "model": str(source), "reinit": True}, tmp_path / "random", console=Console(quiet=True))
+    finetune({**values, "model": str(source), "reinit": True}, fresh, console=Console(quiet=True))
+    continued = {"init": str(source), "data": str(digits), "steps": 1, "batch_size": 8, "vocab_size": 16, "workers": 0}
+    pretrain(continued, more, console=Console(quiet=True))
     shutil.rmtree(source)
-    cards = {}
-    for name, tuned in (("one", first), ("two", second), ("three", tmp_path / "random")):
-        export_model("timm", {"model": str(tuned), "check_images": 3}, tmp_path / name)
-        cards[name] = ModelCard.load(tmp_path / name / "README.md").text
-    facts = (
-        f"| before that, photos | the images of {digits.name} (60), objective mapet, tokenizer pixels, 4 steps, 0.5714 "
-        "epochs |"
+    photos = (
+        f"- before that, photos: {digits.name}, 60 images, objective mapet, tokenizer pixels, 4 steps, 0.5714 epochs"
     )
-    assert facts in cards["one"]
-    assert facts in cards["two"]
-    assert f"| before that, first | the images of {digits.name} (50), 1 steps, 0.1667 epochs |" in cards["two"]
-    said = f"after `photos`, which was trained by the objective `mapet` on the images of {digits.name}."
-    assert said in cards["one"]
-    heading = "## Configuration of the run photos, which came before\n\n```yaml\n"
-    assert yaml.safe_load(cards["two"].split(heading)[1].split("```")[0])["objective"] == "mapet"
-    assert "before" not in cards["three"], "random weights have no past"
-    assert str(tmp_path) not in cards["two"]
-
-
-def test_continued_pre_training_remembers_where_it_began(run: Path, digits: Path, tmp_path: Path) -> None:
-    values = {"init": str(run), "data": str(digits), "steps": 1, "batch_size": 8, "vocab_size": 16, "workers": 0}
-    pretrain(values, tmp_path / "more", console=Console(quiet=True))
-    export_model("timm", {"model": str(tmp_path / "more"), "check_images": 3}, tmp_path / "card")
-    card = ModelCard.load(tmp_path / "card" / "README.md").text
-    assert f"| before that, {run.name} | the images of {digits.name} (60), objective mapet" in card
+    last = card(second)
+    assert f"- before that, first: {digits.name}, 50 images, 1 steps, 0.1667 epochs\n{photos}\n" in last
+    heading = "## Configuration of the run before, photos\n\n```yaml\n"
+    assert yaml.safe_load(last.split(heading)[1].split("```")[0])["objective"] == "mapet"
+    assert str(tmp_path) not in last
+    assert f"{photos}\n" in card(first)
+    assert f"{photos}\n" in card(more)
+    assert "before" not in card(fresh), "random weights come from no run"

@@ -232,7 +232,7 @@ def test_a_converted_checkpoint_of_the_authors_is_continued(
 ) -> None:
     recorded = oracle("pretrain")
     torch.save({"state_dict": recorded.state_dict, "epoch": 300}, tmp_path / "upstream.tar")
-    convert({"kind": "upstream", "file": str(tmp_path / "upstream.tar"), "num_heads": 3}, tmp_path / "converted")
+    convert({"file": str(tmp_path / "upstream.tar"), "num_heads": 3}, tmp_path / "converted")
     random_tokenizer(tmp_path / "t", 64, 8, 3, 97)  # of as many ids as the authors' head has
     options: dict[str, Any] = {"steps": 1, "init_parts": "all", "tokenizer": str(tmp_path / "t"), "vocab_size": None}
     result = more(photographs, tmp_path / "run", tmp_path / "converted", **options)

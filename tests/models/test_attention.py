@@ -15,7 +15,7 @@ from mapet.models.attention import attend, use_layouts
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_attend_equals_the_definition(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mapet.models.layout_blocks.cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr("mapet.models.attention.cpu_has_bfloat16", lambda: native)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (7, 5, 5))
     mask = torch.rand(7, 5) < 0.6

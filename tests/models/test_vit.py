@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,37 +9,25 @@ from mapet import MapetError
 from mapet.models.vit import build_vit
 
 
-def test_pooled_feature_is_the_mean_of_the_normalised_patches() -> None:
+def test_the_pooled_feature_is_the_mean_of_the_normalised_patches() -> None:
     vit = build_vit("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.allclose(vit(images), vit.forward_features(images)[:, 1:].mean(1), atol=1e-6)
 
 
-def test_unknown_model_suggests_close_names() -> None:
-    with pytest.raises(MapetError, match="did you mean 'vit_small_patch16_224'"):
-        build_vit("vit_smal_patch16_224", image_size=224)
-
-
-def test_image_size_must_be_divisible_by_the_patch() -> None:
-    with pytest.raises(MapetError, match=r"image size 225 is not divisible by the patch size 16.* 224 or 240"):
-        build_vit("vit_tiny_patch16_224", image_size=225)
-
-
-def test_an_unknown_tag_is_refused() -> None:
-    with pytest.raises(MapetError, match="cannot build model 'vit_tiny_patch16_224.foo'"):
-        build_vit("vit_tiny_patch16_224.foo", image_size=224)
-
-
-def test_a_model_that_is_no_vit_is_refused() -> None:
-    with pytest.raises(MapetError, match="resnet18"):
-        build_vit("resnet18", image_size=224)
-
-
-def test_unknown_model_argument_is_named() -> None:
-    with pytest.raises(MapetError, match="dept"):
-        build_vit("vit_tiny_patch16_224", image_size=224, dept=3)
-
-
-def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    with pytest.raises(MapetError, match="vit_tiny_patch16_224"):
-        build_vit("vit_tiny_patch16_224", image_size=224, embed_dim=100, num_heads=3)
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("vit_smal_patch16_224", {}, "did you mean 'vit_small_patch16_224'"),
+        ("vit_tiny_patch16_224.foo", {}, "cannot build model 'vit_tiny_patch16_224.foo'"),
+        ("resnet18", {}, "'resnet18' is not a plain Vision Transformer"),
+        ("vit_tiny_patch16_224", {"image_size": 225}, r"not divisible by the patch size 16.* 224 or 240"),
+        ("vit_tiny_patch16_224", {"dept": 3}, "cannot build .*dept"),
+        ("vit_tiny_patch16_224", {"embed_dim": 100, "num_heads": 3}, "cannot build"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "would have no block; take a depth of at least 1"),
+        ("vit_tiny_patch16_224", {"in_chans": 1}, "'in_chans' has a flag of its own: use --channels"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_refused(name: str, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(MapetError, match=says):
+        build_vit(name, **{"image_size": 224, **arguments})

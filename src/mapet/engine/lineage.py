@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Entries of metrics.jsonl that tell how a run went, not what it achieved.
 BOOKKEEPING = frozenset({"step", "epoch", "images", "lr", "grad_norm", "images_per_s", "data_wait", "damaged"})
 # Metrics of a single batch, which are averaged over the last records.
-AVERAGED = ("loss", "accuracy", "cross_entropy", "alignment")
+AVERAGED = ("loss", "accuracy", "target_loss", "alignment")
 LAST_RECORDS = 100
 
 

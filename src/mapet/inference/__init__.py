@@ -1,1 +1,1 @@
-"""A trained model, wherever it comes from, applied to images in order."""
+"""Apply a trained model to images, in order."""

@@ -1,4 +1,4 @@
-"""``mapet.load``: a model and its transform, for use in Python."""
+"""``mapet.load``: a model and the transform that makes its input, for use in Python."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 
 from mapet.data.decode import decode, from_pil, to_channels
 from mapet.data.seeds import Draw
-from mapet.data.views import View
+from mapet.data.views import PlainView
 from mapet.errors import MapetError
-from mapet.inference.models import class_names, open_model
+from mapet.inference.models import class_names, describe, open_model
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From an image to the normalised ``(C, H, W)`` input of a model, exactly as every command here makes it.
+    """Make the normalised ``(C, H, W)`` input of a model from an image, exactly as every command does.
 
     Args:
         view: makes the input.
         channels: of the input.
     """
 
-    view: View
+    view: PlainView
     channels: int
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
         """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, 3)`` uint8 array.
 
         Raises:
-            MapetError: for a file that cannot be read, and for what is no such array.
+            MapetError: for a file that cannot be read, or another kind of object.
         """
         if isinstance(image, str | Path):
             pixels = self._read(Path(image))
@@ -47,24 +47,22 @@ class ImageTransform:
     def _read(self, file: Path) -> Tensor:
         try:
             return decode(file, self.channels)
-        except Exception as error:  # Pillow's plug-ins raise whatever they like on damaged files
+        except Exception as error:  # Pillow's plug-ins raise errors of many types on damaged files
             reason = "it is a folder" if file.is_dir() else error
-            raise MapetError(
-                f"image {str(file)!r} cannot be read ({reason}); name a single image file that is whole"
-            ) from error
+            raise MapetError(f"image {str(file)!r} cannot be read ({reason}); name one undamaged image file") from error
 
 
 def _check_array(image: object) -> None:
     if not isinstance(image, np.ndarray):
-        raise MapetError(
-            f"an image of type {type(image).__name__} cannot be transformed; pass a path, a Pillow image or a uint8 "
-            "array"
-        )
-    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
-        raise MapetError(
-            f"an image array of type {image.dtype} and shape {image.shape} cannot be transformed; pass uint8 values "
-            "from 0 to 255 of shape (H, W) or (H, W, 3)"
-        )
+        what = f"type {type(image).__name__}"
+    elif image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+        what = f"type {image.dtype} and shape {image.shape}"
+    else:
+        return
+    raise MapetError(
+        f"an image of {what} cannot be transformed; pass a path, a Pillow image, or an array of uint8 values from 0 to "
+        "255 of shape (H, W) or (H, W, 3)"
+    )
 
 
 class Loaded(NamedTuple):
@@ -73,9 +71,12 @@ class Loaded(NamedTuple):
     model: nn.Module
     transform: ImageTransform
 
+    def __repr__(self) -> str:
+        return f"Loaded({describe(self.model, self.transform.view, self.transform.channels)})"
+
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the outputs of a model with a classifier; () of one without."""
+        """Names of the classifier's outputs; () without a classifier."""
         return class_names(self.model)
 
 

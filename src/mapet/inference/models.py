@@ -1,14 +1,12 @@
-"""Opening a model: a run folder, an exported folder, one of the package's or a timm model by name."""
+"""Trained models, opened with the view that makes their input."""
 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
@@ -18,29 +16,25 @@ from mapet.data.decode import check_channels
 from mapet.data.views import PlainView
 from mapet.engine.checkpoint import read_state
 from mapet.engine.runfolder import RunFolder
-from mapet.errors import MapetError, nearest
-
-check_exported = check_types = lambda *a: None
-from mapet.models.released import RELEASED, released_folder
+from mapet.errors import MapetError
+from mapet.inference.networks import create_network, damaged_export
 from mapet.tokenizers.base import hash_content
 
 logger = logging.getLogger(__name__)
 
-# What networks raise for images that do not fit.
-_SIZE_ERRORS = AssertionError, ValueError, RuntimeError, TypeError, IndexError, ArithmeticError
-EXPORT_FILES = ("config.json", "model.safetensors")
+INTERPOLATIONS = frozenset(mode.value for mode in InterpolationMode)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenModel:
-    """A timm model in evaluation mode, and what its input is to be.
+    """A timm network in evaluation mode, and what its input must be.
 
     Attributes:
-        name: what the user called it.
-        network: timm's; ``forward`` gives logits, or the pooled feature where there is no classifier.
+        name: as the user wrote it.
+        network: timm's; ``forward`` returns logits, or the pooled feature of a network without a classifier.
         view: makes its input from a decoded image.
         channels: of its input.
-        classes: names of the classifier's outputs, numbers where nothing better is known; () without a classifier.
+        classes: names of the classifier's outputs, or their numbers if no names are known; () without a classifier.
     """
 
     name: str
@@ -49,6 +43,9 @@ class OpenModel:
     channels: int
     classes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"OpenModel({self.name!r}, {describe(self.network, self.view, self.channels)})"
+
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
@@ -56,14 +53,26 @@ class OpenModel:
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 of its tensors, as they are used: without the classifier, if that was left off."""
+        """SHA-256 of its tensors; without the classifier if it was opened without."""
         return hash_content({}, self.network)
 
     def require_classes(self) -> tuple[str, ...]:
-        """Return the names of its classes, or refuse a model that has no classifier."""
+        """Return the names of its classes.
+
+        Raises:
+            MapetError: if it has no classifier.
+        """
         if not self.classes:
             raise MapetError(f"model {self.name!r} has no classifier; fine-tune it first with mapet finetune")
         return self.classes
+
+
+def describe(network: nn.Module, view: PlainView, channels: int) -> str:
+    """Return a few words about a network and its input."""
+    rows, columns = view.size
+    classes = getattr(network, "num_classes", 0)
+    output = f"{classes} classes" if classes else "features"
+    return f"{type(network).__name__}, input {channels} x {rows} x {columns}, {output}"
 
 
 def open_model(
@@ -76,172 +85,106 @@ def open_model(
     seed: int = 0,
     drop_path: float = 0.0,
 ) -> OpenModel:
-    """Open a model with its weights, on the CPU; of a run that has not finished a warning says how far it is.
+    """Open a model with its weights, on the CPU. A warning says how far an unfinished run has come.
 
     Args:
-        source: a run folder (its ``exported/`` is taken), an exported folder, the name of one that comes with the
-            package (``models.RELEASED``), or a timm model name, perhaps with ``local-dir:`` or ``hf-hub:``.
-        classifier: keep its classifier; else the network's output is the pooled feature.
-        image_size: rows and columns of its input in pixels; position embeddings are resized. None: as it was trained.
+        source: see ``create_network``.
+        classifier: keep its classifier; else the network returns the pooled feature.
+        image_size: rows and columns of its input in pixels; position embeddings are resized. None: as in training.
         crop_pct: see ``PlainView``; None: as timm has it.
-        reinit: with random weights instead of its own, drawn from ``seed``.
+        reinit: use random weights, drawn from ``seed``, instead of its own.
         drop_path: stochastic depth rate of its last block, for training.
 
     Raises:
-        MapetError: if there is no such model, its weights cannot be had or are not finite, or the size does not fit.
+        MapetError: if there is no such model, its files are damaged, its weights cannot be fetched or are not finite,
+            or the size does not fit.
     """
-    name = _timm_name(released_folder(str(source)))
-    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
-    if folder:
-        check_exported(folder)
+    source = str(source)
     if reinit:
         torch.manual_seed(seed)
-    network = _create(name, str(source), pretrained=not reinit, **({"drop_path_rate": drop_path} if drop_path else {}))
-    if folder and not reinit:
-        check_types(folder, network)
+    arguments = {"drop_path_rate": drop_path} if drop_path else {}
+    network = create_network(source, pretrained=not reinit, **arguments)
     if not classifier:
-        # Not left out from the start: for another number of classes timm passes over weights that are lacking.
+        # Not with num_classes=0 in create_network: timm would then accept weights that lack tensors.
         network.reset_classifier(0)
-    if image_size is not None:
-        _resize(network, image_size, str(source))
+    network.eval()
+    try:
+        view, channels = _read_input(network, image_size, crop_pct)
+    except (TypeError, ValueError, LookupError) as error:
+        raise damaged_export(Path(source.removeprefix("local-dir:")), error) from error
+    if image_size is not None or not hasattr(network, "set_input_size"):
+        _fit_size(network, channels, view.size, source)
     broken = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise MapetError(
-            f"the weights of {str(source)!r} contain NaN or infinity (first {broken[0]!r}, {len(broken)} tensors); "
+            f"the weights of {source!r} contain NaN or infinity (first {broken[0]!r}, {len(broken)} tensors); "
             "take an earlier checkpoint, or train again with a lower --lr"
         )
-    config = resolve_data_config(model=network)
-    channels = int(config["input_size"][0])
-    check_channels(channels)
-    size = image_size or _trained_size(network) or tuple(config["input_size"][1:])
-    network.eval()
-    if image_size is not None or not hasattr(network, "set_input_size"):
-        _try_size(network, channels, size, str(source))
-    known = {mode.value for mode in InterpolationMode}
-    view = PlainView(
-        size,
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        config["crop_pct"] if crop_pct is None else crop_pct,
-        config["interpolation"] if config["interpolation"] in known else "bicubic",
-        config.get("crop_mode") == "squash",
-    )
     if not reinit:
-        _warn_of_unfinished(RunFolder(Path(str(source).removeprefix("local-dir:"))))
-    return OpenModel(str(source), network, view, channels, class_names(network))
+        _warn_if_unfinished(RunFolder(source.removeprefix("local-dir:")))
+    return OpenModel(source, network, view, channels, class_names(network))
 
 
-def _timm_name(source: str) -> str:
-    """Return what timm calls it; a folder must hold a whole export."""
-    folder = Path(source.removeprefix("local-dir:"))
-    local = source.startswith("local-dir:")
-    # os.path, not pathlib: false, not an error, for what no file name can be.
-    if not os.path.isdir(folder):  # noqa: PTH112
-        if (":" in source and not local) or timm.is_model(source):
-            return source
-        if os.path.isfile(folder):  # noqa: PTH113
-            raise MapetError(
-                f"model {source!r} is a file, not a folder; turn a published checkpoint into one with mapet convert, "
-                "or name a run, an exported folder or a timm model"
-            )
-        # A folder is meant where there is a separator, for no timm name has one.
-        if local or os.sep in source or os.path.exists(folder):  # noqa: PTH110
-            raise MapetError(f"model folder {source!r} does not exist; name a run, an exported folder or a timm model")
-        raise MapetError(
-            f"unknown model {source!r}: it is neither a run folder, nor an exported folder, nor a timm "
-            f"model{nearest(source, [*RELEASED, *timm.list_models()])}"
-        )
-    exported = RunFolder(folder).exported
-    if exported.is_dir():
-        folder = exported
-    lacking = [name for name in EXPORT_FILES if not (folder / name).is_file()]
-    if lacking:
-        raise MapetError(
-            f"folder {source!r} is neither a run that was saved at least once nor an exported model: {folder} lacks "
-            f"{lacking[0]!r}"
-        )
-    return f"local-dir:{folder}"
+def _read_input(network: Any, image_size: tuple[int, int] | None, crop_pct: float | None) -> tuple[PlainView, int]:
+    """Return the view that makes a network's input, and the number of channels.
+
+    Raises:
+        ValueError: or TypeError or LookupError, if the network's configuration is damaged.
+    """
+    config = resolve_data_config(model=network)
+    channels, rows, columns = config["input_size"]
+    check_channels(channels)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    crop_pct = config["crop_pct"] if crop_pct is None else crop_pct
+    if not (len(mean) == len(std) == channels and min(std) > 0 and 0 < crop_pct <= 1):
+        raise ValueError(f"mean {mean}, std {std} and crop_pct {crop_pct} do not fit {channels} channel(s)")
+    trained_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    rows, columns = image_size or trained_size or (rows, columns)
+    interpolation = config["interpolation"] if config["interpolation"] in INTERPOLATIONS else "bicubic"
+    return PlainView((rows, columns), mean, std, crop_pct, interpolation, config.get("crop_mode") == "squash"), channels
 
 
-def _warn_of_unfinished(run: RunFolder) -> None:
-    """Say how far a run is, unless it has finished or nothing tells."""
-    if not run.checkpoint.exists():  # no run, or its checkpoint was removed to save space
-        return
-    try:
-        state = read_state(run.checkpoint)
-    except MapetError as error:
-        logger.warning("nothing tells whether run %s has finished: %s", run.root, error)
-        return
-    if state.step < state.total_steps:
-        logger.warning(
-            "run %s has not finished: its weights are those after step %d of %d (%d %%)",
-            run.root,
-            state.step,
-            state.total_steps,
-            100 * state.step // state.total_steps,
-        )
-
-
-def _create(name: str, source: str, **arguments: Any) -> Any:
-    try:
-        return timm.create_model(name, **arguments)
-    except Exception as error:  # of the file system, safetensors, the hub's HTTP library, JSON, torch
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if "drop_path_rate" in reason:
-            raise MapetError(f"model {source!r} has no stochastic depth; pass --drop-path 0") from error
-        if name.startswith("local-dir:"):
-            raise MapetError(
-                f"the model in {name.removeprefix('local-dir:')} cannot be read ({reason}); it may be cut short or "
-                "edited, export it again"
-            ) from error
-        raise MapetError(
-            f"the weights of model {source!r} could not be fetched ({reason}); convert a local file with mapet convert"
-        ) from error
-
-
-def _resize(network: nn.Module, size: tuple[int, int], source: str) -> None:
-    """Let a network take images of another size; those without position embeddings take any."""
-    resize = getattr(network, "set_input_size", None)
-    if resize is None:
-        return
+@torch.no_grad()
+def _fit_size(network: Any, channels: int, size: tuple[int, int], source: str) -> None:
+    """Resize a network's position embeddings, if it has any, and run it once: some refuse a size only then."""
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
     for side, part in zip(size, (patch, patch) if isinstance(patch, int) else patch, strict=True):
-        if side % part:
+        if side % part and hasattr(network, "set_input_size"):
             lower = max(part, side // part * part)
             raise MapetError(
                 f"image size {size[0]}x{size[1]} does not fit model {source!r}: {side} is not divisible by its patch "
                 f"size {part}; take {lower} or {lower + part}"
             )
     try:
-        resize(img_size=size)
-    except _SIZE_ERRORS as error:
-        raise _wrong_size(source, size, error) from error
-
-
-@torch.no_grad()
-def _try_size(network: nn.Module, channels: int, size: tuple[int, int], source: str) -> None:
-    """Refuse a size that a network finds out about only when it runs."""
-    try:
+        if hasattr(network, "set_input_size"):
+            network.set_input_size(img_size=size)
         network(torch.zeros(1, channels, *size))
-    except _SIZE_ERRORS as error:
-        raise _wrong_size(source, size, error) from error
+    except Exception as error:  # networks raise errors of many types
+        reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+        raise MapetError(
+            f"model {source!r} cannot take images of {size[0]} x {size[1]} pixels ({reason}); choose another "
+            "--image-size, or leave it out"
+        ) from error
 
 
-def _wrong_size(source: str, size: tuple[int, int], error: Exception) -> MapetError:
-    reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
-    return MapetError(
-        f"model {source!r} cannot take images of {size[0]} x {size[1]} pixels ({reason}); choose another --image-size, "
-        "or leave it out"
-    )
-
-
-def _trained_size(network: nn.Module) -> tuple[int, int] | None:
-    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    return None if size is None else (int(size[0]), int(size[1]))
+def _warn_if_unfinished(run: RunFolder) -> None:
+    if not run.checkpoint.exists():  # not a run, or its checkpoint was removed to save space
+        return
+    try:
+        state = read_state(run.checkpoint)
+    except MapetError as error:
+        logger.warning("cannot tell whether run %s has finished: %s", run.root, error)
+        return
+    if state.step < state.total_steps:
+        percent = 100 * state.step // state.total_steps
+        logger.warning(
+            f"run {run.root} has not finished: its weights are those after step {state.step} of {state.total_steps} "
+            f"({percent} %)"
+        )
 
 
 def class_names(network: nn.Module) -> tuple[str, ...]:
-    """Return what is known of a classifier's outputs: names, or numbers; () if there is no classifier."""
+    """Return the names of a classifier's outputs, or their numbers if none are known; () without a classifier."""
     count = getattr(network, "num_classes", 0)
     if not count:
         return ()

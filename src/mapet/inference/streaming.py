@@ -1,4 +1,4 @@
-"""A network run over images, in order, a batch at a time."""
+"""Run a network over images, in order, batch by batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @dataclass(frozen=True)
 class _InputOnly:
-    """Leaves the first output of a view out: it would be sent from the loading processes for nothing."""
+    """A view without its first output, which loading processes would send in vain."""
 
     view: View
 
@@ -45,18 +45,18 @@ def stream(
     precision: str = "no",
     tally: DamageTally | None = None,
 ) -> Iterator[tuple[Tensor, Output]]:
-    """Yield ``(indices, output)`` a batch, in order; memory does not grow with the number of images.
+    """Yield ``(indices, output)`` of each batch, in order; memory does not grow with the number of images.
 
     Args:
         network: takes normalised ``(B, C, H, W)`` images on ``device``.
-        images: whatever the set; labels are not looked at.
-        view: makes the input; its second output is taken.
-        channels: that images are read as.
+        images: labels are not used.
+        view: makes the input, which is its second output.
+        channels: of the input.
         device: where the network is.
         batch_size: images at a time.
         workers: processes that load images.
         precision: "no" (float32), "bf16" or "fp16".
-        tally: counts and names the images that cannot be read, which are left out; None: any number may be damaged.
+        tally: counts and logs the images that cannot be read, which are left out; None: any number may be damaged.
 
     Raises:
         MapetError: if more images are damaged than ``tally`` allows, or none can be read.
@@ -70,7 +70,7 @@ def stream(
     )
     for batch in loader:
         tally.add(batch["damaged"])
-        # A damaged file's stand-in must not be taken for it: only images that are themselves stay.
+        # Another image stands in for a damaged one; only undamaged images are kept.
         whole = torch.tensor([not met for met in batch["damaged"]])
         if not whole.any():
             continue

@@ -1,4 +1,4 @@
-"""What a network says of an image, by place: class token, patches, and what it pools them to."""
+"""Features of an image: pooled, of the class token, and of each patch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mapet.errors import MapetError
 
-KINDS = ("pooled", "class", "mean", "class+mean", "patches")
+FEATURE_KINDS = ("pooled", "class", "mean", "class+mean", "patches")
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Tokens:
     """Features of ``B`` images after the network's last norm (for models with ``fc_norm``, before it).
 
     Attributes:
-        pooled: ``(B, D)``, what the network's own classifier reads.
-        cls: ``(B, D)``, the class token; None where there is none.
-        patches: ``(B, P, D)`` in raster order; None where the features do not lie on one grid.
-        grid: rows and columns of patches; None with them.
+        pooled: ``(B, D)``, the input of the network's own classifier.
+        cls: ``(B, D)``, the class token; None for a network without one.
+        patches: ``(B, P, D)`` in raster order; None if the features do not lie on one grid.
+        grid: rows and columns of patches; None if ``patches`` is None.
         architecture: of the network, for messages.
     """
 
@@ -39,10 +39,10 @@ class Tokens:
                 ``(B, D)``; or ``patches``, ``(B, P, D)``.
 
         Raises:
-            MapetError: for another kind, or what the network lacks.
+            MapetError: for an unknown kind, or one that the network does not have.
         """
-        if kind not in KINDS:
-            raise MapetError(f"unknown features {kind!r}; take {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        if kind not in FEATURE_KINDS:
+            raise MapetError(f"unknown features {kind!r}; take {', '.join(FEATURE_KINDS[:-1])} or {FEATURE_KINDS[-1]}")
         if kind == "pooled":
             return self.pooled
         parts = []
@@ -63,7 +63,8 @@ class Tokens:
 def read_tokens(network: Any, images: Tensor) -> Tokens:
     """Run a timm network, without its classifier, on normalised ``(B, C, H, W)`` images.
 
-    All of timm's networks pool; the rest is found where features are one map, or tokens of a grid after a prefix.
+    Every timm network has pooled features. Patches are returned if ``forward_features`` gives one feature map, or if
+    the tokens after the prefix form a grid.
     """
     features = network.forward_features(images)
     pooled = network.forward_head(features, pre_logits=True)

@@ -1,14 +1,14 @@
-"""Reading the checkpoints of MaPeT's authors into timm's names.
+"""Checkpoints of MaPeT's authors, read into timm's tensor names.
 
-Their files are written by ``torch.save`` and hold ``{"state_dict": ..., "epoch": ..., "arch": ...}``. Their
-attention has separate ``q`` and ``kv`` projections, which are timm's ``qkv`` cut in two.
+Their files are written by ``torch.save`` and hold ``{"state_dict": ..., "epoch": ..., "arch": ...}``. Their attention
+has separate ``q`` and ``kv`` projections; stacked, they are timm's ``qkv``.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,98 +17,119 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.errors import MapetError, nearest
-from mapet.models.published import Blueprint, check_pretraining, vit_blueprint
+from mapet.errors import MapetError
 from mapet.models.tensors import flatten_state, read_tensors
 
-# Their names of what pre-training alone needs, and the objectives'.
+logger = logging.getLogger(__name__)
+
+# Mask vector and head of a converted pre-training checkpoint; the file lies beside the exported network.
+PRETRAINING_FILE = "pretraining.safetensors"
+# Tensors that only pre-training needs: the authors' names and the objectives' names.
 PRETRAINING_NAMES = {
     "mask_positional_token": "mask_token",
     "decoder.weight": "head.weight",
     "decoder.bias": "head.bias",
 }
-
-# What the tensors tell, and what they do not; ``init_values`` is replaced by the weights, but the authors have it.
-TOLD = ("img_size", "patch_size", "embed_dim", "depth", "num_classes")
-CONFIG_KEYS = ("num_heads", "norm_eps", "global_pool", "context_tokens", "init_values")
+# Published sizes: (width, depth) to the size in timm's model names.
+SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base"}
 
 
-def read_upstream(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an upstream state dict under timm's names.
+def load_backbone(
+    source: str | Path | Mapping[str, Tensor], overrides: Mapping[str, Any]
+) -> tuple[VisionTransformer, dict[str, Tensor]]:
+    """Load the network of a checkpoint of MaPeT's authors.
 
     Args:
-        source: a ``.tar``/``.pth`` file, a ``.safetensors`` file, or the state dict itself.
+        source: a ``.tar``, ``.pth`` or ``.safetensors`` file, or the state dict itself.
+        overrides: arguments of ``timm.create_model`` that take the place of those read from the tensors. Tensors do not
+            tell ``num_heads``; by default heads have 64 channels each, as in all published models.
+
+    Returns:
+        The timm network, and the mask vector and head under the objectives' names; a fine-tuned classifier has none.
 
     Raises:
-        MapetError: if the file is missing, cannot be read safely, or holds no ViT.
+        MapetError: if the file is missing, cannot be read safely or holds no Vision Transformer; if its tensors are not
+            finite floats or do not fit the network; if timm cannot build the network.
     """
-    state, _ = read_tensors(Path(source)) if isinstance(source, str | Path) else flatten_state(source)
-    if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
+    name = str(source) if isinstance(source, str | Path) else "the state dict"
+    state = _read_state(source, name)
+    try:
+        weights = _join_projections(state)
+        is_pretraining = any(theirs in weights for theirs in PRETRAINING_NAMES)
+        parts = {ours: weights.pop(theirs) for theirs, ours in PRETRAINING_NAMES.items()} if is_pretraining else {}
+        arguments = _read_architecture(weights)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise MapetError(
-            f"{_name(source)} holds no upstream MaPeT model: 'pos_embed' and 'patch_embed.proj.weight' are "
-            "missing; pass a released checkpoint or its state dict"
+            f"{name} holds no model of MaPeT's authors ({reason}); pass one of their checkpoints"
+        ) from error
+    width = arguments["embed_dim"]
+    if width % 64 and "num_heads" not in overrides:
+        raise MapetError(
+            f"{name} is {width} wide, which is no multiple of the usual 64 channels a head; pass the number of "
+            "attention heads as num_heads (--num-heads)"
         )
-    return join_projections(state)
+    size = SIZES.get((width, arguments["depth"]), "base")
+    try:
+        network: VisionTransformer = timm.create_model(f"vit_{size}_patch16_224", **arguments | dict(overrides))
+    except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise MapetError(f"timm cannot build the network of {name}: {error}") from error
+    load_weights(network, weights, name)
+    return network, parts
 
 
-def _name(source: object) -> str:
-    return str(source) if isinstance(source, str | Path) else "the state dict"
+def _read_state(source: str | Path | Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    state, others = read_tensors(Path(source)) if isinstance(source, str | Path) else flatten_state(source)
+    if others:
+        logger.info("%s: entries besides the weights are not used: %s", name, ", ".join(sorted(others)))
+    broken = [key for key, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
+    if broken:
+        raise MapetError(f"tensor {broken[0]!r} in {name} does not hold finite floats; take another checkpoint")
+    return state
 
 
-def join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an upstream state dict with each ``q`` and ``kv`` as timm's one ``qkv``."""
-    joined = {}
-    for name, tensor in state.items():
+def _join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict with each pair of ``q`` and ``kv`` joined to timm's ``qkv``."""
+    joined = dict(state)
+    for name in state:
         if ".attn.q." in name:
-            kv = state.get(name.replace(".attn.q.", ".attn.kv."))
-            if kv is None or not kv.ndim or kv.ndim != tensor.ndim or kv.shape[1:] != tensor.shape[1:]:
-                raise MapetError(f"the upstream checkpoint has {name!r}, but no 'kv' projection that goes with it")
-            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([tensor, kv])
-        elif ".attn.kv." not in name or name.replace(".attn.kv.", ".attn.q.") not in state:
-            joined[name] = tensor
+            query, key_value = joined.pop(name), joined.pop(name.replace(".attn.q.", ".attn.kv."))
+            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([query, key_value])
     return joined
 
 
-def upstream_blueprint(state: Mapping[str, Tensor], heads: int | None = None) -> Blueprint:
-    """Say which timm network a file of the authors is for: pre-trained, or a fine-tuned classifier.
+def _read_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return those arguments of ``timm.create_model`` that the shapes and names of tensors tell."""
+    width, channels, _, patch_size = weights["patch_embed.proj.weight"].shape
+    _, tokens, _ = weights["pos_embed"].shape  # one of them is the class token
+    hidden, _ = weights["blocks.0.mlp.fc1.weight"].shape
+    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    has_fc_norm = "fc_norm.weight" in weights
+    return {
+        "img_size": math.isqrt(tokens - 1) * patch_size,
+        "patch_size": patch_size,
+        "in_chans": channels,
+        "embed_dim": width,
+        "num_heads": width // 64,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        "mlp_ratio": hidden / width,
+        "num_classes": classes,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,  # replaced by the weights
+        "fc_norm": has_fc_norm,
+        # Classifiers without fc_norm read the class token; a pre-trained network gives the mean of its patches.
+        "global_pool": "token" if classes and not has_fc_norm else "avg",
+    }
 
-    Args:
-        state: the file's tensors, under the authors' names or timm's.
-        heads: attention heads; None for 64 channels each, as in all published models.
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load a state dict that must have exactly the tensors of the module; ``name`` is the file's, for the message.
 
     Raises:
-        MapetError: if sizes cannot be told, or contradict each other.
+        MapetError: naming the tensors that are missing, unknown or of another shape.
     """
-    joined = join_projections(state)
-    pretraining = {ours: joined.pop(theirs) for theirs, ours in PRETRAINING_NAMES.items() if theirs in joined}
-    blueprint = vit_blueprint(joined, heads)
-    if pretraining:
-        check_pretraining(pretraining, blueprint.arguments["embed_dim"])
-    return replace(blueprint, weights=joined, pretraining=pretraining)
-
-
-def vit_from_upstream(state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> VisionTransformer:
-    """Build the timm ViT that an upstream state dict (under timm's names) belongs to; weights not yet loaded.
-
-    Nearly everything can be read off the tensors. ``config`` says the rest, by the keys in ``CONFIG_KEYS``; heads
-    default to 64 channels each, as in all published models. What else it says must agree with the tensors.
-    """
-    config = dict(config or {})
-    known = (*CONFIG_KEYS, *TOLD, "vocab_size")
-    for key in config:
-        if key not in known:
-            raise MapetError(f"unknown key {key!r} in the upstream config{nearest(key, known)}")
-    blueprint = upstream_blueprint(state, config.get("num_heads"))
-    told = {key: blueprint.arguments[key] for key in TOLD}
-    told["vocab_size"] = len(blueprint.pretraining.get("head.bias", ()))
-    for key, value in config.items():
-        if value != told.get(key, value):
-            raise MapetError(f"the upstream config says {key} is {value}, but the checkpoint's is {told[key]}")
-    arguments = blueprint.arguments | {
-        "global_pool": config.get("global_pool", blueprint.arguments["global_pool"]),
-        "norm_layer": partial(nn.LayerNorm, eps=config.get("norm_eps", 1e-6)),
-    }
-    vit: VisionTransformer = timm.create_model(blueprint.architecture, **arguments)
-    return vit
-
-PRETRAINING_FILE = "pretraining.safetensors"
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise MapetError(f"{name} does not fit its architecture: {reason}; take another checkpoint") from error

@@ -1,4 +1,4 @@
-"""Whether an export gives what the model gives."""
+"""Compare an export with its model on images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mapet.inference.models import OpenModel
 from mapet.inference.streaming import stream
 from mapet.jobs.export.program import first_line
 
-# Batches of 32 are cut here, into batches of 1, 3 and 28: an export must take any number of images.
+# Batches of 32 images are cut at these indices into 1, 3 and 28 images: an export must take any number of images.
 BATCH_SIZE, CUTS = 32, (1, 4)
 
 
 class Agreement(NamedTuple):
-    """On how many images two networks were compared, and the largest absolute difference of their outputs."""
+    """Number of images that were compared, and the largest absolute difference between outputs."""
 
     images: int
     largest_difference: float
@@ -30,11 +30,11 @@ def compare(opened: OpenModel, exported: Callable[[Tensor], Tensor], images: Ima
 
     Args:
         opened: the model.
-        exported: takes ``(B, C, H, W)`` as the model does, on the CPU, and should give the same.
-        images: to compare on; damaged ones are left out.
+        exported: takes ``(B, C, H, W)`` images on the CPU, as the model does, and should return the same.
+        images: to compare on; damaged images are left out.
 
     Returns:
-        how well they agree; a NaN in either's output makes the difference NaN.
+        The agreement; a NaN in an output makes the difference NaN.
 
     Raises:
         MapetError: if the export cannot be run, or no image can be read.
@@ -56,5 +56,5 @@ def compare(opened: OpenModel, exported: Callable[[Tensor], Tensor], images: Ima
 def _run(exported: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     try:
         return exported(images)
-    except Exception as error:  # ONNX Runtime's own, or a guard of torch.export
+    except Exception as error:  # of ONNX Runtime, or a guard of torch.export
         raise MapetError(f"the export cannot be run on {len(images)} images: {first_line(error)}") from error

@@ -1,56 +1,56 @@
-"""What is exported, and how it is checked."""
+"""The configuration of an export."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from mapet.config.base import Common
-from mapet.config.keys import Count, ModelKeys
+from mapet.config.base import key
+from mapet.config.keys import Count, ModelKeys, Text
 
 
 class ExportConfig(ModelKeys):
     """Keys of ``mapet export``, whatever the format."""
 
-    check: str | None = Field(
+    check: Text | None = key(
         None,
-        min_length=1,
-        description="images on which the export must give what the model gives: a folder, a text file of paths, or a "
-        "demo set; default: those of the run, else mnist",
-        json_schema_extra=Common,
+        "images on which the export is compared with the model: a folder, a text file of paths, or a demo set; "
+        "default: those of the run, else mnist",
+        common=True,
     )
-    check_images: Count = Field(100, description="how many of them are compared", json_schema_extra=Common)
-    tolerance: float | None = Field(
+    check_images: Count = key(100, "number of images that are compared", common=True)
+    tolerance: float | None = key(
         None,
+        "largest absolute difference between outputs that is accepted; default: 1e-4, and 0.02 for weights rounded to "
+        "float16",
+        common=True,
         ge=0,
-        description="largest absolute difference between outputs that is let pass; default: 1e-4, and 0.02 for weights "
-        "rounded to float16",
-        json_schema_extra=Common,
     )
 
     @property
     def allowed_difference(self) -> float:
-        """The tolerance, or what stands for it."""
+        """The tolerance, or its default."""
         return 1e-4 if self.tolerance is None else self.tolerance
 
 
 class TimmExportConfig(ExportConfig):
     """Keys of ``mapet export timm``."""
 
-    license: str = Field(
+    license: str = key(
         "unknown",
+        "of the weights, as the Hugging Face hub names it, such as apache-2.0 or cc-by-4.0",
+        common=True,
         pattern=r"^[a-z0-9][a-z0-9.-]*$",
-        description="of the weights, as the Hugging Face hub names it, such as apache-2.0 or cc-by-4.0",
-        json_schema_extra=Common,
     )
-    dtype: Literal["float32", "float16"] = Field(
-        "float32",
-        description="type that the weights are kept in; float16 halves the file, and rounds them",
-        json_schema_extra=Common,
+    dtype: Literal["float32", "float16"] = key(
+        "float32", "type of the stored weights; float16 halves the file and rounds the weights", common=True
     )
 
     @property
     def allowed_difference(self) -> float:
-        """The tolerance, or what stands for it."""
+        """The tolerance, or its default."""
         return 0.02 if self.tolerance is None and self.dtype == "float16" else super().allowed_difference
+
+
+# Configuration of each format, and the ending of its file; "" for a folder.
+CONFIGS: dict[str, type[ExportConfig]] = {"timm": TimmExportConfig, "onnx": ExportConfig, "torch": ExportConfig}
+SUFFIXES = {"timm": "", "onnx": ".onnx", "torch": ".pt2"}

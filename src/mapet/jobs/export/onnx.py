@@ -12,12 +12,11 @@ from torch import Tensor
 
 from mapet.errors import MapetError
 from mapet.inference.models import OpenModel
-from mapet.jobs.export.inputs import describe_inputs, output_name
-from mapet.jobs.export.program import first_line, trace
+from mapet.jobs.export.program import describe_inputs, first_line, output_name, trace
 
-# The lowest that torch's exporter writes without conversion, so the one that most engines read.
+# The lowest opset that torch's exporter writes without conversion, so that most engines read it.
 OPSET = 18
-# Above this, torch puts the weights into a second file; ONNX's own limit is 2 GiB.
+# Above this size torch puts the weights into a second file; the limit of ONNX itself is 2 GiB.
 MOST_BYTES = 3 * 2**29
 
 
@@ -31,10 +30,10 @@ def require_onnx() -> None:
 def write_onnx(opened: OpenModel, file: Path) -> None:
     """Write a model as ONNX, from ``images`` ``(batch, C, H, W)`` to ``logits`` or ``features`` ``(batch, D)``.
 
-    The file's metadata hold what ``describe_inputs`` says, each value as JSON.
+    The file's metadata hold what ``describe_inputs`` returns, each value as JSON.
 
     Raises:
-        MapetError: if the model is too large for one file, or holds something that ONNX cannot express.
+        MapetError: if the model is too large for one file, or has an operation that ONNX cannot express.
     """
     size = sum(value.nbytes for value in opened.network.state_dict().values())
     if size > MOST_BYTES:
@@ -42,15 +41,10 @@ def write_onnx(opened: OpenModel, file: Path) -> None:
             f"the weights of {opened.name!r} take {size / 2**30:.1f} GiB, too much for one ONNX file (at most "
             f"{MOST_BYTES / 2**30:g}); use mapet export torch"
         )
-    program = trace(opened)
+    program, output = trace(opened), output_name(opened)
     try:
         exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=["images"],
-            output_names=[output_name(opened)],
-            opset_version=OPSET,
-            verbose=False,
+            program, dynamo=True, input_names=["images"], output_names=[output], opset_version=OPSET, verbose=False
         )
     except torch.onnx.OnnxExporterError as error:
         raise MapetError(f"model {opened.name!r} cannot be expressed in ONNX: {first_line(error)}") from error

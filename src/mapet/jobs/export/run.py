@@ -1,57 +1,111 @@
-"""A model written for others, and kept only if it gives what the model gives."""
+"""Export of a model, kept only if the export gives what the model gives."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mapet.config.base import make_config, read_recipe
+from mapet.config.base import read_recipe, settle
 from mapet.data.open import open_images
 from mapet.data.sources import ImageSet
 from mapet.engine.files import claimed_folder, new_file, replace_folder
+from mapet.engine.lineage import read_run
 from mapet.engine.runfolder import RunFolder, explain_disk_errors
 from mapet.errors import MapetError, nearest
 from mapet.inference.models import OpenModel, open_model
-from mapet.jobs.export.card import model_card, read_run
+from mapet.jobs.export.card import model_card
 from mapet.jobs.export.check import compare
-from mapet.jobs.export.config import ExportConfig, TimmExportConfig
+from mapet.jobs.export.config import CONFIGS, SUFFIXES, ExportConfig, TimmExportConfig
 from mapet.jobs.export.onnx import read_onnx, require_onnx, write_onnx
 from mapet.jobs.export.program import read_program, write_program
 from mapet.models.export import export_network
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IMAGES = "mnist"
 
+def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
+    """Export a model, read the export back and compare the two on real images.
 
-@dataclass(frozen=True)
-class Format:
-    """How models are exported.
+    Args:
+        form: the format, a key of ``CONFIGS``.
+        values: configuration by key, see ``ExportConfig`` and ``TimmExportConfig``; ``model`` is needed.
+        out: the file or folder; must not be there yet.
 
-    Attributes:
-        config_class: of the command.
-        write: writes a model into a folder that is there, or to a file; the last argument is where it will lie.
-        read: gives back what runs it.
-        suffix: of the file; "" for a folder.
-        require: refuses if a package is not installed.
+    Returns:
+        JSON-able: ``path``, ``format``, ``bytes``, ``input_size`` (channels, rows, columns), ``classes`` (their
+        number), and of the comparison ``images``, ``checked_on``, ``largest_difference``, ``tolerance``.
+
+    Raises:
+        MapetError: for wrong input, or outputs that differ by more than the tolerance; nothing is written then.
     """
+    if form not in CONFIGS:
+        raise MapetError(f"unknown format {form!r}{nearest(form, CONFIGS)}")
+    config, suffix, target = settle(CONFIGS[form], values), SUFFIXES[form], Path(out)
+    if not target.name or (suffix and target.suffix != suffix):
+        name = f"a file name that ends in {suffix}" if suffix else "the name of a folder"
+        raise MapetError(f"output {str(out)!r} is not {name}; choose another --out")
+    if form == "onnx":
+        require_onnx()
+    found: dict[str, Any] = {}
 
-    config_class: type[ExportConfig]
-    write: Callable[[OpenModel, Path, ExportConfig, Path], None]
-    read: Callable[[Path], Callable[[Tensor], Tensor]]
-    suffix: str = ""
-    require: Callable[[], None] = lambda: None
+    def export(fresh: Path) -> None:
+        opened = open_model(
+            config.model, classifier=True, image_size=config.image_size, crop_pct=config.crop_pct, reinit=config.reinit
+        )
+        images = _choose_images(config)
+        logger.info("exporting %s", config.model)
+        exported = _write_and_read(form, opened, fresh, config, target.name)
+        logger.info("comparing with the model on %d images of %s", len(images), images.name)
+        compared, difference = compare(opened, exported, images)
+        # Not ">": the difference may be NaN.
+        if not difference <= config.allowed_difference:
+            raise MapetError(
+                f"the {form} export of {config.model!r} differs from the model by up to {difference:.3g} on {compared} "
+                f"images, more than the tolerance {config.allowed_difference:g}, so it was not kept; use another "
+                "format, or raise --tolerance"
+            )
+        found.update(
+            input_size=[opened.channels, *opened.view.size],
+            classes=len(opened.classes),
+            images=compared,
+            checked_on=images.name,
+            largest_difference=difference,
+        )
+
+    with explain_disk_errors(target.parent):
+        if suffix:
+            with new_file(target) as fresh:
+                export(fresh)
+        else:
+            with claimed_folder(target):
+                replace_folder(target, export)
+    size = sum(file.stat().st_size for file in (target, *target.glob("*")) if file.is_file())
+    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.allowed_difference, **found}
 
 
-def _write_timm(opened: OpenModel, folder: Path, config: ExportConfig, target: Path) -> None:
+def _write_and_read(
+    form: str, opened: OpenModel, path: Path, config: ExportConfig, name: str
+) -> Callable[[Tensor], Tensor]:
+    """Write an export that will be called ``name``, and return the function that it computes."""
+    if form == "onnx":
+        write_onnx(opened, path)
+        return read_onnx(path)
+    if form == "torch":
+        write_program(opened, path)
+        return read_program(path)
     assert isinstance(config, TimmExportConfig)
+    _write_timm(opened, path, config, name)
+    network: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return network.eval()
+
+
+def _write_timm(opened: OpenModel, folder: Path, config: TimmExportConfig, name: str) -> None:
     view = opened.view
     export_network(
         opened.network,
@@ -66,105 +120,28 @@ def _write_timm(opened: OpenModel, folder: Path, config: ExportConfig, target: P
         dtype=getattr(torch, config.dtype),
     )
     run = None if config.reinit else read_run(config.model)
-    card = model_card(opened, run, target.name, config.license, untrained=config.reinit)
+    card = model_card(opened, run, name, config.license, untrained=config.reinit)
     # File names need not be valid Unicode.
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
-def _read_timm(folder: Path) -> Callable[[Tensor], Tensor]:
-    network: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return network.eval()
-
-
-FORMATS: dict[str, Format] = {
-    "timm": Format(TimmExportConfig, _write_timm, _read_timm),
-    "onnx": Format(ExportConfig, lambda opened, file, *_: write_onnx(opened, file), read_onnx, ".onnx", require_onnx),
-    "torch": Format(ExportConfig, lambda opened, file, *_: write_program(opened, file), read_program, ".pt2"),
-}
-
-
-def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
-    """Export a model, read the export back and compare the two on real images.
-
-    Args:
-        form: a key of ``FORMATS``.
-        values: configuration by key, see ``ExportConfig`` and ``TimmExportConfig``; ``model`` is needed.
-        out: the file or folder; must not be there yet.
-
-    Returns:
-        JSON-able: ``path``, ``format``, ``bytes``, ``input_size`` (channels, rows, columns), ``classes`` (how many),
-        and of the comparison ``images``, ``checked_on``, ``largest_difference``, ``tolerance``.
-
-    Raises:
-        MapetError: for input that cannot work, or outputs that differ by more than the tolerance; nothing is written.
-    """
-    if form not in FORMATS:
-        raise MapetError(f"unknown format {form!r}{nearest(form, FORMATS)}")
-    chosen = FORMATS[form]
-    config = make_config(chosen.config_class, dict(values))
-    target = Path(out)
-    if not target.name or (chosen.suffix and target.suffix != chosen.suffix):
-        name = f"a file name that ends in {chosen.suffix}" if chosen.suffix else "the name of a folder"
-        raise MapetError(f"output {str(out)!r} is not {name}; choose another --out")
-    chosen.require()
-    found: dict[str, Any] = {}
-
-    def export(fresh: Path) -> None:
-        opened = open_model(
-            config.model, classifier=True, image_size=config.image_size, crop_pct=config.crop_pct, reinit=config.reinit
-        )
-        images = _choose_images(config)
-        logger.info("exporting %s", config.model)
-        chosen.write(opened, fresh, config, target)
-        logger.info("comparing with the model on %d images of %s", len(images), images.name)
-        agreement = compare(opened, chosen.read(fresh), images)
-        # Not ">": the difference may be NaN.
-        if not agreement.largest_difference <= config.allowed_difference:
-            raise MapetError(
-                f"the {form} export of {config.model!r} differs from the model by up to "
-                f"{agreement.largest_difference:.3g} on {agreement.images} images, more than the tolerance "
-                f"{config.allowed_difference:g}, so it was not kept; use another format, or raise --tolerance"
-            )
-        found.update(
-            input_size=[opened.channels, *opened.view.size],
-            classes=len(opened.classes),
-            images=agreement.images,
-            checked_on=images.name,
-            largest_difference=agreement.largest_difference,
-        )
-
-    with explain_disk_errors(target.parent):
-        if chosen.suffix:
-            with new_file(target) as fresh:
-                export(fresh)
-        else:
-            with claimed_folder(target):
-                replace_folder(target, export)
-    size = sum(file.stat().st_size for file in (target, *target.glob("*")) if file.is_file())
-    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.allowed_difference, **found}
-
-
 def _choose_images(config: ExportConfig) -> ImageSet:
-    """Return images to compare on, spread over those that were named, or the run's own, or a demo set's."""
-    images = open_images(config.check) if config.check is not None else _images_of_run(config.model) or _demo_images()
+    """Return ``check_images`` images, evenly spread over those to be compared on."""
+    images = open_images(config.check) if config.check is not None else _default_images(config.model)
     count = min(config.check_images, len(images))
     return images.subset(torch.linspace(0, len(images) - 1, count).long().tolist())
 
 
-def _images_of_run(model: str) -> ImageSet | None:
+def _default_images(model: str) -> ImageSet:
+    """Return the images of the model's run, or a demo set's if there are none."""
     file = RunFolder(model).config
     data = read_recipe(file).get("data") if file.is_file() else None
-    if data is None:
-        return None
+    if data is not None:
+        try:
+            return open_images(str(data))
+        except MapetError as error:
+            logger.warning("the images of the run cannot be opened (%s)", error)
     try:
-        return open_images(str(data))
+        return open_images("mnist")
     except MapetError as error:
-        logger.warning("the run's own images cannot be had (%s)", error)
-        return None
-
-
-def _demo_images() -> ImageSet:
-    try:
-        return open_images(DEFAULT_IMAGES)
-    except MapetError as error:
-        raise MapetError(f"{error}; or name images to check the export on with --check") from error
+        raise MapetError(f"{error}; or name images to compare on with --check") from error

@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import Any
+from functools import partial
 
-from mapet.cli.console import set_up_logging
-from mapet.cli.flags import add_config_flags, add_out_flag, given_values
-from mapet.jobs.export.config import ExportConfig, TimmExportConfig
+from mapet.config.verb import Call, Verb
+from mapet.jobs.export.config import CONFIGS, SUFFIXES
 
-# What is written, its configuration, and what --out takes.
-FORMATS: dict[str, tuple[str, type[ExportConfig], str]] = {
-    "timm": ("a folder for timm and the Hugging Face hub, with a model card", TimmExportConfig, "FOLDER"),
-    "onnx": ("an ONNX file with a dynamic batch (needs 'mapet[onnx]')", ExportConfig, "FILE.onnx"),
-    "torch": ("a torch.export program with a dynamic batch", ExportConfig, "FILE.pt2"),
+WHAT = {
+    "timm": "a folder for timm and the Hugging Face hub, with a model card",
+    "onnx": "an ONNX file with a dynamic batch (needs 'mapet[onnx]')",
+    "torch": "a torch.export program with a dynamic batch",
 }
 
 
-def add_parser(verbs: Any) -> None:
-    """Declare the verb and its formats."""
-    parser = verbs.add_parser(
-        "export",
-        help="write a model for timm and the hub, for ONNX Runtime, or for torch.export",
-        description="Write a trained model for others to use. Each export is read back and compared with the model on "
-        "real images, in batches of several sizes, before it is kept.",
-    )
-    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, (what, config_class, out) in FORMATS.items():
-        form = formats.add_parser(name, help=what, description=f"Export a model as {what}.")
-        form.add_argument("model", help=config_class.model_fields["model"].description)
-        add_out_flag(form, "what to write; must not be there yet", out)
-        form.add_argument("--json", action="store_true", help="print what came of it as JSON")
-        add_config_flags(form, config_class, left_out=("model",))
-        form.set_defaults(run=run)
-
-
-def run(parsed: argparse.Namespace) -> int:
+def run(form: str, call: Call) -> int:
     """Export."""
-    console = set_up_logging()
     from mapet.jobs.export.run import export_model
 
-    _, config_class, _ = FORMATS[parsed.format]
-    result = export_model(parsed.format, given_values(parsed, config_class), parsed.out)
-    if parsed.json:
+    result = export_model(form, call.values, call.out)
+    if call.flags.json:
         print(json.dumps(result))
-    else:
-        console.print(
-            f"written: {result['path']}, {result['bytes'] / 1e6:.1f} MB; largest difference to the model on "
-            f"{result['images']} images of {result['checked_on']}: {result['largest_difference']:.2g}",
-            soft_wrap=True,
-            markup=False,
-        )
+        return 0
+    call.say(
+        f"written: {result['path']}, {result['bytes'] / 1e6:.1f} MB; largest difference to the model on "
+        f"{result['images']} images of {result['checked_on']}: {result['largest_difference']:.2g}"
+    )
     return 0
+
+
+def _verb(form: str) -> Verb:
+    suffix = SUFFIXES[form]
+    return Verb(
+        summary=f"export a model as {WHAT[form]}",
+        about=f"Export a model as {WHAT[form]}.\nThe export is read back and compared with the model on real images "
+        "before it is kept.",
+        example=f"  mapet export {form} runs/classifier --out classifier{suffix}",
+        configs=(CONFIGS[form],),
+        run=partial(run, form),
+        positional={"model": None},
+        required=True,
+        out="what to write; must not be there yet",
+        out_metavar=f"FILE{suffix}" if suffix else "FOLDER",
+        recipe=False,
+        json="print the result as JSON",
+    )
+
+
+TIMM, ONNX, TORCH = map(_verb, ("timm", "onnx", "torch"))

@@ -17,10 +17,10 @@ from mapet.engine.checkpoint import TASK_FILE, read_state
 from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
 from mapet.inference.models import open_model
-from mapet.models.upstream import PRETRAINING_FILE
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.models.attention import use_layouts
 from mapet.models.tensors import read_tensors
+from mapet.models.upstream import PRETRAINING_FILE
 from mapet.objectives.base import Objective
 from mapet.targets.sources import TargetSource
 from mapet.targets.tokenizer import is_ready
