@@ -29,7 +29,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
-    def check(cls, given: Mapping[str, Any]) -> None:
+    def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse values that do not go together.
 
         Args:
@@ -137,7 +137,7 @@ def parse(config_class: type[Config], values: Mapping[str, Any], origin: str = "
         if name in checked.model_fields_set and (getattr(checked, name) is not None or admits_none(config_class, name))
     }
     try:
-        config_class.check(given)
+        config_class.check_together(given)
     except ValueError as error:
         raise MapetError(f"{origin} is wrong: {error}") from None
     return given

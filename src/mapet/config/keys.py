@@ -222,7 +222,7 @@ class TrainKeys(DataKeys):
         return None if value == "auto" else value
 
     @classmethod
-    def check(cls, given: Mapping[str, Any]) -> None:
+    def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse both epochs and steps."""
         if given.get("epochs") is not None and given.get("steps") is not None:
             raise ValueError("give epochs or steps, not both")
@@ -233,8 +233,8 @@ class TrainKeys(DataKeys):
 
         Args:
             given: by the user.
-            facts: ``images``, the size of the data set; ``processes`` that train together; ``precision`` that the device
-                has fast.
+            facts: ``images``, the size of the data set; ``processes`` that train together; ``precision`` that the
+                device has fast.
 
         Raises:
             MapetError: if a batch is larger than the data set, or cannot be shared out evenly.

@@ -90,9 +90,9 @@ class FinetuneConfig(TrainKeys, ModelKeys):
         return name
 
     @classmethod
-    def check(cls, given: Mapping[str, Any]) -> None:
+    def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse both ways of using few labels at once."""
-        super().check(given)
+        super().check_together(given)
         if given.get("label_share") is not None and given.get("labels_per_class") is not None:
             raise ValueError("give label_share or labels_per_class, not both")
 

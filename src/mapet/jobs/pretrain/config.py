@@ -112,9 +112,9 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         return arguments
 
     @classmethod
-    def check(cls, given: Mapping[str, Any]) -> None:
+    def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse values that do not go together."""
-        super().check(given)
+        super().check_together(given)
         if given.get("std") is not None and min(given["std"]) <= 0:
             raise ValueError("std must be positive")
         if given.get("init_parts") == "all" and given.get("init") is None:

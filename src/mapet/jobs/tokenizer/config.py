@@ -40,7 +40,7 @@ class FitConfig(PatchKeys, KMeansKeys, InputKeys):
     batch_size: BatchSize = key(64, "images at a time, per process")
 
     @classmethod
-    def check(cls, given: Mapping[str, Any]) -> None:
+    def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse values that do not go together."""
         check_teacher(given, given.get("teacher"))
         image, patch = given.get("image_size", 224), given.get("patch_size", 16)
