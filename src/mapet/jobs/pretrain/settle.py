@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.config.base import default_of, parse, settle
 from mapet.data.seeds import Stream, fold_seed
 from mapet.engine.parallel import fast_precision, make_accelerator
-from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.jobs.pretrain.config import PretrainConfig, check_targets
 from mapet.jobs.pretrain.start import inherit
 from mapet.models.vit import build_vit
 from mapet.objectives.base import Objective
@@ -38,12 +38,14 @@ def settle_run(asked: Mapping[str, Any], images: int, processes: int = 1) -> Pre
     name = given.get("objective", default_of(PretrainConfig, "objective"))
     objective = _skeleton(name, given)
     kind = type(objective)
+    targets = given.get("targets", kind.default_targets)
+    check_targets(given, name, targets)
     published = {"targets": kind.default_targets, "masking": objective.masking, "mask_ratio": kind.default_mask_ratio}
     view, vocab_size = {}, given.get("vocab_size")
     if given.get("tokens") is not None:
         store = TokenStore.open(given["tokens"])
         view, vocab_size = settle_view(store, given), store.header.vocab_size
-    elif given.get("targets", kind.default_targets) == "ids":
+    elif targets == "ids":
         tokenizer = given.get("tokenizer") or "pixels"
         if not is_ready(tokenizer):
             check_fittable(tokenizer)
