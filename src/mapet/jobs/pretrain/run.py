@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mapet.config.base import continued, read_recipe
+from mapet.config.base import continued, parse, read_recipe
 from mapet.data.batches import DamageTally, ViewDataset, collate, draw_batches, load_batches
 from mapet.data.labelled import open_labelled
 from mapet.data.open import open_images
@@ -71,8 +71,9 @@ def pretrain(
             config = continued(PretrainConfig, read_recipe(folder.config), values, folder.root)
             images = main_first(lambda: open_images(config.data))
         else:
-            images = main_first(lambda: open_images(str(values.get("data", ""))))
-            config = main_first(lambda: settle_run(values, len(images), world.num_processes))
+            given = parse(PretrainConfig, values, complete=True)
+            images = main_first(lambda: open_images(given["data"]))
+            config = main_first(lambda: settle_run(given, len(images), world.num_processes))
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))
 
