@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from mapet.data.sources import ImageSet
@@ -148,6 +147,8 @@ def hold_out(y: IntArray, seed: int) -> tuple[IntArray, IntArray]:
     Raises:
         MapetError: if there is only one class, or a single image of every class.
     """
+    from sklearn.model_selection import StratifiedKFold  # imported here: it takes as long as torch
+
     counts = np.bincount(y)
     if np.count_nonzero(counts) < 2:
         raise MapetError(f"the {len(y)} training images that can be read are of one class; repair or add images")
