@@ -6,10 +6,7 @@ import json
 import os
 import resource
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +23,6 @@ import mapet
 from mapet import MapetError
 from mapet.data.open import open_images
 from mapet.jobs.infer.run import embed_images, predict_images
-from mapet.models.export import export_network
 
 QUIET = Console(quiet=True)
 SMALL: dict[str, Any] = {"workers": 0, "batch_size": 16}
@@ -75,6 +70,7 @@ def test_features_are_those_of_timm_in_order(pretrained_run: Path, digits: Path,
     patches = features[:, 1:]
     assert table.column_names == ["key", *kinds]
     assert table["key"].to_pylist() == list(keys)
+    assert pq.ParquetFile(out).num_row_groups == 4, "one for each batch of 16 images"
     expected = (patches.flatten(1), features[:, 0], network(images), patches.mean(dim=1))
     for kind, values in zip(kinds, expected, strict=True):
         assert array(table, kind).dtype == np.float32
@@ -117,15 +113,6 @@ def test_another_image_size(pretrained_run: Path, digits: Path, tmp_path: Path) 
     table = embed(pretrained_run, digits, out, features=["patches"], image_size="21x35", crop_pct=0.9)
     assert array(table, "patches").shape == (60, 3 * 5 * 32)
     assert (about(out)["grid"], about(out)["image_size"], about(out)["crop_pct"]) == ([3, 5], [21, 35], 0.9)
-
-
-def test_networks_without_a_class_token(digits: Path, tmp_path: Path) -> None:
-    values = {"features": ["pooled", "mean", "patches"], "image_size": 32, "reinit": True}
-    table = embed(Path("convnext_atto"), digits / "class 3", tmp_path / "f.parquet", **values)
-    assert np.allclose(array(table, "mean"), array(table, "patches"), atol=1e-5), "an image of 32 pixels is one patch"
-    with pytest.raises(MapetError, match="class features need a class token, which convnext_atto lacks"):
-        embed(Path("convnext_atto"), digits, tmp_path / "g.parquet", **values | {"features": ["class"]})
-    assert os.listdir(tmp_path) == ["f.parquet"]
 
 
 def test_damaged_images_are_left_out(
@@ -199,46 +186,6 @@ def test_features_that_overflow_are_refused(pretrained_run: Path, digits: Path, 
     assert sorted(os.listdir(tmp_path)) == ["f.parquet", "model"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's peak memory from /proc")
-def test_memory_does_not_grow_with_the_images(digits: Path, tmp_path: Path) -> None:
-    """The file has 205 MB of features."""
-    small = {"img_size": 28, "patch_size": 2, "in_chans": 1, "embed_dim": 128, "depth": 1, "num_heads": 1}
-    (tmp_path / "model").mkdir()
-    network = timm.create_model("vit_tiny_patch16_224", **small, num_classes=0)
-    export_network(network, tmp_path / "model", (0.5,), (0.25,))
-    files = [str(file) for file in sorted(digits.rglob("*.png"))]
-    (tmp_path / "list.txt").write_text("\n".join(files * 34))
-    values = {"model": str(tmp_path / "model"), "features": ["patches"], "workers": 0, "batch_size": 20}
-    code = f"""
-from mapet.jobs.infer.run import embed_images
-for out, data in (("0", {str(digits)!r}), ("1", {str(tmp_path / "list.txt")!r})):
-    embed_images(dict({values}, data=data), {str(tmp_path)!r} + f"/{{out}}.parquet")
-    print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    before, after = map(float, done.stdout.split())
-    written = pq.ParquetFile(tmp_path / "1.parquet").metadata
-    assert (written.num_rows, written.num_row_groups) == (2040, 102)
-    assert after - before < 80
-
-
-def test_a_kill_leaves_nothing_under_the_final_name(pretrained_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "f.parquet"
-    values = {"model": str(pretrained_run), "data": "mnist", "workers": 0, "batch_size": 1}
-    code = f"from mapet.jobs.infer.run import embed_images; embed_images({values}, {str(out)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 120
-    while not (tmp_path / ".f.parquet.new").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    assert len(embed(pretrained_run, "mnist", out, batch_size=500)) == 4000
-    assert os.listdir(tmp_path) == ["f.parquet"]
-
-
 def test_a_full_disk_is_named(pretrained_run: Path, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -250,6 +197,10 @@ def test_a_full_disk_is_named(pretrained_run: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_model_for_colour_images_takes_images_with_transparency(tmp_path: Path) -> None:
-    Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(tmp_path / "red.png")
-    assert len(embed(Path("resnet18"), tmp_path, tmp_path / "f.parquet", reinit=True, image_size=32)) == 1
+def test_parquet_without_pyarrow_is_refused_and_csv_is_not(
+    classifier: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    predict(classifier, digits, tmp_path / "x.csv")
+    with pytest.raises(MapetError, match=r"need pyarrow; install it with: pip install 'mapet\[parquet\]'"):
+        predict(classifier, digits, tmp_path / "x.parquet")
