@@ -113,14 +113,15 @@ def extract_features(
     for labels, output in stream_labelled(network, images, view, channels, dtype=dtype, **options):
         if not done:
             shape = (len(images), *output.shape[1:])
-            store = np.empty(shape, np.float32) if file is None else _allocate_on_disk(file, shape)
+            store = np.empty(shape, np.float32) if file is None else allocate_on_disk(file, shape)
         batch = slice(done, done + len(labels))
         store[batch], y[batch] = output.cpu().numpy(), labels
         done += len(labels)
     return Features(store, np.arange(done), y[:done], images.classes)
 
 
-def _allocate_on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
+def allocate_on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
+    """Return a float16 array in a new file; raise MapetError if the disk has no room for it."""
     size = 2 * int(np.prod(shape))
     # A full disk kills a process that writes to a mapped file, without a message: allocate the space before.
     try:
