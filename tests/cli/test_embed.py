@@ -29,7 +29,7 @@ def test_features_in_a_file(
     [
         (["RUN", "DIGITS", "--out", "features.csv"], "'features.csv' does not end in .parquet"),
         (["RUN", "DIGITS", "--out", "/proc/f.parquet"], "output /proc/f.parquet cannot be written to"),
-        (["RUN", "DIGITS", "--features", "klass"], "features.0 = 'klass'"),
+        (["RUN", "DIGITS", "--features", "klass"], "features = klass"),
         (["RUN", "DIGITS", "--image-size", "30"], "30 is not divisible by its patch size 7; take 28 or 35"),
         (["RUN", "DIGITS", "--precision", "fp16"], "precision 'fp16' needs a GPU"),
         (["RUN"], "lacks 'data'"),

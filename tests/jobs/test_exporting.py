@@ -177,7 +177,7 @@ def test_the_card_of_a_run(
     assert "- length: 4 steps, " in card.text
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert f"- loss, mean of the last 100 logged steps: {sum(losses) / 4:.4g}\n" in card.text
-    entropy = json.loads((run / "baseline.json").read_text())["unigram_entropy"]
+    entropy = json.loads((run / "baseline.json").read_text())["entropy"]
     assert f"- loss without looking at the image: {entropy:.4g}\n" in card.text
     assert "arXiv:2306.07346" in card.text
     assert "No licence" not in card.text
