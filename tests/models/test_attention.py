@@ -40,7 +40,6 @@ def test_attend_equals_the_definition(dtype: torch.dtype, native: bool, monkeypa
     ],
 )
 def test_masked_rows_equal_timms_own_masked_attention(changes: dict[str, Any]) -> None:
-    """A rectangular mask gives what timm gives for the square one, for the rows it asks for."""
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
     plain = timm.create_model("vit_tiny_patch16_224", **options, **changes).double().eval()
