@@ -80,6 +80,10 @@ class ImageSet:
             found = hashlib.sha256(np.ascontiguousarray(item).tobytes())
         return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
 
+    def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
+        """Return image ``index`` as ``load`` does and the SHA-256 of its content, ``(32,)`` uint8."""
+        return self.load(index, channels), self.digest(index)
+
     def subset(self, indices: Sequence[int]) -> Self:
         """Return the images at ``indices``, in that order."""
         items = self.items[np.asarray(indices)] if isinstance(self.items, np.ndarray) else None
