@@ -299,6 +299,5 @@ def _tokenizer_hash(run: RunFolder) -> str:
     """Return the content hash of the tokenizer that a run was trained with."""
     store = read_recipe(run.config).get("tokens")
     if store is not None:
-        with TokenStore.open(str(store)) as opened:
-            return opened.header.tokenizer_hash
+        return TokenStore.open(str(store)).header.tokenizer_hash
     return read_state(run.checkpoint).made_from.targets
