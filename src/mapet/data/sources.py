@@ -160,10 +160,6 @@ class ImageSet:
         """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
         return self.source.load_with_digest(self._position(index), channels)
 
-    def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
-        """Return image ``index`` as ``load`` does and the SHA-256 of its content, ``(32,)`` uint8."""
-        return self.load(index, channels), self.digest(index)
-
     def subset(self, indices: Sequence[int]) -> Self:
         """Return the images at ``indices``, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
