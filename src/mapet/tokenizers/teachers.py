@@ -12,6 +12,7 @@ from typing import Any, Self
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from timm.models import get_model_args
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -218,7 +219,7 @@ def _timm_network(name: str, pretrained: bool, **model_args: Any) -> Any:
             return timm.create_model(name, **arguments, dynamic_img_size=True)
         except TypeError:  # only ViTs have the argument; with it they read images of any size
             return timm.create_model(name, **arguments)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
 
 
