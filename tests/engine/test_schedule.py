@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from mapet.engine.schedule import warmup_cosine
 
 SHAPE = {"total": 100, "warmup": 10, "start": 0.1, "peak": 1.0, "end": 0.2}
