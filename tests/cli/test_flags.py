@@ -46,10 +46,7 @@ def test_flags_override_a_recipe(tmp_path: Path) -> None:
 
 def test_wrong_values_of_a_recipe_are_refused_even_if_a_flag_replaces_them(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    for line, says in (
-        ("lr: fast", "recipe .*recipe.yaml is wrong: lr = fast"),
-        ("epoch: 3", "did you mean 'epochs"),
-    ):
+    for line, says in (("lr: fast", "recipe .*recipe.yaml is wrong: lr = fast"), ("epoch: 3", "did you mean 'epochs")):
         recipe.write_text(f"{line}\n")
         with pytest.raises(MapetError, match=says):
             values_of("--config", str(recipe), "--lr", "0.1", "--epochs", "3")
