@@ -22,11 +22,8 @@ def values_of(*arguments: str) -> dict[str, Any]:
     ("arguments", "key", "expected"),
     [
         (["--lr", "1e-3"], "lr", 1e-3),
-        (["--precision", "no"], "precision", "no"),
         (["--no-contrast"], "contrast", False),
-        (["--spherical"], "spherical", True),
         (["--layer-scale", "none"], "layer_scale", None),
-        (["--eval-data", "none"], "eval_data", None),
         (["--teacher-stage", "-1"], "teacher_stage", "-1"),
         (["--mean", "0.5", "0.4", "1e-1"], "mean", (0.5, 0.4, 0.1)),
         (["--mean", "0.5,0.4,1e-1"], "mean", (0.5, 0.4, 0.1)),
