@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mapet.jobs.tokenizer.vqkd_objective import DEAD_AFTER_SHARES, VQKDObjective
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mapet
 from mapet import MapetError
 from mapet.engine.optimizer import build_optimizer
-from mapet.jobs.tokenizer.vqkd_objective import DEAD_AFTER_SHARES, VQKDObjective
 from mapet.tokenizers.vqkd import VQKD
 
 TARGET_DIM = 24

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
+from safetensors.torch import save_file
 
-from mapet import MapetError
+from mapet import MapetError, load_tokenizer
+from mapet.data.open import open_images
+from mapet.data.views import PlainView
 from mapet.models.export import export_network
 from mapet.tokenizers.base import KTokenizer
-from mapet.tokenizers.files import load_tokenizer, save_tokenizer
+from mapet.tokenizers.files import save_tokenizer
 from mapet.tokenizers.kfeatures import KFeatures
 from mapet.tokenizers.kpixels import KPixels
 from mapet.tokenizers.teachers import build_teacher
@@ -26,43 +33,39 @@ def fitted(tokenizer: KTokenizer, images: torch.Tensor, seed: int = 0) -> KToken
 
 
 def test_pixels_are_cut_in_raster_order() -> None:
-    tokenizer = KPixels(8, 4, 2, vocab_size=3, contrast=False)
     image = torch.arange(2 * 8 * 8, dtype=torch.float32).reshape(1, 2, 8, 8)
-    features = tokenizer.features(image)
+    features = KPixels(8, 4, 2, vocab_size=3, contrast=False).features(image)
     assert features.shape == (1, 4, 32)
     assert torch.equal(features[0, 1], image[0, :, :4, 4:].flatten())
     assert torch.equal(features[0, 2], image[0, :, 4:, :4].flatten())
 
 
-def test_contrast_makes_ids_blind_to_brightness_and_gain() -> None:
-    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
-    plain = fitted(KPixels(32, 8, 3, vocab_size=8, contrast=False), photos(), seed=0)
-    darker = photos() * 0.5
-    assert (tokenizer.encode(darker) == tokenizer.encode(photos())).float().mean() > 0.9
-    assert (plain.encode(darker) == plain.encode(photos())).float().mean() < 0.9
+def test_ids_after_contrast_normalisation_do_not_depend_on_brightness() -> None:
+    for contrast in (True, False):
+        tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8, contrast=contrast), photos())
+        same = (tokenizer.encode(photos() * 0.5) == tokenizer.encode(photos())).float().mean()
+        assert (same > 0.9) == contrast
 
 
-def test_encode_is_a_protocol_of_ids() -> None:
-    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
-    ids = tokenizer.encode(photos(3))
-    assert ids.shape == (3, 16)
-    assert ids.dtype == torch.int64
-    assert tokenizer.grid == (4, 4)
-    assert ids.min() >= 0
-    assert ids.max() < tokenizer.vocab_size
-
-
-def test_saved_and_loaded_gives_the_same_ids_and_hash(tmp_path: Path) -> None:
-    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
+def test_saved_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
+    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos())
     save_tokenizer(tokenizer, tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert torch.equal(loaded.encode(photos()), tokenizer.encode(photos()))
+    loaded, ids = load_tokenizer(tmp_path), tokenizer.encode(photos())
+    assert torch.equal(loaded.encode(photos()), ids)
+    assert (ids.shape, ids.dtype) == ((6, 16), torch.int64)
+    assert set(ids.flatten().tolist()) == set(range(8))
     assert loaded.content_hash == tokenizer.content_hash
-    other = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=1)
-    assert other.content_hash != tokenizer.content_hash
+    assert fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=1).content_hash != tokenizer.content_hash
+    assert repr(loaded) == "<KPixels: 8 ids, 4 x 4 patches of 3 x 32 x 32 images>"
 
 
-def test_ids_are_made_in_full_precision_and_with_cudnn_as_it_was() -> None:
+def test_content_hash_does_not_change_between_versions() -> None:
+    tokenizer = KPixels(8, 4, 1, vocab_size=2)
+    tokenizer.centroids.copy_(torch.arange(32.0).reshape(2, 16))
+    assert tokenizer.content_hash == "4908952d0f18326027d505e179a7be792e1b979136985a1c84e6822498742ef1"
+
+
+def test_ids_are_computed_in_full_precision() -> None:
     seen = []
 
     class Watched(KPixels):
@@ -75,30 +78,31 @@ def test_ids_are_made_in_full_precision_and_with_cudnn_as_it_was() -> None:
     tokenizer = fitted(Watched(32, 8, 3, vocab_size=8), photos())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokenizer.encode(photos().bfloat16())
-    enabled, benchmark = torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark
-    assert enabled
-    assert seen == [(enabled, benchmark, False, False, torch.float32)] * 2
+    cudnn = torch.backends.cudnn
+    assert seen == [(cudnn.enabled, cudnn.benchmark, False, False, torch.float32)] * 2
 
 
 def test_damaged_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MapetError, match="holds no fitted tokenizer"):
         load_tokenizer(tmp_path)
-    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=0)
+    tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8), photos())
     save_tokenizer(tokenizer, tmp_path)
-    tokenizer.centroids += 1
-    from safetensors.torch import save_file
-
-    save_file({"centroids": tokenizer.centroids}, tmp_path / "tokenizer.safetensors")
-    with pytest.raises(MapetError, match="changed after fitting"):
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    save_file({"centroids": tokenizer.centroids + 1}, tmp_path / "tokenizer.safetensors")
+    with pytest.raises(MapetError, match="is damaged .its tensors do not match its hash.; restore it or fit it again"):
         load_tokenizer(tmp_path)
+    for change in ({"kind": "pixel"}, {"config": {}}, {"config": None}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
+        with pytest.raises(MapetError, match="is damaged"):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.safetensors").write_bytes(b"cut")
-    with pytest.raises(MapetError, match="cannot be read"):
+    with pytest.raises(MapetError, match="is damaged"):
         load_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random weights of small networks, in files as timm's users have them."""
+    """Files with random weights of small networks."""
     folder = tmp_path_factory.mktemp("weights")
     files = {}
     for name in ("test_vit", "test_resnet", "test_efficientnet"):
@@ -108,139 +112,99 @@ def timm_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
+def normalised(images: torch.Tensor, name: str) -> torch.Tensor:
+    config = timm.get_pretrained_cfg(name).to_dict()
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images - mean) / std
+
+
 @pytest.mark.parametrize(
-    ("teacher", "stage"),
-    [("test_vit", None), ("test_vit", 1), ("test_resnet", None), ("test_resnet", 2), ("test_efficientnet", 1)],
+    ("name", "stage"), [("test_vit", None), ("test_vit", 1), ("test_resnet", 2), ("test_efficientnet", 1)]
 )
-def test_timm_teachers_from_a_local_file(
-    teacher: str, stage: int | None, timm_weights: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("spherical", [False, True])
+def test_tokenizers_of_timm_teachers(
+    name: str, stage: int | None, spherical: bool, timm_weights: dict[str, Path], tmp_path: Path
 ) -> None:
-    tokenizer = KFeatures.from_teacher(teacher, (5, 5), 8, teacher_size=160, stage=stage, weights=timm_weights[teacher])
+    file = timm_weights[name]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    teacher = build_teacher(name, stage, f"{file}#sha256={digest}")
     views = photos(4, size=40)
-    fitted(tokenizer, views)
+    tokenizer = fitted(KFeatures(teacher, (5, 5), 8, 160, spherical), views)
     ids = tokenizer.encode(views)
     assert ids.shape == (4, 25)
     save_tokenizer(tokenizer, tmp_path)
-    assert torch.equal(load_tokenizer(tmp_path).encode(views), ids)
+    loaded = load_tokenizer(tmp_path)
+    assert torch.equal(loaded.encode(views), ids)
+    assert loaded.content_hash == tokenizer.content_hash
+    assert loaded.origin == {"weights": str(file), "sha256": digest}
+    if spherical:
+        cosines = F.normalize(tokenizer.patch_features(views), dim=-1) @ tokenizer.centroids.T
+        assert torch.equal(ids, cosines.argmax(-1))
 
 
-def test_spherical_ids_tell_direction_only(timm_weights: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = KFeatures.from_teacher(
-        "test_resnet", (5, 5), 8, 160, weights=timm_weights["test_resnet"], spherical=True
-    )
-    views = photos(4)
-    fitted(tokenizer, views)
-    features = tokenizer.features(views)
-    assert torch.allclose(features.norm(dim=-1), torch.ones(4, 25), atol=1e-5)
-    cosines = torch.nn.functional.normalize(tokenizer.patch_features(views), dim=-1) @ tokenizer.centroids.T
-    assert torch.equal(tokenizer.encode(views), cosines.argmax(-1))
-    save_tokenizer(tokenizer, tmp_path)
-    assert load_tokenizer(tmp_path).content_hash == tokenizer.content_hash
-
-
-def test_where_weights_came_from_is_recorded(timm_weights: dict[str, Path], tmp_path: Path) -> None:
-    file = timm_weights["test_vit"]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    tokenizer = KFeatures.from_teacher("test_vit", (4, 4), 8, 160, weights=f"{file}#sha256={digest}")
-    fitted(tokenizer, photos())
-    save_tokenizer(tokenizer, tmp_path)
-    assert load_tokenizer(tmp_path).origin == {"weights": str(file), "sha256": digest}
-    with pytest.raises(MapetError, match=f"have the SHA-256 {digest}"):
-        build_teacher("test_vit", weights=f"{file}#sha256={'0' * 64}")
-
-
-def test_an_exported_run_is_a_tokenizer_that_needs_its_folder_no_more(tiny_vit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    exported = tmp_path / "exported"
-    exported.mkdir()
-    export_network(tiny_vit(depth=3, reg_tokens=2).eval(), exported, (0.5,) * 3, (0.25,) * 3)
-    tokenizer = KFeatures.from_teacher(str(exported), (4, 4), 8, 28, stage=1)
-    fitted(tokenizer, photos(size=28))
-    (tmp_path / "tok").mkdir()
-    save_tokenizer(tokenizer, tmp_path / "tok")
-    exported.rename(tmp_path / "gone")
-    loaded = load_tokenizer(tmp_path / "tok")
-    assert torch.equal(loaded.features(photos(size=28)), tokenizer.features(photos(size=28)))
-    assert loaded.config["teacher"]["mean"] == [0.5] * 3
-
-
-def test_vit_teachers_prefix_tokens_are_dropped(timm_weights: dict[str, Path]) -> None:
-    tokenizer = KFeatures.from_teacher("test_vit", (10, 10), 8, teacher_size=160, weights=timm_weights["test_vit"])
+def test_features_of_a_vit_are_those_of_its_patch_tokens(timm_weights: dict[str, Path]) -> None:
+    teacher = build_teacher("test_vit", weights=timm_weights["test_vit"])
     whole = timm.create_model("test_vit", num_classes=0).eval()
     whole.load_state_dict(torch.load(timm_weights["test_vit"], weights_only=True), strict=False)
     views = photos(2, size=160)
-    mean, std = (torch.tensor(whole.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    tokens = whole.forward_intermediates((views - mean) / std, norm=False, output_fmt="NLC")[1][-1]
-    assert torch.allclose(tokenizer.features(views), tokens, atol=1e-4)
+    tokens = whole.forward_intermediates(normalised(views, "test_vit"), norm=False, output_fmt="NLC")[1][-1]
+    assert torch.allclose(KFeatures(teacher, (10, 10), 8, 160).features(views), tokens, atol=1e-4)
+    assert repr(teacher) == "<TimmTeacher: test_vit, stage -1, reads 3 channels>"
 
 
-def test_stages_are_counted_as_timm_counts_them(timm_weights: dict[str, Path]) -> None:
-    views = photos(2, size=160)
-    whole = timm.create_model("test_efficientnet", features_only=True).eval()
-    state = torch.load(timm_weights["test_efficientnet"], weights_only=True)
-    whole.load_state_dict({name: tensor for name, tensor in state.items() if name in whole.state_dict()})
-    config = timm.get_pretrained_cfg("test_efficientnet").to_dict()
-    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    for stage, expected in enumerate(whole((views - mean) / std)):
-        teacher = build_teacher("test_efficientnet", stage, timm_weights["test_efficientnet"])
-        assert torch.allclose(teacher(views), expected, atol=1e-4)
+def test_stages_are_numbered_as_in_timm(timm_weights: dict[str, Path]) -> None:
+    views, name = photos(2, size=160), "test_efficientnet"
+    whole = timm.create_model(name, features_only=True).eval()
+    state = torch.load(timm_weights[name], weights_only=True)
+    whole.load_state_dict({key: tensor for key, tensor in state.items() if key in whole.state_dict()})
+    for stage, expected in enumerate(whole(normalised(views, name))):
+        assert torch.allclose(build_teacher(name, stage, timm_weights[name])(views), expected, atol=1e-4)
 
 
-def test_a_grey_backbone_of_ones_own_as_teacher(tiny_vit, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    backbone = tiny_vit(channels=1).eval()
+def test_an_exported_grey_network_as_teacher(tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = tiny_vit(channels=1, reg_tokens=2).eval()
     export_network(backbone, tmp_path, (0.5,), (0.25,))
-    teacher = build_teacher(f"local-dir:{tmp_path}")
-    grey = photos(2, size=28, channels=1)
-    expected = backbone.forward_features((grey - 0.5) / 0.25)[:, 1:]
+    teacher, grey = build_teacher(str(tmp_path)), photos(2, size=28, channels=1)
+    expected = backbone.forward_features((grey - 0.5) / 0.25)[:, 3:]
     found = teacher(grey)
     assert found.shape == (2, 32, 4, 4)
     assert torch.allclose(backbone.norm(found.flatten(2).mT), expected, atol=1e-5)
     assert torch.allclose(teacher(grey.expand(-1, 3, -1, -1)), found, atol=1e-3)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(MapetError, match="could not be fetched or read"):
+        build_teacher(str(tmp_path))
 
 
-def test_real_mobilenet_gives_upstream_features(mobilenet_weights: Path, photographs: Path) -> None:
-    """torchvision's own network, cut after ``features[:14]``, on real photographs."""
-    from mapet.data.open import open_images
-    from mapet.data.views import PlainView
-
-    images = open_images(str(photographs))
-    view = PlainView((224, 224), (0.0,) * 3, (1.0,) * 3)
+def test_torchvision_features_on_photographs(mobilenet_weights: Path, photographs: Path) -> None:
+    """``features[:14]`` of MobileNetV2, as upstream."""
+    images, view = open_images(str(photographs)), PlainView((224, 224), (0.0,) * 3, (1.0,) * 3)
     views = torch.stack([view(images.load(i, 3))[0] for i in range(4)])
-    tokenizer = KFeatures.from_teacher(
-        "mobilenet_v2", (14, 14), 16, teacher_size=224, stage="features.13", weights=mobilenet_weights
-    )
+    tokenizer = KFeatures(build_teacher("mobilenet_v2", "features.13", mobilenet_weights), (14, 14), 16, 224)
     network = torchvision.models.mobilenet_v2()
     network.load_state_dict(torch.load(mobilenet_weights, weights_only=True))
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
         expected = network.eval().features[:14]((views - mean) / std).flatten(2).transpose(1, 2)
-    assert expected.shape == (4, 196, 96)
+    tokenizer.train()  # the teacher stays in evaluation mode
     assert torch.allclose(tokenizer.features(views), expected, atol=1e-4)
-    tokenizer.train()
-    assert torch.allclose(tokenizer.features(views), expected, atol=1e-4), "a teacher must stay in evaluation"
 
 
-def test_bad_teachers_are_refused(timm_weights: dict[str, Path], tmp_path: Path) -> None:
-    def build(teacher: str, teacher_size: int = 160, **options: object) -> KFeatures:
-        return KFeatures.from_teacher(teacher, (4, 4), 8, teacher_size, **options)  # type: ignore[arg-type]
-
-    with pytest.raises(MapetError, match=r"unknown tokenizer or teacher 'mobilnet_v2'.*'mobilenet_v2'"):
-        build("mobilnet_v2")
-    with pytest.raises(MapetError, match="do not exist"):
-        build("test_vit", weights=tmp_path / "none.pth")
-    (tmp_path / "cut.pth").write_bytes(timm_weights["test_vit"].read_bytes()[:1000])
-    with pytest.raises(MapetError, match="cannot be read"):
-        build("test_vit", weights=tmp_path / "cut.pth")
-    with pytest.raises(MapetError, match="do not fit teacher 'test_vit'"):
-        build("test_vit", weights=timm_weights["test_resnet"])
+def test_teachers_that_do_not_work_are_refused(timm_weights: dict[str, Path], tmp_path: Path) -> None:
+    vit = timm_weights["test_vit"]
+    (tmp_path / "cut.pth").write_bytes(vit.read_bytes()[:1000])
     torch.save(torchvision.models.mobilenet_v2().state_dict(), tmp_path / "mobile.pth")
-    with pytest.raises(MapetError, match=r"not a spatial map.*earlier --teacher-stage"):
-        build("mobilenet_v2", stage="flatten", weights=tmp_path / "mobile.pth")
-    with pytest.raises(MapetError, match=r"no stage 'feature.3'"):
-        build("mobilenet_v2", stage="feature.3", weights=tmp_path / "mobile.pth")
-    with pytest.raises(MapetError, match="must be a number"):
-        build("test_vit", stage="last", weights=timm_weights["test_vit"])
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "deit.pth")
-    with pytest.raises(MapetError, match=r"'deit_tiny_patch16_224' cannot read images of 100 x 100 .*--teacher-size"):
-        build("deit_tiny_patch16_224", teacher_size=100, weights=tmp_path / "deit.pth")
-    with pytest.raises(MapetError, match="no stage 99"):
-        build("test_vit", stage=99, weights=timm_weights["test_vit"])
+    for name, stage, weights, message in (
+        ("mobilnet_v2", None, None, r"unknown tokenizer or teacher 'mobilnet_v2'.*'mobilenet_v2'"),
+        ("test_vit", None, tmp_path / "none.pth", "cannot be read"),
+        ("test_vit", None, tmp_path / "cut.pth", "cannot be read"),
+        ("test_vit", None, timm_weights["test_resnet"], "do not fit teacher 'test_vit'"),
+        ("test_vit", None, f"{vit}#sha256={'0' * 64}", "have the SHA-256"),
+        ("test_vit", "last", vit, "must be a number"),
+        ("test_vit", 99, vit, "no stage 99"),
+        ("mobilenet_v2", "feature.3", tmp_path / "mobile.pth", r"no stage 'feature.3'.*'features.3'"),
+        ("mobilenet_v2", "flatten", tmp_path / "mobile.pth", r"not a spatial map.*earlier --teacher-stage"),
+        ("deit_tiny_patch16_224", None, tmp_path / "deit.pth", r"cannot read images of 100 x 100 .*--teacher-size"),
+    ):
+        with pytest.raises(MapetError, match=message):
+            KFeatures(build_teacher(name, stage, weights), (4, 4), 8, 100)

@@ -187,7 +187,9 @@ def _first_error(error: ValidationError, config_class: type[Config], origin: str
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_unicode":
         message = "not valid UTF-8; rename it, or link to it by another name"
-    return f"{origin} is wrong: {name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    value = first["input"]
+    shown = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return f"{origin} is wrong: {name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
 def continued(

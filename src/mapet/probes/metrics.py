@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
 
 MOST_GUESSES = 5
 
@@ -40,6 +39,8 @@ def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
         guesses: ``(n, min(5, C))`` class indices, the most probable first.
         classes: names of the ``C`` classes.
     """
+    from sklearn.metrics import confusion_matrix  # imported here: it takes as long as torch
+
     right = guesses == truth[:, None]
     return Scores(
         tuple(classes),

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files."""
+"""Figures of a run, as PNG files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def class_colours(count: int) -> ListedColormap:
     """Return a colour for each of ``count`` ids or classes."""
-    # Neighbouring ids are unrelated, so neighbouring colours should be too.
+    # Shuffled: neighbouring ids are unrelated, and their colours must differ.
     shuffle = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
     return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count))[shuffle])
 
@@ -66,14 +66,14 @@ def plot_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, pat
 
 
 def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: int, path: Path) -> None:
-    """Plot images above the maps of their token ids, one colour an id.
+    """Plot images above the maps of their token ids, one colour per id.
 
     Args:
         views: ``(B, C, H, W)`` in [0, 1].
         ids: ``(B, P)``.
         grid: rows and columns of patches.
         vocab_size: ``V``.
-        path: of the PNG.
+        path: PNG file to write.
     """
     count = len(views)
     figure = Figure(figsize=(1.6 * count, 3.6), layout="constrained")
@@ -84,17 +84,10 @@ def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
         token_map = ids[column].reshape(grid).numpy()
         panels[1][column].imshow(token_map, cmap=colours, vmin=0, vmax=vocab_size - 1, interpolation="nearest")
         if max(grid) <= 8:
-            for (row, column_in_map), token in np.ndenumerate(token_map):
-                panels[1][column].text(
-                    column_in_map,
-                    row,
-                    str(token),
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="white",
-                    bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8},
-                )
+            box = {"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8}
+            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6, "color": "white", "bbox": box}
+            for (y, x), token in np.ndenumerate(token_map):
+                panels[1][column].text(x, y, str(token), **style)
     for panel in panels.flat:
         panel.set_xticks([])
         panel.set_yticks([])
@@ -104,9 +97,9 @@ def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
 
 
 def plot_layout(objective: Objective, path: Path) -> None:
-    """Plot one mask over the patches, and for MaPeT and its relatives who sees whom."""
+    """Plot a mask over the patches, and for MaPeT and its variants which tokens attend to which."""
     mask = objective.draw_mask(1, torch.device("cpu"), torch.Generator().manual_seed(0))
-    place = torch.full((objective.patches,), torch.nan)  # white: context, or in neither part
+    place = torch.full((objective.patches,), torch.nan)  # NaN is drawn white: context, or neither context nor target
     place[mask.target[0]] = torch.arange(1.0, objective.targets + 1)
     panels = 2 if isinstance(objective, MaPeT) else 1
     figure = Figure(figsize=(4.75 * panels, 5), layout="constrained")
@@ -129,7 +122,7 @@ def plot_layout(objective: Objective, path: Path) -> None:
 def _plot_visible(objective: MaPeT, panel: Any) -> None:
     visible = objective.visible.cpu().numpy()
     panel.imshow(visible, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
-    panel.set_title(f"{type(objective).__name__}: row may see key (coloured)", fontsize=9)
+    panel.set_title(f"{type(objective).__name__}: row may attend to key (coloured)", fontsize=9)
     groups = {name: count for name, count in objective.rows.items() if count}
     edges = [0, *accumulate(groups.values())]
     for edge in edges[1:-1]:

@@ -1,4 +1,4 @@
-"""Progress on the terminal: where the run is, and whether it is learning."""
+"""Progress of commands on the terminal or in a log file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PLAIN_INTERVAL_S = 15.0
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a model that does not look at the images would reach.
+    """What a model reaches that ignores the images.
 
     Attributes:
-        metric: the entry of a record that is compared with ``level``: ``accuracy`` of ids, ``cosine`` of features.
-        level: the accuracy of always guessing the most frequent id; the cosine of always predicting the mean direction.
-        entropy: of token ids: the loss in nats of always predicting their overall frequencies; None for features.
-        loss_key: the entry that is compared with ``entropy``.
+        metric: entry of a record that is compared with ``level``: ``accuracy`` of ids, ``cosine`` of features.
+        level: accuracy of always guessing the most frequent id, or cosine of always predicting the mean direction.
+        entropy: loss, in nats, of always predicting the overall frequencies of the ids; None for features.
+        loss_key: entry of a record that is compared with ``entropy``.
     """
 
     metric: str
@@ -33,7 +33,7 @@ class Baseline:
     loss_key: str = "loss"
 
     def verdict(self, record: Record) -> str:
-        """Say whether a record shows that the context is used."""
+        """Return whether a record is better than the baseline, in words."""
         if self.entropy is not None:
             gain = self.entropy - record[self.loss_key]
             return f"[green]learning[/]: {gain:.2f} nats below unigram" if gain > 0 else "not yet below unigram"
@@ -41,7 +41,7 @@ class Baseline:
         return f"[green]learning[/]: {gain:.2f} above the mean" if gain > 0 else "not yet above the mean"
 
     def describe(self, record: Record) -> str:
-        """Put a record into words, beside what it is compared with."""
+        """Return a record beside the baseline, in words."""
         if self.entropy is None:
             words = f"loss {record['loss']:.3f}  cosine {record['cosine']:.3f} (mean {self.level:.3f})"
         else:
@@ -53,7 +53,7 @@ class Baseline:
 
 
 class _BarAndStatus(Progress):
-    """A bar with a status below it, so that neither is cut off on a narrow terminal."""
+    """A progress bar with a status line below it: a narrow terminal cuts off neither."""
 
     status = ""
 
@@ -62,12 +62,58 @@ class _BarAndStatus(Progress):
         yield Text.from_markup(self.status)
 
 
-class ProgressSink:
-    """A bar on a terminal; elsewhere (a log file, SLURM) a plain line every quarter of a minute.
+class Meter:
+    """Progress of some work: a bar on a terminal, elsewhere (a log file, SLURM) a plain line every 15 seconds.
+
+    It is used as a context manager.
 
     Args:
         console: where to print.
-        describe: puts a record into words.
+        what: name of the work.
+        total: amount of work.
+        first: amount of work that is done already.
+        transient: remove the bar at the end.
+    """
+
+    def __init__(self, console: Console, what: str, total: int, first: int = 0, transient: bool = True) -> None:
+        self._console, self._what, self._total, self._first = console, what, total, first
+        self._began = self._printed = time.monotonic()
+        columns = TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("ETA")
+        self._bar = _BarAndStatus(
+            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=transient
+        )
+        self._task = self._bar.add_task("", total=total, completed=first)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, status: str = "", at_once: bool = False) -> None:
+        """Show the amount of work done and a status.
+
+        Args:
+            done: amount of work done.
+            status: a few words, in rich's markup.
+            at_once: print a plain line even if the last one is recent.
+        """
+        self._bar.status = status
+        self._bar.update(self._task, completed=done)
+        now = time.monotonic()
+        if not self._console.is_terminal and (at_once or now - self._printed >= PLAIN_INTERVAL_S):
+            self._printed = now
+            eta = (now - self._began) / max(1, done - self._first) * (self._total - done)
+            self._console.print(f"{self._what} {done}/{self._total}  ETA {eta:.0f} s  {status}", soft_wrap=True)
+
+
+class ProgressSink:
+    """Shows the records of a training run.
+
+    Args:
+        console: where to print.
+        describe: returns a record in words.
     """
 
     def __init__(self, console: Console, describe: Callable[[Record], str]) -> None:
@@ -76,79 +122,18 @@ class ProgressSink:
     def begin(self, run: RunFacts) -> None:
         """Start the bar."""
         self._first, self._total = run.first_step, run.total_steps
-        self._printed, self._began = float("-inf"), time.monotonic()
-        self._progress = _BarAndStatus(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=self._total, completed=self._first)
-        self._progress.start()
+        self._meter = Meter(self._console, "step", self._total, self._first, transient=False).__enter__()
 
     def write(self, record: Record) -> None:
-        """Show a record."""
-        done = record["step"] + 1
-        status = self._describe(record)
+        """Show a record; results of an evaluation stay on the terminal."""
+        done, status = record["step"] + 1, self._describe(record)
         measured = [f"{key.removeprefix('eval_')} {value:.3f}" for key, value in record.items() if key[:5] == "eval_"]
-        if self._console.is_terminal:
-            self._progress.status = status
-            self._progress.update(self._task, completed=done)
-            if measured:
-                self._console.print(f"step {done}: {'  '.join(measured)}")
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_S or done == self._total or measured:
-            self._printed = time.monotonic()
-            rate = (self._printed - self._began) / max(1, done - self._first)
-            eta = f"ETA {rate * (self._total - done):.0f} s"
-            self._console.print(f"step {done}/{self._total}  {eta}  {status}  {'  '.join(measured)}", soft_wrap=True)
+        if measured and self._console.is_terminal:
+            self._console.print(f"step {done}: {'  '.join(measured)}")
+        elif measured:
+            status = "  ".join([status, *measured])
+        self._meter.show(done, status, at_once=bool(measured) or done in (self._first + 1, self._total))
 
     def close(self) -> None:
         """Stop the bar."""
-        self._progress.stop()
-
-
-class Meter:
-    """Progress of a pass over something: a bar on a terminal, elsewhere a plain line every quarter of a minute.
-
-    Use it as a context manager.
-
-    Args:
-        console: where to print.
-        what: is being done.
-        total: how much there is to do.
-    """
-
-    def __init__(self, console: Console, what: str, total: int) -> None:
-        self._console, self._what, self._total = console, what, total
-        self._began = self._printed = time.monotonic()
-        self._progress = Progress(
-            TextColumn(what),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=total, status="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, status: str = "") -> None:
-        """Show how much is done, and a few words."""
-        self._progress.update(self._task, completed=done, status=status)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL_S:
-            self._printed = now
-            eta = (now - self._began) / max(1, done) * (self._total - done)
-            self._console.print(f"{self._what} {done}/{self._total}  ETA {eta:.0f} s  {status}", soft_wrap=True)
+        self._meter.__exit__()

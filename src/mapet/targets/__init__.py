@@ -1,1 +1,1 @@
-"""What a run predicts: token ids, features, pixels; where they come from."""
+"""Sources of the values that a run predicts: token ids, features, pixels."""

@@ -1,4 +1,4 @@
-"""What a model that does not look at the images would reach: the level that says whether a run is learning."""
+"""The baseline of a run: what a model reaches that ignores the images. A run that learns is better."""
 
 from __future__ import annotations
 
@@ -21,44 +21,39 @@ BASELINE_IMAGES = 2048
 
 
 def measure_baseline(values: Iterable[Tensor], vocab_size: int | None, loss_key: str, file: Path) -> Baseline:
-    """Return the baseline of token ids or features, measured once per run and kept in ``file``.
+    """Return the baseline of token ids or features, measured once per run and saved in ``file``.
 
     Args:
         values: target values ``(B, P, ...)`` of some images.
-        vocab_size: how many ids there are; None for features.
-        loss_key: the entry of a run's records that is compared with the baseline's loss.
-        file: JSON.
+        vocab_size: number of ids; None for features.
+        loss_key: the entry of a run's records that is compared with the entropy of the ids.
+        file: JSON file.
     """
     try:
         return Baseline(**json.loads(file.read_text()))
     except FileNotFoundError:
         pass
     except (ValueError, TypeError):
-        logger.warning("%s is damaged and measured again", file)
+        logger.warning("%s is damaged, so the baseline is measured again", file)
     baseline = _of_features(values) if vocab_size is None else _of_ids(values, vocab_size, loss_key)
     replace_file(file, json.dumps(asdict(baseline), indent=1) + "\n")
     return baseline
 
 
 def _of_ids(values: Iterable[Tensor], vocab_size: int, loss_key: str) -> Baseline:
-    """Always predict the ids' overall frequencies: their entropy is the loss, the most frequent one the guess."""
+    """Predict the overall frequencies of the ids: the loss is their entropy, the guess the most frequent id."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for ids in values:
         counts += torch.bincount(ids.flatten().cpu(), minlength=vocab_size)
     share = counts / counts.sum()
     entropy = float(torch.special.entr(share.double()).sum())
-    logger.info(
-        "tokens: %d of %d ids in use, unigram entropy %.3f nats, most frequent id %.1f%%",
-        int((counts > 0).sum()),
-        vocab_size,
-        entropy,
-        100 * float(share.max()),
-    )
+    used, top = int((counts > 0).sum()), 100 * float(share.max())
+    logger.info("tokens: %d of %d ids used, unigram entropy %.3f nats, top id %.1f%%", used, vocab_size, entropy, top)
     return Baseline("accuracy", float(share.max()), entropy, loss_key)
 
 
 def _of_features(values: Iterable[Tensor]) -> Baseline:
-    """Always predict the mean direction: no other constant has a higher mean cosine similarity."""
+    """Predict the mean direction: no other constant prediction has a higher mean cosine similarity."""
     total, count = torch.zeros(()), 0
     for features in values:
         directions = F.normalize(features.flatten(0, 1).double(), dim=-1)

@@ -1,4 +1,4 @@
-"""Fitting a codebook by k-means: patches sampled in one pass by all processes, clustered on the main one."""
+"""Fit a codebook by k-means: all processes sample patches, the main process clusters them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 
 import torch
 from accelerate.utils import broadcast, gather
@@ -25,57 +25,53 @@ from mapet.tokenizers.kmeans import all_cores
 
 logger = logging.getLogger(__name__)
 
-# Patches sampled for each centroid if it is not said: faiss's own default (upstream takes 512); fewer where fitting
-# would take more than so many operations, about ten minutes on ten cores, but not fewer than faiss's own least.
+# Default number of patches sampled per centroid: faiss's own default (upstream takes 512), or fewer if k-means would
+# take more than 1e14 operations (about ten minutes on ten cores), but not fewer than faiss's own minimum.
 MOST_SAMPLED, LEAST_SAMPLED, FIT_OPERATIONS = 256, 39, 1e14
-FIT_EPOCH = -1  # the views that are sampled are none of those that are trained on
+FIT_EPOCH = -1  # no training epoch: patches are sampled from other views
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """How many images are sampled, and how many patches of each."""
+    """The number of sampled images, and of patches sampled from each."""
 
     images: int
     patches_per_image: int
 
     @property
     def points(self) -> int:
-        """Patches in all."""
+        """Number of sampled patches."""
         return self.images * self.patches_per_image
 
 
 def plan_sample(config: KMeansKeys, vocab_size: int, width: int, patches: int, images: int) -> SamplePlan:
-    """Decide how large the sample is.
+    """Return the size of the sample.
 
     Args:
         config: what the user asked for.
         vocab_size: ``V``.
-        width: ``d``, of the features.
-        patches: of an image.
-        images: of the data set.
+        width: ``d``, width of the features.
+        patches: number of patches of an image.
+        images: number of images in the data set.
 
     Raises:
-        MapetError: if there are fewer patches than centroids, or the memory allowed holds fewer.
+        MapetError: if the images have fewer patches than there are centroids, or ``sample_gib`` is too small for them.
     """
     per_centroid = config.points_per_centroid
     if per_centroid is None:
         tries = config.kmeans_iterations * config.kmeans_restarts
         affordable = FIT_OPERATIONS / (2 * tries * vocab_size**2 * width)
         per_centroid = min(MOST_SAMPLED, max(LEAST_SAMPLED, int(affordable)))
-    held = int(config.sample_gib * 2**30 / (4 * width))
-    if held < vocab_size:
-        raise MapetError(
-            f"{config.sample_gib:g} GiB hold {held} patches of {width} numbers, fewer than the {vocab_size} ids of the "
-            "codebook; raise --sample-gib or take a smaller --vocab-size"
-        )
-    wanted = min(per_centroid * vocab_size, held)
-    # From many images a few patches each: neighbouring patches are alike. From at most all images.
+    in_memory = int(config.sample_gib * 2**30 / (4 * width))
+    wanted = min(per_centroid * vocab_size, in_memory)
+    # A quarter of the patches of many images is better than all patches of few images: neighbouring patches are alike.
     per_image = min(patches, max(math.ceil(patches / 4), math.ceil(wanted / images)))
-    plan = SamplePlan(min(images, math.ceil(wanted / per_image), max(1, held // per_image)), per_image)
+    plan = SamplePlan(min(images, math.ceil(wanted / per_image), in_memory // per_image), per_image)
     if plan.points < vocab_size:
         raise MapetError(
-            f"a codebook of {vocab_size} ids needs at least as many patches, but {plan.images} images give only "
-            f"{plan.points}; take a smaller --vocab-size or more images"
+            f"a codebook of {vocab_size} ids needs at least as many patches, but only {plan.points} patches of "
+            f"{width} numbers can be sampled from {images} images in {config.sample_gib:g} GiB; take a smaller "
+            "--vocab-size, more images or a larger --sample-gib"
         )
     return plan
 
@@ -91,42 +87,31 @@ def fit_codebook(
     workers: int,
     console: Console,
 ) -> None:
-    """Fit a tokenizer's centroids in place, on every process alike.
+    """Fit a tokenizer's centroids in place; all processes call it and get the same centroids.
 
-    The main process holds the sample, ``4 * points * d`` bytes and at most ``sample_gib``; beside it there is a
-    batch and its features, whatever the number of images.
+    The sample takes ``4 * points * d`` bytes, at most ``sample_gib``, in the memory of the main process. Besides it,
+    one batch and its features are in memory, whatever the number of images.
 
     Raises:
         MapetError: if there are too few patches, or a feature is not finite.
     """
-    patches = tokenizer.grid[0] * tokenizer.grid[1]
-    width = tokenizer.centroids.shape[1]
-    plan = plan_sample(config, tokenizer.vocab_size, width, patches, len(dataset.images))
-    logger.info(
-        "fitting %d ids to %d patches of %d images: %d numbers each, %.2f GiB",
-        tokenizer.vocab_size,
-        plan.points,
-        plan.images,
-        width,
-        4 * plan.points * width / 2**30,
-    )
-    world = join_processes()
-    if not world.is_main_process:
-        console = Console(quiet=True)
+    vocab_size, width = tokenizer.centroids.shape
+    plan = plan_sample(config, vocab_size, width, math.prod(tokenizer.grid), len(dataset.images))
+    gib = 4 * plan.points * width / 2**30
+    logger.info("fitting %d ids to %d patches of %d images, %.2f GiB", vocab_size, plan.points, plan.images, gib)
+    is_main = join_processes().is_main_process
+    console = console if is_main else Console(quiet=True)
     began = time.perf_counter()
-    sample = torch.empty(plan.points, width) if world.is_main_process else None
+    sample, filled = torch.empty(plan.points if is_main else 0, width), 0
     with Meter(console, "sampling patches", plan.images) as meter:
-        filled = 0
         for points in _sampled(tokenizer, plan, dataset, tally, seed, batch_size, workers):
-            if sample is not None:
-                part = points[: plan.points - filled]
-                sample[filled : filled + len(part)] = part
-                filled += len(part)
-                meter.show(filled // plan.patches_per_image)
+            part = points[: len(sample) - filled]
+            sample[filled : filled + len(part)] = part
+            filled += len(part)
+            meter.show(filled // plan.patches_per_image)
     sampled = time.perf_counter()
 
     def cluster() -> None:
-        assert sample is not None
         with all_cores(), Meter(console, "k-means", config.kmeans_iterations * config.kmeans_restarts) as meter:
             tokenizer.fit(
                 sample,
@@ -150,16 +135,16 @@ def _sampled(
     batch_size: int,
     workers: int,
 ) -> Iterator[Tensor]:
-    """Yield sampled features ``(n, d)`` on the CPU: the same, in the same order, whatever the number of processes.
+    """Yield sampled features ``(n, d)`` on the CPU, in an order that does not depend on the number of processes.
 
-    At the end come some that are there twice, so that all processes do the same number of equal batches.
+    Some features are repeated at the end, so that all processes compute the same number of equal batches.
     """
     rank, world = join_processes().process_index, join_processes().num_processes
     generator = torch.Generator().manual_seed(fold_seed(seed, Stream.SAMPLE))
     chosen = torch.randperm(len(dataset.images), generator=generator)[: plan.images].tolist()
     batch_size = min(batch_size, len(chosen))
     rounds = math.ceil(len(chosen) / (batch_size * world))
-    filled_up = list(islice(chain(chosen, cycle(chosen)), rounds * world * batch_size))
+    filled_up = list(islice(cycle(chosen), rounds * world * batch_size))
     numbers = range(rank, rounds * world, world)
     keys = [[(FIT_EPOCH, i) for i in filled_up[n * batch_size : (n + 1) * batch_size]] for n in numbers]
     for number, batch in zip(numbers, load_batches(dataset, keys, workers), strict=True):

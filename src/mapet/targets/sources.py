@@ -1,6 +1,6 @@
-"""Where the values come from that a run predicts: a tokenizer, a token store, a frozen teacher, or the images alone.
+"""Sources of the values that a run predicts: a tokenizer, a token store, a frozen teacher, or the images alone.
 
-A source is called with a batch and returns what the objective takes besides the images.
+A source is called with a batch and returns the arguments of the objective besides the images.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from mapet.tokenstore.store import TokenStore
 
 
 class TargetSource(Protocol):
-    """What a run predicts.
+    """A source of target values.
 
     Attributes:
         width: number of ids, or width of the features; 0 for pixels.
-        content_hash: of all that decides the values; a resumed run must have the same.
-        tokenizer_hash: of the tokenizer or teacher alone.
+        content_hash: SHA-256 of everything that decides the values; a resumed run must have the same.
+        tokenizer_hash: SHA-256 of the tokenizer or teacher alone.
         view_size: side of the ``tokenizer_images`` that a batch must have; 0 for none.
-        view_seed: of the crops and flips that the values are for.
-        needs_digests: whether a batch must have the images' content hashes.
+        view_seed: seed of the crops and flips that the values are made for.
+        needs_digests: whether a batch must have the digests of the images.
     """
 
     width: int
@@ -41,11 +41,11 @@ class TargetSource(Protocol):
     needs_digests: bool
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the values ``(B, P, ...)`` on the device, or nothing for pixels."""
+        """Return the values ``(B, P, ...)`` of a batch on the device; an empty tuple for pixels."""
 
 
 class NoSource:
-    """For targets that are made from the images alone."""
+    """Source of targets that are computed from the images alone, such as pixels."""
 
     width, view_size, needs_digests = 0, 0, False
     content_hash = tokenizer_hash = "pixels"
@@ -54,12 +54,12 @@ class NoSource:
         self.view_seed = seed
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return nothing."""
+        """Return an empty tuple."""
         return ()
 
 
 class OnlineIds:
-    """Ids made at each step from the very view that the student sees."""
+    """Ids of a tokenizer, computed at each step from the view that the student sees."""
 
     needs_digests = False
 
@@ -69,12 +69,12 @@ class OnlineIds:
         self.content_hash = self.tokenizer_hash = tokenizer.content_hash
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Tokenize the views: ``(B, P)`` int64."""
+        """Return the ids of a batch of views, ``(B, P)`` int64."""
         return (self._tokenizer.encode(batch["tokenizer_images"].to(self._device, non_blocking=True)),)
 
 
 class StoredIds:
-    """Ids read from a token store: no tokenizer is run, and each image is held to the content that was tokenized."""
+    """Ids read from a token store, which are compared with the digest of each image."""
 
     view_size, needs_digests = 0, True
 
@@ -86,10 +86,10 @@ class StoredIds:
         self.tokenizer_hash = header.tokenizer_hash
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Look the ids up: ``(B, P)`` int64.
+        """Return the stored ids of a batch, ``(B, P)`` int64.
 
         Raises:
-            MapetError: naming an image that changed since its ids were made, or has none.
+            MapetError: naming an image that changed after encoding, or has no ids.
         """
         index = batch["index"].numpy()
         keys = [self._keys[i] for i in index.tolist()]
@@ -98,14 +98,14 @@ class StoredIds:
 
 
 def settle_view(store: TokenStore, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a store's views, which its ids are for.
+    """Return the settings of the views whose ids a token store holds.
 
     Args:
-        store: whose ids are predicted.
+        store: the token store.
         given: configuration by key, as the user gave it.
 
     Raises:
-        MapetError: if another view or vocabulary, or another tokenizer is asked for.
+        MapetError: if the user asks for other views, another vocabulary or another tokenizer.
     """
     header = store.header
     for name, stored in {"vocab_size": header.vocab_size, **header.view}.items():
@@ -127,13 +127,13 @@ def settle_view(store: TokenStore, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TeacherFeatures:
-    """Features ``(B, P, d)`` of a frozen teacher, of the very view that the student sees.
+    """Features of a frozen teacher, computed at each step from the view that the student sees.
 
     Args:
-        teacher: on its device.
-        size: side of its input in pixels.
+        teacher: the teacher, on its device.
+        size: side of the teacher's input in pixels.
         grid: rows and columns of patches; the teacher's map is resized to it.
-        seed: of the views.
+        seed: seed of the views.
     """
 
     needs_digests = False
@@ -145,6 +145,6 @@ class TeacherFeatures:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the features of a batch's views."""
+        """Return the features of a batch of views, ``(B, P, d)``."""
         views = batch["tokenizer_images"].to(self._teacher.mean.device, non_blocking=True)
         return (features_on_grid(self._teacher, views, self.view_size, self._grid),)

@@ -1,8 +1,7 @@
-"""Which tokenizer a name means, how large it is to be, whether it fits; and what guessing its ids gives."""
+"""Choose a tokenizer by name: ready or to be fitted, its number of ids, and whether it fits the student."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from pathlib import Path
@@ -19,36 +18,37 @@ from mapet.tokenizers.kfeatures import KFeatures
 from mapet.tokenizers.kpixels import KPixels
 from mapet.tokenizers.teachers import build_teacher, library_of
 
-logger = logging.getLogger(__name__)
-
 MAX_VOCAB = 8192  # the paper's
-MAX_VOCAB_PIXELS = 1024  # pixels have fewer kinds of patches than features have, and are to be had at once
-POINTS_PER_CENTROID = 50  # the least that a default vocabulary is given
-BASELINE_IMAGES = 2048
+MAX_VOCAB_PIXELS = 1024  # there are fewer kinds of pixel patches than of features
+POINTS_PER_CENTROID = 50  # a default vocabulary has at least so many patches per id
 
 
 def is_ready(name: str) -> bool:
-    """Whether a name means a tokenizer that is not to be fitted: a published one, or a folder that holds one."""
+    """Return whether a name means a tokenizer that needs no fitting: a published one, or a folder that holds one."""
     return name in PUBLISHED or holds_tokenizer(name)
 
 
 def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
-    """Return how many ids a tokenizer fitted on so many patches gets; as asked if it is not to be fitted."""
+    """Return the number of ids of a tokenizer that is fitted on ``points`` patches; ``asked`` if it needs no fitting.
+
+    Raises:
+        MapetError: if there are fewer patches than ids.
+    """
     if is_ready(name):
         return asked
-    if asked is not None:
-        if asked > points:
-            raise MapetError(
-                f"a codebook of {asked} ids needs at least as many patches, but the images have only "
-                f"{points}; take a smaller --vocab-size or more images"
-            )
-        return asked
-    power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
-    return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
+    if asked is None:
+        power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
+        return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
+    if asked > points:
+        raise MapetError(
+            f"a codebook of {asked} ids needs at least as many patches, but the images have only {points}; take a "
+            "smaller --vocab-size or more images"
+        )
+    return asked
 
 
 def check_fittable(name: str) -> None:
-    """Refuse a name that is of nothing whose features could be clustered; nothing is built or downloaded."""
+    """Refuse a name of nothing whose features could be clustered; nothing is built or downloaded."""
     if os.sep in name and ":" not in name and not Path(name).is_dir():
         raise MapetError(f"tokenizer folder {name!r} does not exist")
     if name != "pixels":
@@ -56,18 +56,18 @@ def check_fittable(name: str) -> None:
 
 
 def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: int, channels: int) -> KTokenizer:
-    """Return a k-means tokenizer that is still to be fitted.
+    """Return a k-means tokenizer whose centroids are not yet fitted.
 
     Args:
-        name: "pixels", or a teacher's.
-        config: how it is to be; ``vocab_size`` is settled.
+        name: "pixels", or the name of a teacher.
+        config: settings of the tokenizer; ``vocab_size`` is settled.
         grid: rows and columns of the student's patches.
         image_size, channels: of the student's input.
 
     Raises:
-        MapetError: if there is no such teacher, or it cannot be had.
+        MapetError: if there is no such teacher, or its weights cannot be read.
     """
-    assert config.vocab_size is not None, "settle_vocab_size() gives one that is to be fitted a size"
+    assert config.vocab_size is not None
     check_fittable(name)
     if name == "pixels":
         patch = image_size // grid[0]
@@ -77,15 +77,15 @@ def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: in
 
 
 def ready_tokenizer(name: str, config: Any, grid: Grid) -> Tokenizer:
-    """Read a tokenizer that is not to be fitted.
+    """Read a tokenizer that needs no fitting.
 
     Args:
-        name: of a published tokenizer, or a folder.
-        config: of a pre-training run: channels, ``vocab_size`` and the keys of a teacher.
+        name: a folder, or the name of a published tokenizer.
+        config: configuration of a pre-training run: channels, ``vocab_size`` and the keys of a teacher.
         grid: rows and columns of the student's patches.
 
     Raises:
-        MapetError: if it cannot be had, or does not fit the student.
+        MapetError: if the tokenizer cannot be read, or does not fit the student.
     """
     for key in ("teacher_stage", "teacher_size"):
         if getattr(config, key) is not None:
@@ -102,7 +102,7 @@ def ready_tokenizer(name: str, config: Any, grid: Grid) -> Tokenizer:
 
 
 def check_readable(name: str, tokenizer: Tokenizer, channels: int) -> None:
-    """Refuse channels that a tokenizer cannot read, before anything is written."""
+    """Refuse a number of channels that a tokenizer cannot read."""
     check_channels(channels)
     size = tokenizer.input_size
     try:

@@ -1,4 +1,4 @@
-"""What every visual tokenizer is, and the k-means tokenizers' common part."""
+"""The base class of all visual tokenizers, and that of the tokenizers fitted by k-means."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ Grid = tuple[int, int]
 
 
 class Tokenizer(nn.Module):
-    """What turns images into prediction targets: one id in ``[0, vocab_size)`` per patch.
+    """A network that maps an image to prediction targets: one id in ``[0, vocab_size)`` per patch.
 
-    A subclass gives ``kind``, ``assign`` and ``config``, and is entered in ``TOKENIZERS``. Its weights are its
-    state dict.
+    A subclass defines ``kind``, ``config`` and ``assign``, and is listed in ``TOKENIZERS``.
 
     Args:
         grid: rows and columns of patches; ``P`` is their product.
-        vocab_size: ``V``, how many ids there are.
-        input_size: side in pixels of the square view that is tokenized best; others are resized to it.
-        channels: of the views, 1 or 3.
+        vocab_size: ``V``, the number of ids.
+        input_size: side in pixels of the square images that the tokenizer reads; images of other sizes are resized.
+        channels: channels of the images, 1 or 3.
 
     Attributes:
-        origin: where the weights came from and their SHA-256, for the record; does not touch the ids.
+        config: arguments of ``from_config``; can be written as JSON.
+        origin: source of the weights and the SHA-256 of their file; not part of ``content_hash``.
     """
 
     kind: ClassVar[str]
+    config: dict[str, Any]
 
     def __init__(self, grid: Grid, vocab_size: int, input_size: int, channels: int = 3) -> None:
         super().__init__()
@@ -43,25 +44,30 @@ class Tokenizer(nn.Module):
         self.vocab_size, self.input_size, self.channels = vocab_size, input_size, channels
         self.origin: dict[str, str] = {}
 
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        images = f"{self.channels} x {self.input_size} x {self.input_size}"
+        return f"<{type(self).__name__}: {self.vocab_size} ids, {rows} x {columns} patches of {images} images>"
+
     def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map float32 ``(B, C, H, W)`` images in [0, 1] to ``(B, P)`` int64 ids, and to how far each patch is from
-        its code, ``(B, P)``: smaller is nearer; what the distance is, is the tokenizer's own affair.
+        """Return the id of each patch, and the distance between each patch and the code of its id.
+
+        Args:
+            images: ``(B, C, H, W)`` float32 in [0, 1].
+
+        Returns:
+            ids ``(B, P)`` int64 and distances ``(B, P)`` in the tokenizer's own measure.
         """
         raise NotImplementedError
 
     @property
-    def config(self) -> dict[str, Any]:
-        """What ``from_config`` needs, JSON-able."""
-        raise NotImplementedError
-
-    @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of the weights."""
         return next(chain(self.parameters(), self.buffers())).device
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build it with weights that are then loaded from a state dict."""
+        """Build the tokenizer; its weights are to be loaded from a state dict."""
         return cls(**config)
 
     @torch.no_grad()
@@ -71,18 +77,18 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode_with_distance(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ids of ``encode`` and, as ``(B, P)``, how far each patch is from its code."""
+        """Return the ids of ``encode`` and the ``(B, P)`` distances between patches and their codes."""
         with full_precision(images.device):
             return self.assign(images.float())
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of everything that decides the ids: two tokenizers with one hash give the same ids."""
+        """SHA-256 of everything that decides the ids: tokenizers with the same hash return the same ids."""
         return hash_content([self.kind, self.config], self)
 
 
 def hash_content(config: Any, module: nn.Module) -> str:
-    """Return the SHA-256 of a JSON-able configuration and a module's tensors."""
+    """Return the SHA-256 of a configuration that can be written as JSON, and of a module's tensors."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -92,38 +98,37 @@ def hash_content(config: Any, module: nn.Module) -> str:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32: ids depend neither on the precision that the student trains in, nor on a GPU's TF32."""
+    """Compute in float32, without autocast and TF32: ids must not depend on the precision of the training."""
     cudnn = torch.backends.cudnn
-    # flags() sets all of them, by default to off: what is not meant is handed on.
+    # flags() sets all flags, to False by default: the flags that must stay are passed on.
     kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     with torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
         yield
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Turn ``(B, 1, H, W)`` or ``(B, 3, H, W)`` images into such of ``channels`` channels, where they differ."""
+    """Convert ``(B, 1, H, W)`` or ``(B, 3, H, W)`` images to 1 or 3 channels."""
     if images.shape[1] == channels:
         return images
     return rgb_to_grayscale(images, num_output_channels=channels)  # type: ignore[no-any-return]
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Resize ``(B, C, H, W)`` images in [0, 1] to ``size`` pixels square, bicubic, where they differ."""
+    """Resize ``(B, C, H, W)`` images in [0, 1] to ``size`` x ``size`` pixels with bicubic interpolation."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 class KTokenizer(Tokenizer):
-    """Ids are nearest centroids of per-patch features, by L2 distance.
+    """A tokenizer whose ids are the nearest centroids of patch features, by L2 distance.
 
-    A subclass gives ``patch_features`` and ``config``. Centroids live in the buffer ``centroids`` ``(V, d)``; before
-    they are fitted they are NaN.
+    A subclass defines ``patch_features``. The buffer ``centroids`` ``(V, d)`` is NaN until ``fit``.
 
     Args:
         grid, vocab_size, input_size, channels: see ``Tokenizer``.
-        width: ``d``, of the features.
-        spherical: compare directions only: features are scaled to length 1 first.
+        width: ``d``, numbers in a feature vector.
+        spherical: scale feature vectors to length 1, so that only directions are compared.
     """
 
     centroids: Tensor
@@ -141,16 +146,16 @@ class KTokenizer(Tokenizer):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return what is clustered and compared, ``(B, P, d)`` float32 in raster order."""
+        """Return the features that are clustered, ``(B, P, d)`` float32 in raster order."""
         with full_precision(images.device):
             features = self.patch_features(images.float())
         return F.normalize(features, dim=-1) if self.spherical else features
 
     def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return nearest centroids and squared distances; unit vectors are compared by direction all the same."""
+        """Return the ids of the nearest centroids, and squared L2 distances."""
         return nearest_centroid(self.features(images), self.centroids)
 
     def fit(self, points: Tensor, seed: int, **options: Any) -> Self:
-        """Fit the centroids to ``(n, d)`` points out of ``features``, in place; see ``fit_centroids``."""
+        """Fit the centroids in place to ``(n, d)`` points of ``features``; see ``fit_centroids``."""
         self.centroids.copy_(fit_centroids(points, self.vocab_size, seed, spherical=self.spherical, **options))
         return self

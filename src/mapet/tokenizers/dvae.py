@@ -1,4 +1,4 @@
-"""The tokenizer of DALL-E, a discrete VAE: the one that BEiT and its successors predict. Needs transformers."""
+"""The tokenizer of DALL-E, a discrete VAE, which BEiT and its successors predict. It needs transformers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mapet.models.tensors import check_fit, read_tensors
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.weights import fetch_weights
 
-# Meta's conversion of OpenAI's encoder, in float32; the decoder is not part of it, and not needed.
-PUBLISHED = "hf-hub:facebook/flava-image-codebook/pytorch_model.bin"
+# Meta's conversion of OpenAI's encoder to float32; the decoder is not needed.
+PUBLISHED_WEIGHTS = "hf-hub:facebook/flava-image-codebook/pytorch_model.bin"
 
 STRIDE = 8  # three max-pools by 2
 
@@ -25,20 +25,20 @@ LOGIT_LAPLACE_EPS = 0.1
 
 
 class DVAE(Tokenizer):
-    """Ids are the likeliest codes by DALL-E's encoder: published, one per 8 x 8 pixels, out of 8192.
+    """A tokenizer whose ids are the likeliest codes of DALL-E's encoder: one of 8192 per 8 x 8 pixels.
 
     The network is ``transformers.FlavaImageCodebook``. It expects mapped pixels (``FlavaImageProcessor`` maps them, the
-    network does not), so they are mapped here. It is convolutional: any multiple of 8 pixels will do. BEiT and FLAVA
-    read 112 pixels, for a student with 14 x 14 patches, and resize with Lanczos; here it is bicubic.
+    network does not), so they are mapped here. It is convolutional and reads images of any multiple of 8 pixels. BEiT
+    and FLAVA read 112 pixels, for a student with 14 x 14 patches, and resize with Lanczos; here it is bicubic.
 
     Args:
-        input_size: side in pixels of what the encoder reads; ``grid`` has an eighth of it in rows and columns.
+        input_size: side in pixels of the encoder's input; ``grid`` has an eighth of it in rows and columns.
         vocab_size: ``V``.
-        hidden_size: channels of the first layer; the last one has 8 times as many.
+        hidden_size: channels of the first layer; the last layer has 8 times as many.
         blocks_per_group: residual blocks between two poolings.
 
     Raises:
-        MapetError: if patches do not tile the image, or transformers is not installed.
+        MapetError: if ``input_size`` is not a multiple of 8, or transformers is not installed.
     """
 
     kind = "dvae"
@@ -50,8 +50,10 @@ class DVAE(Tokenizer):
             raise MapetError(f"the dVAE cannot read images of {input_size} pixels; choose a multiple of {STRIDE}")
         side = input_size // STRIDE
         super().__init__((side, side), vocab_size, input_size)
-        self.hidden_size, self.blocks_per_group = hidden_size, blocks_per_group
-        flava = _flava()
+        self.config = dict(
+            input_size=input_size, vocab_size=vocab_size, hidden_size=hidden_size, blocks_per_group=blocks_per_group
+        )
+        flava = _import_transformers()
         architecture = flava.FlavaImageCodebookConfig(
             vocab_size=vocab_size, hidden_size=hidden_size, num_blocks_per_group=blocks_per_group
         )
@@ -59,25 +61,24 @@ class DVAE(Tokenizer):
 
     @classmethod
     def from_published(cls, source: str | Path | None = None, input_size: int = 112) -> Self:
-        """Build it with published weights.
+        """Build the tokenizer with published weights.
 
         Args:
             source: a file, a URL or ``hf-hub:OWNER/REPOSITORY/FILE`` with the state dict of a ``FlavaImageCodebook``
-                or of a whole FLAVA; sizes are read off the tensors' shapes. None fetches Meta's, 215 MB.
+                or of a whole FLAVA; the shapes of the tensors decide ``hidden_size`` and ``vocab_size``. None downloads
+                Meta's file, 215 MB.
             input_size: see the class.
 
         Raises:
-            MapetError: if the weights cannot be had or do not fit, or transformers is not installed.
+            MapetError: if the weights cannot be read or do not fit, or transformers is not installed.
         """
-        _flava()  # before anything is downloaded
-        source = PUBLISHED if source is None else source
+        _import_transformers()  # before the download
+        source = PUBLISHED_WEIGHTS if source is None else source
         path, origin = fetch_weights(source)
         state = {name.removeprefix("image_codebook."): tensor for name, tensor in read_tensors(path)[0].items()}
         shown_by = {"hidden_size": "blocks.input.bias", "vocab_size": "blocks.output.conv.bias"}
         sizes = {size: state[name].numel() for size, name in shown_by.items() if name in state}
-        if blocks := sum(name.startswith("blocks.group_1.") and name.endswith("conv_1.bias") for name in state):
-            sizes["blocks_per_group"] = blocks
-        with torch.device("meta"):  # shapes only: nothing is drawn at random, and whatever they say costs no memory
+        with torch.device("meta"):  # no memory and no random numbers, whatever sizes the file has
             tokenizer = cls(input_size, **sizes)
         wanted = tokenizer.encoder.state_dict()
         check_fit(state, wanted, source, "the dVAE as transformers.FlavaImageCodebook names its tensors")
@@ -85,18 +86,8 @@ class DVAE(Tokenizer):
         tokenizer.origin = origin
         return tokenizer.eval()
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            "input_size": self.input_size,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "blocks_per_group": self.blocks_per_group,
-        }
-
     def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the likeliest codes and, as distance, minus the logarithm of their probability."""
+        """Return the likeliest codes, and minus the logarithm of their probability as distance."""
         images = with_channels(resized(images, self.input_size), self.channels)
         logits = self.encoder(map_pixels(images))
         ids = logits.argmax(dim=1)
@@ -108,7 +99,7 @@ def map_pixels(images: Tensor) -> Tensor:
     return (1 - 2 * LOGIT_LAPLACE_EPS) * images + LOGIT_LAPLACE_EPS
 
 
-def _flava() -> Any:
+def _import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mapet.errors import MapetError, nearest
+from mapet.errors import MapetError
 from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.dvae import DVAE
 from mapet.tokenizers.kfeatures import KFeatures
@@ -19,7 +19,7 @@ from mapet.tokenizers.vqkd import VQKD
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"pixels": KPixels, "features": KFeatures, "vqkd": VQKD, "dvae": DVAE}
 
-# Tokenizers that others trained, by name; they take where the weights are, or None for the published ones.
+# Tokenizers trained by others, by name: functions of the source of the weights, which is None for the published ones.
 PUBLISHED: dict[str, Callable[[str | None], Tokenizer]] = {"dvae": DVAE.from_published, "vqkd": VQKD.from_published}
 
 CONFIG_FILE, TENSOR_FILE = "tokenizer.json", "tokenizer.safetensors"
@@ -38,52 +38,42 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def holds_tokenizer(name: str | Path) -> bool:
-    """Whether it is the folder of a tokenizer, or of a run that made one."""
-    return _home(name) is not None
+    """Return whether a name is the folder of a tokenizer, or of a run that made one."""
+    return _find_folder(name) is not None
 
 
-def _home(name: str | Path) -> Path | None:
-    # os.path, not pathlib: false, not an error, for a name that no file can have.
+def _find_folder(name: str | Path) -> Path | None:
+    # os.path.isfile returns False for text that cannot be a file name, where pathlib raises.
     found = (folder for folder in (Path(name), Path(name) / "tokenizer") if os.path.isfile(folder / CONFIG_FILE))  # noqa: PTH113
     return next(found, None)
 
 
 def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
-    """Read a fitted tokenizer, or get a published one; its ids are those of the one that was saved.
+    """Read a saved tokenizer, or build a published one.
 
     Args:
         name: the folder of a tokenizer, or of a run that made one; or a name in ``PUBLISHED``.
-        weights: of a published one: a file, a URL or ``hf-hub:OWNER/REPO/FILE``; None for where its authors keep them.
+        weights: weights of a published tokenizer: a file, a URL or ``hf-hub:OWNER/REPOSITORY/FILE``; None takes the
+            published ones.
 
     Raises:
-        MapetError: if the folder holds no tokenizer, its content does not match its hash, or weights cannot be had.
+        MapetError: if the folder holds no tokenizer or a damaged one, or the weights cannot be read.
     """
     if name in PUBLISHED:
         return PUBLISHED[str(name)](weights).eval()
     if weights is not None:
         raise MapetError(f"tokenizer {name} has its own weights; leave --teacher-weights out")
-    folder = _home(name) or Path(name)
+    folder = _find_folder(name)
+    if folder is None:
+        raise MapetError(f"{name} holds no fitted tokenizer ({CONFIG_FILE}); fit one with: mapet tokenizer fit")
     try:
         content = json.loads((folder / CONFIG_FILE).read_text())
-        kind = content["kind"]
-        if kind not in TOKENIZERS:
-            raise MapetError(f"tokenizer {folder} is of unknown kind {kind!r}{nearest(kind, TOKENIZERS)}")
-        tokenizer = TOKENIZERS[kind].from_config(content["config"])
+        tokenizer = TOKENIZERS[content["kind"]].from_config(content["config"])
         tokenizer.load_state_dict(load_file(folder / TENSOR_FILE))
         tokenizer.origin = content["origin"]
-        expected_hash = content["hash"]
-    except FileNotFoundError as error:
-        missing = error.filename or TENSOR_FILE  # safetensors does not name the file
-        raise MapetError(
-            f"{folder} holds no fitted tokenizer: {missing} is missing; fit one with: mapet tokenizer fit"
-        ) from error
-    except KeyError as error:
-        raise MapetError(
-            f"tokenizer {folder} lacks the entry {error}, so it has another format; fit it again"
-        ) from error
-    except (OSError, ArithmeticError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        if tokenizer.content_hash != content["hash"]:
+            raise ValueError("its tensors do not match its hash")
+    except (OSError, ArithmeticError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise MapetError(f"tokenizer {folder} cannot be read ({reason}); fit it again") from error
-    if tokenizer.content_hash != expected_hash:
-        raise MapetError(f"tokenizer {folder} was changed after fitting (its hash does not match); fit it again")
+        raise MapetError(f"tokenizer {folder} is damaged ({reason}); restore it or fit it again") from error
     return tokenizer.eval()

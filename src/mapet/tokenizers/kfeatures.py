@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.tokenizers.base import Grid, KTokenizer, resized
-from mapet.tokenizers.teachers import Teacher, build_teacher
+from mapet.tokenizers.teachers import Teacher
 
 
 class KFeatures(KTokenizer):
-    """Ids are nearest centroids of a teacher's features.
+    """A tokenizer whose ids are the nearest centroids of a teacher's features.
 
-    The teacher sees the view resized to ``teacher_size``; its map is resized to the student's grid where they
-    differ. The teacher's weights are part of the tokenizer and saved with it.
+    Images are resized to ``teacher_size``, and the teacher's feature map is resized to the student's grid. The
+    teacher's weights are part of the tokenizer and are saved with it.
 
     Args:
-        teacher: frozen, see ``build_teacher``.
+        teacher: frozen network, see ``build_teacher``.
         grid: rows and columns of the student's patches.
         vocab_size: ``V``.
         teacher_size: side of the teacher's input in pixels.
         spherical: see ``KTokenizer``.
 
     Raises:
-        MapetError: if the teacher gives no map, or cannot read images of that size.
+        MapetError: if the teacher returns no feature map for images of that size.
     """
 
     kind = "features"
@@ -35,39 +34,14 @@ class KFeatures(KTokenizer):
     def __init__(
         self, teacher: Teacher, grid: Grid, vocab_size: int, teacher_size: int, spherical: bool = False
     ) -> None:
-        width = teacher.width(teacher_size)
-        super().__init__(grid, vocab_size, teacher_size, teacher.channels, width, spherical)
-        self.teacher = teacher
-        self.origin = teacher.origin
-
-    @classmethod
-    def from_teacher(
-        cls,
-        name: str,
-        grid: Grid,
-        vocab_size: int,
-        teacher_size: int,
-        stage: str | int | None = None,
-        weights: str | Path | None = None,
-        spherical: bool = False,
-    ) -> Self:
-        """Build it around a pre-trained network by name; see ``build_teacher``."""
-        return cls(build_teacher(name, stage, weights), grid, vocab_size, teacher_size, spherical)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Architecture of the teacher, and the other arguments; its weights are in the state dict."""
-        return {
-            "teacher": self.teacher.config,
-            "grid": list(self.grid),
-            "vocab_size": self.vocab_size,
-            "teacher_size": self.input_size,
-            "spherical": self.spherical,
-        }
+        super().__init__(grid, vocab_size, teacher_size, teacher.channels, teacher.width(teacher_size), spherical)
+        self.teacher, self.origin = teacher, teacher.origin
+        sizes = {"grid": list(self.grid), "vocab_size": vocab_size, "teacher_size": teacher_size}
+        self.config = {**sizes, "teacher": teacher.config, "spherical": spherical}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build it without published weights: they come from the saved tokenizer."""
+        """Build the tokenizer with a teacher of random weights; the weights are to be loaded from a state dict."""
         return cls(**{**config, "teacher": Teacher.from_config(config["teacher"])})
 
     def patch_features(self, images: Tensor) -> Tensor:
@@ -76,7 +50,7 @@ class KFeatures(KTokenizer):
 
 
 def features_on_grid(teacher: Teacher, images: Tensor, size: int, grid: Grid) -> Tensor:
-    """Return a teacher's features ``(B, P, d)`` of images resized to ``size``, its map resized to ``grid``."""
+    """Return a teacher's features ``(B, P, d)`` of images resized to ``size``; its map is resized to ``grid``."""
     feature_map: Tensor = teacher(resized(images, size))
     if feature_map.shape[-2:] != grid:
         feature_map = F.interpolate(feature_map, grid, mode="bilinear", antialias=True)

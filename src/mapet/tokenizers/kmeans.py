@@ -1,4 +1,4 @@
-"""k-means: fitted with faiss, applied in torch on whatever device the images are on."""
+"""k-means: centroids are fitted with faiss; the nearest centroid is found with torch, on the device of the images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mapet.errors import MapetError
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-# Called after each iteration with those done, those to come in all, and the mean squared distance.
+# Called after each iteration with the number of iterations done, the number of all, and the mean squared distance.
 Progress = Callable[[int, int, float], None]
 
 _MAX_DISTANCES = 1 << 26  # elements of one distance matrix: 256 MiB in float32
@@ -34,26 +34,23 @@ def fit_centroids(
 ) -> Tensor:
     """Return ``(count, d)`` float32 centroids of ``(n, d)`` float32 points: the best of several runs of k-means.
 
-    The points are neither copied nor changed. faiss splits a large cluster whenever one is empty during the
-    iterations; what is empty after the last one is moved to the points that are farthest from any centroid.
+    The points are neither copied nor changed. If a cluster becomes empty during the iterations, faiss splits a large
+    cluster. Centroids of clusters that are empty after the last iteration are moved to the points that are farthest
+    from any centroid.
 
     Args:
-        points: on the CPU; all are used.
-        count: of centroids.
-        seed: of the initial centroids, which are points.
-        iterations: of Lloyd's algorithm; upstream takes 20.
-        restarts: runs from other initial centroids, of which the one of least inertia is kept; upstream takes 5.
-        spherical: keep the centroids at length 1; the points must be.
+        points: at least ``count`` points on the CPU; all are used.
+        count: number of centroids.
+        seed: seed of the initial centroids, which are drawn from the points.
+        iterations: iterations of Lloyd's algorithm; upstream uses 20.
+        restarts: runs from different initial centroids; the run of least inertia is kept; upstream uses 5.
+        spherical: scale the centroids to length 1; the points must have length 1.
         progress: see ``Progress``.
 
     Raises:
-        MapetError: if there are fewer points than centroids, or a point is not finite.
+        MapetError: if a point is not finite.
     """
-    if len(points) < count:
-        raise MapetError(
-            f"a codebook of {count} ids needs at least as many patches, but only {len(points)} were sampled; "
-            "take a smaller --vocab-size or more images"
-        )
+    assert len(points) >= count
     if not all(bool(chunk.isfinite().all()) for chunk in points.split(65536)):
         raise MapetError(
             "the features to be clustered contain NaN or infinity; check the teacher's weights and the images"
@@ -63,7 +60,8 @@ def fit_centroids(
         return points.clone()
     best, least = np.empty(0, np.float32), float("inf")
     for restart in range(restarts):
-        centroids, inertia = _random_points(data, count, seed + restart), float("inf")
+        chosen = np.random.default_rng(seed + restart).choice(len(data), count, replace=False)
+        centroids, inertia = data[np.sort(chosen)], float("inf")
         for iteration in range(iterations):
             centroids, inertia = _iterate(data, centroids, spherical)
             progress(restart * iterations + iteration + 1, restarts * iterations, inertia / len(data))
@@ -72,24 +70,20 @@ def fit_centroids(
     return torch.from_numpy(_repair_dead(data, best))
 
 
-def _random_points(data: Array, count: int, seed: int) -> Array:
-    chosen = np.random.default_rng(seed).choice(len(data), count, replace=False)
-    return data[np.sort(chosen)]
-
-
 def _iterate(data: Array, centroids: Array, spherical: bool) -> tuple[Array, float]:
-    """One of faiss's iterations: the centroids after it, the sum of squared distances before it.
+    """Run one iteration of faiss, so that progress can be shown after each.
 
-    One at a time, so that there is something to be seen of the hours that many may take.
+    Returns:
+        the centroids after the iteration, and the sum of squared distances before it.
     """
     kmeans = faiss.Kmeans(
         data.shape[1],
         len(centroids),
         niter=1,
         spherical=spherical,
-        gpu=_gpus() > 0,
-        min_points_per_centroid=1,  # small sets are the user's choice, refused only when impossible
-        max_points_per_centroid=len(data),  # the sample is as large as it is meant to be
+        gpu=hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0,  # faiss-cpu does not have the function
+        min_points_per_centroid=1,  # no warning about small samples
+        max_points_per_centroid=len(data),  # no subsampling
     )
     objective = float(kmeans.train(data, init_centroids=centroids))
     # On unit vectors faiss maximises the inner product: |x - c|^2 = 2 - 2 x c.
@@ -98,15 +92,11 @@ def _iterate(data: Array, centroids: Array, spherical: bool) -> tuple[Array, flo
 
 
 def _repair_dead(data: Array, centroids: Array) -> Array:
-    """Move centroids that no point is nearest to, onto the points that are farthest from theirs."""
+    """Move centroids that are nearest to no point onto the points that are farthest from their centroids."""
     for _ in range(_REPAIRS):
-        flat = faiss.IndexFlatL2(data.shape[1])
-        index = faiss.index_cpu_to_all_gpus(flat) if _gpus() else flat
-        index.add(centroids)
-        distances, ids = index.search(data, 1)
-        distances, ids = np.ravel(distances), np.ravel(ids)
+        distances, ids = (found[:, 0] for found in faiss.knn(data, centroids, 1))
         dead = np.flatnonzero(np.bincount(ids, minlength=len(centroids)) == 0)
-        # Points that lie on their centroid gain nothing: then there are fewer different points than centroids.
+        # There may be fewer different points than centroids: points at distance 0 are not taken.
         farthest = np.argsort(-distances, kind="stable")[: len(dead)]
         farthest = farthest[distances[farthest] > 0]
         if not len(dead) or not len(farthest):
@@ -115,16 +105,12 @@ def _repair_dead(data: Array, centroids: Array) -> Array:
     return centroids
 
 
-def _gpus() -> int:
-    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0  # the CPU build does not have it
-
-
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """Give faiss this machine's cores: launchers restrict each process to one, and the others wait meanwhile.
+    """Let faiss use all cores of the machine: launchers restrict each process to one core.
 
-    Restored afterwards: torch may share the setting, and the rounding of a run would depend on whether it was this
-    process that fitted the tokenizer.
+    The setting is restored afterwards. torch may share it, and the rounding of a run must not depend on which process
+    fitted the tokenizer.
     """
     before = faiss.omp_get_max_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,7 +122,7 @@ def all_cores() -> Iterator[None]:
 
 
 def nearest_centroid(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return index, int64, and squared L2 distance of the centroid nearest to each of ``(..., d)`` points."""
+    """Return the index (int64) and the squared L2 distance of the centroid nearest to each of ``(..., d)`` points."""
     flat = points.reshape(-1, points.shape[-1])
     # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2), and |x|^2 does not change which centroid is nearest.
     half_norms = centroids.square().sum(dim=1) / 2

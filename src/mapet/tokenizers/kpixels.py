@@ -1,35 +1,33 @@
-"""k-pixels: k-means over the pixels of patches. Nothing to download: the embedded default."""
+"""k-pixels: k-means over the pixels of patches. It needs no download and is the default tokenizer."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.errors import MapetError
 from mapet.tokenizers.base import KTokenizer
 
-# Added to a patch's variance, so that sensor noise in flat patches is not blown up to full contrast: a
-# tenth of the full range, the regulariser of Coates & Ng, "Learning feature representations with k-means"
-# (2012), scaled from [0, 255] to [0, 1] and rounded up.
+# Added to a patch's variance, so that sensor noise in flat patches is not scaled to full contrast: a tenth of the full
+# range, the regulariser of Coates & Ng, "Learning feature representations with k-means" (2012), scaled from [0, 255] to
+# [0, 1] and rounded up.
 CONTRAST_FLOOR = 0.01
 
 
 class KPixels(KTokenizer):
-    """Ids are nearest centroids of patch pixels.
+    """A tokenizer whose ids are the nearest centroids of patch pixels.
 
     Args:
         image_size: side of the square images in pixels.
         patch_size: side of a patch in pixels.
-        channels: of the images.
+        channels: channels of the images.
         vocab_size: ``V``.
-        contrast: normalise each patch to mean 0 and variance 1, so that ids tell structure rather than
-            brightness; without it they tell both.
+        contrast: normalise each patch to mean 0 and variance 1, so that ids depend on structure but not on brightness.
         spherical: see ``KTokenizer``.
 
     Raises:
-        MapetError: if patches do not tile the image.
+        MapetError: if the image size is not a multiple of the patch size.
     """
 
     kind = "pixels"
@@ -47,27 +45,16 @@ class KPixels(KTokenizer):
             raise MapetError(f"image size {image_size} is not divisible by the patch size {patch_size}")
         side = image_size // patch_size
         super().__init__((side, side), vocab_size, image_size, channels, channels * patch_size**2, spherical)
-        self.patch_size = patch_size
-        self.contrast = contrast
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            "image_size": self.input_size,
-            "patch_size": self.patch_size,
-            "channels": self.channels,
-            "vocab_size": self.vocab_size,
-            "contrast": self.contrast,
-            "spherical": self.spherical,
-        }
+        self.patch_size, self.contrast = patch_size, contrast
+        sizes = {"image_size": image_size, "patch_size": patch_size, "channels": channels, "vocab_size": vocab_size}
+        self.config = {**sizes, "contrast": contrast, "spherical": spherical}
 
     def patch_features(self, images: Tensor) -> Tensor:
         """Cut ``(B, C, H, W)`` images into ``(B, P, C * patch * patch)`` pixels."""
         expected = (self.channels, self.input_size, self.input_size)
-        if tuple(images.shape[1:]) != expected:
+        if images.shape[1:] != expected:
             raise MapetError(f"images have shape {tuple(images.shape[1:])}, but this tokenizer reads {expected}")
-        patches = torch.nn.functional.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        patches = F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
         if self.contrast:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
             patches = (patches - mean) * torch.rsqrt(variance + CONTRAST_FLOOR)

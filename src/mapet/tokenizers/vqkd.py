@@ -1,11 +1,11 @@
-"""VQ-KD: the tokenizer of BEiT v2 (arXiv 2208.06366), published or trained here with ``VQKDObjective``."""
+"""VQ-KD: the tokenizer of BEiT v2 (arXiv 2208.06366), with published weights or trained with ``VQKDTask``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +19,30 @@ from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.kmeans import nearest_centroid
 from mapet.tokenizers.weights import fetch_weights
 
-HEAD_WIDTH = 64  # of the published networks, whose files do not tell
+HEAD_WIDTH = 64  # channels of an attention head of the published networks; not recorded in their files
 
 
 class VQKD(Tokenizer):
-    """Ids are nearest codes, by cosine, of a Vision Transformer's patch tokens projected to a few dimensions.
+    """A tokenizer whose ids are the nearest codes, by cosine, of a ViT's patch tokens projected to few dimensions.
 
     The network is upstream's (``beit2/modeling_vqkd.py`` of microsoft/unilm): a plain ViT with a class token and
-    LayerNorm of epsilon 1e-6 on the patch tokens, then ``Linear, Tanh, Linear``. The defaults are the published one.
+    LayerNorm of epsilon 1e-6 on the patch tokens, then ``Linear, Tanh, Linear``. The defaults are the published sizes.
 
-    Codes live in the buffer ``codebook`` ``(V, code_dim)``, at length 1; before training they are NaN.
+    The buffer ``codebook`` ``(V, code_dim)`` holds codes of length 1; it is NaN before training.
 
     Args:
-        image_size: side of the square input in pixels; other views are resized to it.
+        image_size: side of the square input in pixels.
         patch_size: side of a patch in pixels.
         embed_dim: ``D``, channels of the ViT.
         depth: blocks of the ViT.
-        num_heads: of its attention.
+        num_heads: attention heads of the ViT.
         vocab_size: ``V``.
         code_dim: width of a code.
-        mean: of the input normalisation, one value per channel; the published ones read [-1, 1].
-        std: likewise.
+        mean: mean of the input normalisation, one value per channel; the published networks read [-1, 1].
+        std: standard deviation of the input normalisation, one value per channel.
 
     Raises:
-        MapetError: if patches do not tile the image, or heads do not divide the channels.
+        MapetError: if the ViT cannot be built with these sizes.
     """
 
     kind = "vqkd"
@@ -63,21 +63,13 @@ class VQKD(Tokenizer):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
-        if len(mean) != len(std):
-            raise MapetError(f"mean has {len(mean)} values but std has {len(std)}; give one of each per channel")
-        encoder = patch_transformer(image_size, patch_size, len(mean), embed_dim, depth, num_heads)
+        sizes = dict(
+            image_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        )
+        encoder = patch_transformer(channels=len(mean), **sizes)
         super().__init__(encoder.patch_embed.grid_size, vocab_size, image_size, len(mean))
-        self._config = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "vocab_size": vocab_size,
-            "code_dim": code_dim,
-            "mean": list(mean),
-            "std": list(std),
-        }
+        codes = {"vocab_size": vocab_size, "code_dim": code_dim}
+        self.config = {**sizes, **codes, "mean": list(mean), "std": list(std)}
         self.encoder = encoder
         self.projection = tanh_projection(embed_dim, code_dim)
         self.register_buffer("codebook", torch.full((vocab_size, code_dim), float("nan")))
@@ -85,35 +77,38 @@ class VQKD(Tokenizer):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     @classmethod
-    def from_published(cls, source: str | Path | None) -> Self:
-        """Read a file in BEiT v2's layout, such as ``vqkd_encoder_base_decoder_3x768x12_clip``.
+    def from_published(cls, source: str | Path | None) -> VQKD:
+        """Read a file in the layout of BEiT v2, such as ``vqkd_encoder_base_decoder_3x768x12_clip``.
 
-        Sizes are those of its tensors, at 64 channels a head. Decoder, teacher and statistics are left out, and
-        codes are scaled to length 1, which upstream's are but for rounding.
+        The shapes of the tensors decide the sizes, with 64 channels per head. Decoder, teacher and statistics are not
+        read. Codes are scaled to length 1; upstream's codes have length 1 up to rounding.
 
         Args:
-            source: see ``fetch_weights``; also a checkpoint of upstream's training script. There is no default: their
-                authors' address is signed and expires.
+            source: see ``fetch_weights``; also a checkpoint of upstream's training script. There is no default, because
+                the authors' URL is signed and expires.
 
         Raises:
-            MapetError: if the file cannot be had or read, lacks a tensor or has one of another shape, or its encoder
-                has more parts than the published ones.
+            MapetError: if the file cannot be read, or is not of a VQ-KD tokenizer.
         """
         if source is None:
             raise MapetError(
-                "the published VQ-KD weights have no lasting address; pass yours with --teacher-weights, e.g. the file "
+                "the published VQ-KD weights have no permanent URL; pass a local file with --teacher-weights, e.g. "
                 "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth of BEiT v2"
             )
         path, origin = fetch_weights(source)
         found, _ = read_tensors(path)
-        tokenizer = cls(**_architecture(found, source))
-        wanted = _published_state(tokenizer)
-        check_fit(found, wanted, source, "a VQ-KD tokenizer")
-        strange = [name for name in found if name.startswith(("encoder.", "encode_task_layer.")) and name not in wanted]
-        if strange:
+        try:
+            tokenizer = _published_architecture(found)
+        except (KeyError, ValueError) as error:
             raise MapetError(
-                f"weights {source} do not fit a VQ-KD tokenizer: its encoder has no {strange[0]!r} ({len(strange)} "
-                "unknown); pass a file with the layout of the published ones"
+                f"weights {source} do not fit a VQ-KD tokenizer ({error}); pass the published weights"
+            ) from error
+        wanted = _published_tensors(tokenizer)
+        check_fit(found, wanted, source, "a VQ-KD tokenizer")
+        unknown = [name for name in found if name.startswith(("encoder.", "encode_task_layer.")) and name not in wanted]
+        if unknown:
+            raise MapetError(
+                f"weights {source} do not fit a VQ-KD tokenizer: {unknown[0]!r} is unknown; pass the published weights"
             )
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
@@ -121,48 +116,34 @@ class VQKD(Tokenizer):
         tokenizer.origin = origin
         return tokenizer.eval()
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return dict(self._config)
-
     def forward(self, images: Tensor) -> Tensor:
-        """Map ``(B, C, S, S)`` images, normalised with ``mean`` and ``std``, to what is compared with the codes.
+        """Return the features that are compared with the codes.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised with ``mean`` and ``std``.
 
         Returns:
-            ``(B, P, code_dim)`` of length 1, in the precision of the weights whatever autocast says, as upstream.
+            ``(B, P, code_dim)`` of length 1, in the precision of the weights even under autocast, as upstream.
         """
         patches = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
         with torch.autocast(images.device.type, enabled=False):
             return F.normalize(self.projection(patches.type_as(self.codebook)), dim=-1)
 
     def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids, and 1 - cosine of feature and code."""
+        """Return ids, and 1 - cosine of feature and code as distance."""
         images = with_channels(resized(images, self.input_size), self.channels)
-        features = self((images - self.mean) / self.std)
-        ids, squared = nearest_centroid(features, self.codebook)
+        ids, squared = nearest_centroid(self((images - self.mean) / self.std), self.codebook)
         # |z - c|^2 = 2 - 2 z c for vectors of length 1.
         return ids, squared / 2
 
 
-def patch_transformer(
-    image_size: int, patch_size: int, channels: int, embed_dim: int, depth: int, num_heads: int
-) -> VisionTransformer:
-    """Build the plain ViT that encoder and decoder of VQ-KD are, initialised as upstream."""
-    return build_vit(
-        "vit_base_patch16_224",
-        image_size=image_size,
-        patch_size=patch_size,
-        channels=channels,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        fix_init=True,
-    )
+def patch_transformer(**sizes: Any) -> VisionTransformer:
+    """Build the plain ViT used as encoder and as decoder, initialised as upstream; see ``build_vit`` for the sizes."""
+    return build_vit("vit_base_patch16_224", fix_init=True, **sizes)
 
 
 def tanh_projection(embed_dim: int, width: int) -> nn.Sequential:
-    """Build the two layers that follow encoder and decoder, initialised as upstream."""
+    """Build the two linear layers that follow the encoder or decoder, initialised as upstream."""
     first, second = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, width)
     for layer in (first, second):
         nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -170,54 +151,31 @@ def tanh_projection(embed_dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(first, nn.Tanh(), second)
 
 
-def _architecture(found: Mapping[str, Tensor], source: str | Path) -> dict[str, Any]:
-    """Return the constructor's arguments that the shapes of published tensors tell."""
+def _published_architecture(found: Mapping[str, Tensor]) -> VQKD:
+    """Build the tokenizer, with random weights, whose sizes are those of the tensors of a published file.
 
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name in found and found[name].ndim == axes:
-            return tuple(found[name].shape)
-        problem = f"has {found[name].ndim} axes instead of {axes}" if name in found else "is missing"
-        raise MapetError(f"weights {source} do not fit a VQ-KD tokenizer: {name!r} {problem}")
-
-    embed_dim, channels, patch_size, _ = shape("encoder.patch_embed.proj.weight", 4)
-    positions = shape("encoder.pos_embed", 3)[1]
-    vocab_size, code_dim = shape("quantize.embedding.weight", 2)
-    side = isqrt(max(0, positions - 1))
-    if positions != 1 + side**2 or not side:
-        raise MapetError(
-            f"weights {source} do not fit a VQ-KD tokenizer: 'encoder.pos_embed' has {positions} positions, which are "
-            "no class token and square of patches"
-        )
-    if embed_dim % HEAD_WIDTH:
-        raise MapetError(
-            f"weights {source} do not fit a VQ-KD tokenizer: 'encoder.patch_embed.proj.weight' has {embed_dim} "
-            f"channels, which are no multiple of the {HEAD_WIDTH} of a head"
-        )
-    blocks = {name.split(".")[2] for name in found if name.startswith("encoder.blocks.")}
-    return {
-        "image_size": side * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": max(1, len(blocks)),
-        "num_heads": embed_dim // HEAD_WIDTH,
-        "vocab_size": vocab_size,
-        "code_dim": code_dim,
-        "mean": [0.5] * channels,
-        "std": [0.5] * channels,
-    }
+    Raises:
+        KeyError, ValueError: if a tensor is missing or has another number of axes.
+    """
+    embed_dim, _, patch_size, _ = found["encoder.patch_embed.proj.weight"].shape
+    _, positions, _ = found["encoder.pos_embed"].shape
+    vocab_size, code_dim = found["quantize.embedding.weight"].shape
+    image_size = isqrt(positions - 1) * patch_size
+    depth = len({name.split(".")[2] for name in found if name.startswith("encoder.blocks.")})
+    return VQKD(image_size, patch_size, embed_dim, depth, embed_dim // HEAD_WIDTH, vocab_size, code_dim)
 
 
-def _published_state(tokenizer: VQKD) -> dict[str, Tensor]:
-    """Return the tokenizer's own tensors, to be written to, under their names in a published file."""
-    state = {}
+def _published_tensors(tokenizer: VQKD) -> dict[str, Tensor]:
+    """Return the tokenizer's tensors, which are written in place, by their names in a published file."""
+    tensors = {}
     for name, tensor in tokenizer.state_dict().items():
-        # Upstream's norm is in the place for pooled features, and applied to each patch.
+        # Upstream's norm has the name of a norm of pooled features, but is applied to each patch.
         name = name.replace("encoder.norm.", "encoder.fc_norm.").replace("projection.", "encode_task_layer.")
         if name.endswith("qkv.bias"):
             query, key, value = tensor.chunk(3)
-            key.zero_()  # upstream has none; it would move all scores of a query alike
-            state[name.replace("qkv.bias", "q_bias")] = query
-            state[name.replace("qkv.bias", "v_bias")] = value
+            key.zero_()  # upstream has no bias of keys; it would change no attention weight
+            tensors[name.replace("qkv.bias", "q_bias")] = query
+            tensors[name.replace("qkv.bias", "v_bias")] = value
         else:
-            state["quantize.embedding.weight" if name == "codebook" else name] = tensor
-    return state
+            tensors["quantize.embedding.weight" if name == "codebook" else name] = tensor
+    return tensors

@@ -1,1 +1,1 @@
-"""Pre-training in rounds, each on ids of the features that the round before learned."""
+"""Pre-training in rounds, each on ids of the features that the previous round learned."""

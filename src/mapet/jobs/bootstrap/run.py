@@ -1,12 +1,11 @@
-"""Bootstrapped targets: each round pre-trains on ids of the features that the round before it learned.
+"""Bootstrapped targets: each round pre-trains on ids of the features that the previous round learned.
 
-The idea is HuBERT's (Hsu et al., 2106.07447), which does it for speech: no foreign teacher at all.
+The idea is that of HuBERT (Hsu et al., 2106.07447) for speech: no foreign teacher is needed.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,19 @@ def bootstrap(
     resume: bool = False,
     console: Console | None = None,
 ) -> list[Result]:
-    """Pre-train on pixels, then again on ids fitted to the features so learned, ``rounds`` times.
+    """Pre-train on pixels, then ``rounds`` times on ids fitted to the features that the previous round learned.
 
     Args:
-        values: configuration of every round, see ``PretrainConfig``; ``tokenizer`` and what belongs to its teacher are
-            the first round's.
-        out: a folder; the rounds' run folders are ``round0``, ``round1``, ... in it.
-        rounds: after the first.
-        block: of the last round's network whose features are clustered; -1 is the last.
-        resume: continue where it was stopped, exactly.
+        values: configuration of every round, see ``PretrainConfig``; ``tokenizer`` and the keys of its teacher are for
+            the first round.
+        out: a folder; the run folders ``round0``, ``round1``, ... are made in it.
+        rounds: number of rounds after the first.
+        block: block of the previous round's network whose features are clustered; -1 is the last.
+        resume: continue an interrupted bootstrap exactly.
         console: where progress is shown; None for standard error.
 
     Returns:
-        the runs, of which the last may have been stopped early.
+        the results of the rounds; the last round may have been stopped early.
 
     Raises:
         MapetError: for input that cannot work.
@@ -66,18 +65,13 @@ def bootstrap(
     blocks = len(initial_backbone(config).blocks)
     if not -blocks <= block < blocks:
         raise MapetError(f"block is {block}, but the network has {blocks}: take 0 to {blocks - 1}, or -1 for the last")
-    root = Path(out)
-    foreign = sorted(path.name for path in root.glob("*") if not re.fullmatch(r"round\d+", path.name))
-    if foreign:
-        raise MapetError(f"output folder {root} holds {foreign[0]!r}, no round; choose a new folder with --out")
     results: list[Result] = []
+    asked = dict(values)
     for number in range(rounds + 1):
-        asked = dict(values)
-        if number:
-            exported = results[-1].exported
-            asked |= {"tokenizer": str(exported), "teacher_stage": block, "teacher_weights": None, "teacher_size": None}
         logger.info("round %d of %d: %s", number, rounds, asked.get("tokenizer") or "pixels")
-        results.append(pretrain(asked, root / f"round{number}", resume=resume, console=console))
+        results.append(pretrain(asked, Path(out) / f"round{number}", resume=resume, console=console))
         if not results[-1].finished:
             break
+        asked |= {"tokenizer": str(results[-1].exported), "teacher_stage": block}
+        asked |= {"teacher_weights": None, "teacher_size": None}
     return results

@@ -1,4 +1,4 @@
-"""``mapet bootstrap``: pre-train on pixels, then on one's own features, round after round."""
+"""``mapet bootstrap``: pre-train on pixels, then on the network's own features, round after round."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from mapet.jobs.pretrain.config import PretrainConfig
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of bootstrapping alone."""
+    """Add the flags that only this command has."""
     parser.add_argument("--rounds", type=int, default=1, help="rounds after the first (default: 1)")
-    parser.add_argument(
-        "--block", type=int, default=-1, help="block whose features are clustered (default: -1, the last)"
-    )
+    block_help = "block whose features are clustered (default: -1, the last)"
+    parser.add_argument("--block", type=int, default=-1, help=block_help)
 
 
 def run(call: Call) -> int:
@@ -23,9 +22,8 @@ def run(call: Call) -> int:
     from mapet.jobs.bootstrap.run import bootstrap
 
     flags = call.flags
-    results = bootstrap(
-        call.values, call.out, rounds=flags.rounds, block=flags.block, resume=flags.resume, console=call.console
-    )
+    options = {"rounds": flags.rounds, "block": flags.block, "resume": flags.resume}
+    results = bootstrap(call.values, call.out, **options, console=call.console)
     last = results[-1]
     if not last.is_main:
         return 0
@@ -40,7 +38,7 @@ def run(call: Call) -> int:
 
 
 BOOTSTRAP = Verb(
-    summary="pre-train in rounds, each on ids of the features that the round before learned",
+    summary="pre-train in rounds, each on ids of the features that the previous round learned",
     about="Pre-train on k-pixels, fit a tokenizer to the features so learned, pre-train anew on its ids, and so on: "
     "targets that\nget better without a foreign teacher.",
     example="  mapet bootstrap ./photos --out runs/boot --rounds 2",
@@ -48,7 +46,7 @@ BOOTSTRAP = Verb(
     run=run,
     positional={"data": "images; may also stand in the recipe"},
     out="a folder; the rounds' run folders are made in it",
-    resume="continue where it was stopped, or begin",
+    resume="continue an interrupted bootstrap exactly, or begin it",
     json="print the rounds as JSON",
     check_data=check_images,
     options=add_options,

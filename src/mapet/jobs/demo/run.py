@@ -1,4 +1,4 @@
-"""The demo: pre-train on a small real data set, then measure what it was good for."""
+"""The demo: pre-train on a small real data set, then measure the gain."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def run_demo(
     Args:
         values: configuration whose ``data`` is a labelled demo set.
         out: the run folder.
-        labels_per_class: how many the fine-tunings get, each a run in ``out/finetuned``.
-        finetuning: their configuration by key, see ``FinetuneConfig``.
+        labels_per_class: for each number, a fine-tuning with so many labels is run in ``out/finetuned``.
+        finetuning: configuration of the fine-tunings by key, see ``FinetuneConfig``.
         resume: continue an interrupted demo.
         console: where progress is shown.
 
     Returns:
-        the run and its rows of accuracies in 0..1; no rows if it was stopped early, or on any process but the
-        main one.
+        the run, and rows of accuracies in 0..1; None instead of the rows if the demo was stopped early, and on
+        processes other than the main one.
     """
     if values.get("init") is not None:
         raise MapetError("the demo compares with random weights; leave --init out, or use mapet pretrain")
@@ -83,11 +83,13 @@ def run_demo(
 def measure_run(
     result: Result, labels_per_class: Sequence[int], finetuning: Mapping[str, Any], console: Console | None = None
 ) -> dict[str, Row] | None:
-    """Measure raw pixels, the untrained network and the pre-trained one on the run's own labelled data.
+    """Measure raw pixels, the untrained and the pre-trained network on the labelled data of the run.
 
-    The untrained network is probed with the very weights that pre-training began with, and fine-tuned from random ones
-    of the same kind; the rows differ in nothing else. All processes call it, for they fine-tune together. Returns None
-    if a fine-tuning was stopped, and on any process but the main one.
+    The untrained network is probed with the weights that pre-training began with, and fine-tuned from other random
+    weights. All processes call the function, because they fine-tune together.
+
+    Returns:
+        the rows; None if a fine-tuning was stopped, and on processes other than the main one.
     """
     config = result.config
     train, test = open_labelled(config.data, config.seed)
@@ -106,18 +108,12 @@ def measure_run(
         probe(name, backbone)
         for count in labels_per_class:
             labels = count * len(train.classes)
-            values = {
-                "model": str(result.exported),
-                "data": config.data,
-                "seed": config.seed,
-                "reinit": name == "random_vit",
-                "labels_per_class": count,
-                **finetuning,
-            }
+            values = {"model": str(result.exported), "reinit": name == "random_vit", "labels_per_class": count}
+            values |= {"data": config.data, "seed": config.seed, **finetuning}
             out = result.folder.root / "finetuned" / f"{name}-{labels}"
-            # What has begun knows its model, by a name that may have been another when the run lay elsewhere.
+            # A resumed fine-tuning keeps its recorded model: the run's folder may have been moved since.
             tuned = finetune({} if RunFolder(out).config.exists() else values, out, resume=True, console=console)
-            if not tuned.finished:  # saved; --resume takes it up there
+            if not tuned.finished:
                 return None
             if tuned.is_main:
                 rows[name][f"finetune_{labels}"] = tuned.measured["accuracy"]

@@ -12,13 +12,14 @@ from rich.console import Console
 from mapet.config.verb import Call, Verb
 from mapet.data.names import DEMO_NAMES
 from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.report.tables import Table, percent
 
 DEFAULT_OUT = Path("runs/demo")
 ROW_NAMES = {"raw_pixels": "raw pixels", "random_vit": "random-init ViT", "pretrained_vit": "pre-trained ViT"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of the demo alone."""
+    """Add the flag that only this command has."""
     parser.add_argument("--dataset", default="mnist", choices=DEMO_NAMES, help="images to use (default: mnist)")
 
 
@@ -33,7 +34,7 @@ def run(call: Call) -> int:
         return 0
     if rows is None:
         call.say(f"stopped and saved after step {result.steps}; --resume continues {out}")
-        return 128 + (result.stopped_by or signal.SIGINT)  # else a fine-tuning was stopped
+        return 128 + (result.stopped_by or signal.SIGINT)  # without stopped_by, a fine-tuning was stopped
     print_rows(Console(), rows, f"accuracy on {flags.dataset}, test images")
     call.say(
         f"pictures: {result.folder.figures}\nresults:  {result.folder.results}\n"
@@ -51,8 +52,6 @@ def _next_free(folder: Path) -> Path:
 
 def print_rows(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Print accuracies in 0..1 as a table of percentages."""
-    from mapet.report.tables import Table, percent
-
     columns = list(rows["pretrained_vit"])
     names = {"knn": "k-NN", "linear": "linear probe"}
     header = [names.get(column, f"{column.removeprefix('finetune_')} labels") for column in columns]

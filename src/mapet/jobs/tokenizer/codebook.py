@@ -1,48 +1,43 @@
-"""Whether a tokenizer's codebook is any good: how its ids are used, and what they stand for, in one pass."""
+"""Statistics of a codebook: use of its ids, entropies given neighbours, patches nearest to its codes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.report.tables import Table
 from mapet.tokenizers.base import Grid, Tokenizer
 
-MOST_PIXELS = 32  # side of a kept patch; larger ones are shrunk
-MOST_PAIR_PATCHES = 1 << 24  # patches whose ids are kept to count neighbours: 64 MiB
-LEAST_PATCHES_PER_CODE = 10  # fewer do not tell a dead code from a rare one
+LEAST_PATCHES_PER_CODE = 10  # with fewer patches, a rare code may look like a dead one
 LEAST_COVERAGE = 0.9  # of neighbouring pairs; above, their entropy was within 0.2 nats of the truth in simulations
-LEAST_GAIN = 0.05  # of the unigram entropy
+LEAST_GAIN = 0.05  # share of the unigram entropy
 
 
 @dataclass(frozen=True)
 class CodebookReport:
-    """What is to be said of a codebook on a sample of images. Entropies are in nats.
+    """Figures of a codebook, measured on a sample of images. Entropies are in nats.
 
     Attributes:
         kind, content_hash, vocab_size, grid: of the tokenizer.
-        images, patches: of the sample.
-        used_codes: codes that at least one patch has; ``dead_codes`` are the others.
+        images, patches: number of images and patches in the sample.
+        used_codes: number of codes that at least one patch has; ``dead_codes`` is the number of the others.
         usage_share: ``used_codes / vocab_size``.
-        unigram_entropy: of the ids' frequencies, which is the loss of a model that does not look at the image.
-        perplexity: ``exp(unigram_entropy)``: as many codes, equally frequent, would have the same entropy.
+        unigram_entropy: entropy of the ids' frequencies, which is the loss of a model that ignores the image.
+        perplexity: ``exp(unigram_entropy)``: the number of equally frequent codes with the same entropy.
         top_share: share of patches that have the most frequent code, which is the accuracy of always guessing it.
-        entropy_given_left, entropy_given_above: conditional entropy of an id given that of the patch to its left or
-            above it, estimated as ``chao_shen`` of the pairs less that of the given ids, and at most the unigram
-            entropy; None where the grid has no such pair. What they lie below the unigram entropy is what one neighbour
-            tells. Both are there since stripes and horizons make them differ.
-        pairs: neighbours, of both directions, that the conditional entropies rest on.
-        pair_coverage: estimated share of all pairs in such images that are among those seen (Good, "The population
-            frequencies of species and the estimation of population parameters", 1953: 1 less the share of pairs seen
-            once), in the worse direction; None without pairs. Where it is low the conditional entropies are rough.
-        mean_distance: of a patch from its code, in the tokenizer's own measure.
+        entropy_given_left, entropy_given_above: conditional entropy of an id given the id of the patch to its left or
+            above it: ``chao_shen`` of the pairs minus ``chao_shen`` of the given ids, at most the unigram entropy; None
+            if the grid has no such pair. The difference to the unigram entropy is the information in one neighbour.
+        pairs: number of pairs of neighbours, in both directions together.
+        pair_coverage: probability that a further pair is one of those in the sample, estimated as 1 minus the share of
+            pairs that occur once (Good, "The population frequencies of species and the estimation of population
+            parameters", 1953), in the direction where it is lower; None without pairs. If it is low, the conditional
+            entropies are rough.
+        mean_distance: mean distance between a patch and its code, in the tokenizer's own measure.
     """
 
     kind: str
@@ -63,159 +58,79 @@ class CodebookReport:
     pair_coverage: float | None
     mean_distance: float
 
+    def __repr__(self) -> str:
+        return (
+            f"<CodebookReport: {self.used_codes} of {self.vocab_size} codes used by {self.patches} patches, unigram "
+            f"entropy {self.unigram_entropy:.3f} nats, perplexity {self.perplexity:.1f}>"
+        )
+
     @property
-    def neighbours_are_sampled(self) -> bool:
-        """Whether enough pairs were seen for the conditional entropies to be taken at their word."""
+    def is_covered(self) -> bool:
+        """Whether the sample has enough pairs of neighbours to estimate the conditional entropies."""
         return self.pair_coverage is not None and self.pair_coverage >= LEAST_COVERAGE
 
 
-@dataclass(frozen=True)
-class Atlas:
-    """Codes and the patches that are nearest to them, nearest first, at most one from an image.
-
-    Attributes:
-        codes, shares: ``(R,)``, ids and their shares of all patches.
-        distances: ``(R, k)``; infinite where there is no patch.
-        images: ``(R, k)``, the image's number in the order of coming, from 0.
-        pixels: ``(R, k, C, h, w)`` uint8, arbitrary where there is no patch.
-    """
-
-    codes: Tensor
-    shares: Tensor
-    distances: Tensor
-    images: Tensor
-    pixels: Tensor
-
-
-class CodebookStatistics:
-    """Gathers all that the report needs in one pass over batches; how the images are batched makes no difference.
-
-    Memory is bounded, whatever the number of images. For each code the nearest patches are kept: with 8192 codes, 100
-    MB for colour patches of 16 x 16 pixels and 400 MB for those of 32 x 32 or more. To count neighbours, the ids of the
-    first images are kept, 2^24 patches in 64 MiB (85,000 images of 14 x 14), so images should come in random order;
-    counting them takes up to 600 MB for a moment, but never a table of ``vocab_size ** 2``.
+def measure_codebook(tokenizer: Tokenizer, ids: Tensor, distances: Tensor) -> CodebookReport:
+    """Return the figures of a tokenizer's codebook.
 
     Args:
-        tokenizer: whose ids they are.
-        atlas_codes: how many codes the atlas shows.
-        atlas_patches: how many patches it shows of each.
+        tokenizer: the tokenizer.
+        ids, distances: ``(N, P)`` for ``N`` images, as the tokenizer returned them, on the CPU.
     """
-
-    def __init__(self, tokenizer: Tokenizer, atlas_codes: int = 32, atlas_patches: int = 16) -> None:
-        self.kind, self.content_hash = tokenizer.kind, tokenizer.content_hash
-        self.vocab_size, self.grid = tokenizer.vocab_size, tokenizer.grid
-        self.counts = torch.zeros(self.vocab_size, dtype=torch.long)
-        self.images = 0
-        self._atlas_codes = atlas_codes
-        self._nearest = _NearestPatches(self.vocab_size, atlas_patches)
-        self._kept_ids: list[Tensor] = []
-        self._distance = 0.0
-
-    def add(self, views: Tensor, ids: Tensor, distances: Tensor) -> None:
-        """Take a batch, on any device.
-
-        Args:
-            views: ``(B, C, H, W)`` in [0, 1], all of one size, as the tokenizer was given them.
-            ids, distances: ``(B, P)``, what it gave.
-        """
-        rows, columns = self.grid
-        if views.shape[-2] % rows or views.shape[-1] % columns:  # a teacher may see images of any size
-            tiled = [-(-views.shape[-2] // rows) * rows, -(-views.shape[-1] // columns) * columns]
-            views = F.interpolate(views, tiled, mode="bilinear")
-        ids, distances = ids.cpu(), distances.cpu()
-        self.counts += torch.bincount(ids.flatten(), minlength=self.vocab_size)
-        # Image by image: sums of a batch would round differently from batch size to batch size.
-        for total in distances.double().numpy().sum(axis=1).tolist():
-            self._distance += total
-        if room := max(0, MOST_PAIR_PATCHES // (rows * columns) - self.images):
-            self._kept_ids.append(ids[:room].int())
-        tiles = views.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
-        self._nearest.add(tiles, ids, distances, self.images)
-        self.images += len(ids)
-
-    def report(self) -> CodebookReport:
-        """Return what was found so far.
-
-        Raises:
-            MapetError: if no image was added.
-        """
-        if not self.images:
-            raise MapetError("a codebook report needs at least one image, but none was given; pass more images")
-        patches, used = int(self.counts.sum()), int((self.counts > 0).sum())
-        entropy = float(torch.special.entr(self.counts.double() / patches).sum())
-        maps = torch.cat(self._kept_ids).reshape(-1, *self.grid)
-        # A direction without pairs is left out: a grid may have one column or one row.
-        left = self._neighbours(maps[:, :, :-1], maps[:, :, 1:]) if self.grid[1] > 1 else None
-        above = self._neighbours(maps[:, :-1], maps[:, 1:]) if self.grid[0] > 1 else None
-        both = [found for found in (left, above) if found]
-        return CodebookReport(
-            kind=self.kind,
-            content_hash=self.content_hash,
-            vocab_size=self.vocab_size,
-            grid=self.grid,
-            images=self.images,
-            patches=patches,
-            used_codes=used,
-            dead_codes=self.vocab_size - used,
-            usage_share=used / self.vocab_size,
-            unigram_entropy=entropy,
-            perplexity=math.exp(entropy),
-            top_share=int(self.counts.max()) / patches,
-            entropy_given_left=min(left.entropy, entropy) if left else None,
-            entropy_given_above=min(above.entropy, entropy) if above else None,
-            pairs=sum(found.pairs for found in both),
-            pair_coverage=min((found.coverage for found in both), default=None),
-            mean_distance=self._distance / patches,
-        )
-
-    def atlas(self) -> Atlas:
-        """Return used codes, evenly spread over their ranking from the most to the least frequent, and their patches.
-
-        Raises:
-            MapetError: if no image was added.
-        """
-        if self._nearest.pixels is None:
-            raise MapetError("a codebook atlas needs at least one image, but none was given; pass more images")
-        used = int((self.counts > 0).sum())
-        ranking = self.counts.argsort(descending=True, stable=True)[:used]
-        codes = ranking[torch.linspace(0, used - 1, min(used, self._atlas_codes)).round().long()]
-        distances = torch.from_numpy(self._nearest.distances)[codes]
-        images = torch.from_numpy(self._nearest.images)[codes]
-        order = images.argsort(dim=1)
-        order = order.gather(1, distances.gather(1, order).argsort(dim=1, stable=True))
-        return Atlas(
-            codes=codes,
-            shares=self.counts[codes] / self.counts.sum(),
-            distances=distances.gather(1, order),
-            images=images.gather(1, order),
-            pixels=self._nearest.pixels[codes[:, None], order],
-        )
-
-    def _neighbours(self, given: Tensor, ids: Tensor) -> _Neighbours:
-        counts = torch.unique((given.long() * self.vocab_size + ids).flatten(), return_counts=True)[1]
-        entropy = chao_shen(counts) - chao_shen(torch.bincount(given.flatten()))
-        return _Neighbours(entropy, ids.numel(), 1 - int((counts == 1).sum()) / ids.numel())
+    vocab_size, patches = tokenizer.vocab_size, ids.numel()
+    counts = torch.bincount(ids.flatten(), minlength=vocab_size)
+    used = int((counts > 0).sum())
+    entropy = float(torch.special.entr(counts.double() / patches).sum())
+    maps = ids.reshape(-1, *tokenizer.grid)
+    directions = [(maps[:, :, :-1], maps[:, :, 1:]), (maps[:, :-1], maps[:, 1:])]
+    left, above = (_conditional_entropy(given, those, vocab_size) for given, those in directions)
+    coverages = [found[1] for found in (left, above) if found]
+    # Summed image by image: the order of the sum, and so its rounding, is that of earlier versions.
+    total_distance = np.cumsum(distances.double().numpy().sum(axis=1))[-1]
+    return CodebookReport(
+        kind=tokenizer.kind,
+        content_hash=tokenizer.content_hash,
+        vocab_size=vocab_size,
+        grid=tokenizer.grid,
+        images=len(ids),
+        patches=patches,
+        used_codes=used,
+        dead_codes=vocab_size - used,
+        usage_share=used / vocab_size,
+        unigram_entropy=entropy,
+        perplexity=math.exp(entropy),
+        top_share=int(counts.max()) / patches,
+        entropy_given_left=min(left[0], entropy) if left else None,
+        entropy_given_above=min(above[0], entropy) if above else None,
+        pairs=sum(given.numel() for given, _ in directions),
+        pair_coverage=min(coverages, default=None),
+        mean_distance=float(total_distance) / patches,
+    )
 
 
-@dataclass(frozen=True)
-class _Neighbours:
-    entropy: float
-    pairs: int
-    coverage: float
+def _conditional_entropy(given: Tensor, ids: Tensor, vocab_size: int) -> tuple[float, float] | None:
+    """Return the entropy of ids given their neighbours, and the coverage of the pairs; None without pairs."""
+    if not ids.numel():
+        return None
+    pairs = torch.unique((given.long() * vocab_size + ids).flatten(), return_counts=True)[1]
+    entropy = chao_shen(pairs) - chao_shen(torch.bincount(given.flatten()))
+    return entropy, 1 - int((pairs == 1).sum()) / ids.numel()
 
 
 def chao_shen(counts: Tensor) -> float:
-    """Estimate the entropy in nats of what ``counts``, one for each kind, are a sample of.
+    """Estimate the entropy, in nats, of the distribution that a sample was drawn from.
 
-    The entropy of the sample's own frequencies is far too low where there are nearly as many kinds as draws, as there
-    are for pairs of ids, and Miller and Madow's correction adds at most half a nat: 400,000 pairs of independent,
-    equally frequent ids out of 8192 come to 3.9 nats given the first and 4.4 corrected, but are 9.0. This estimator
-    finds 9.1. It scales frequencies by the coverage of the sample, and weighs each kind by the inverse of its
-    probability to be in it. Where ids do depend on each other and coverage is low, it is still too low.
+    The entropy of the sample's own frequencies is far too low if there are nearly as many kinds as draws, as for pairs
+    of ids, and the correction of Miller and Madow adds at most half a nat: for 400,000 pairs of independent, equally
+    frequent ids out of 8192, the conditional entropy is 9.0 nats, but the frequencies give 3.9 and the correction 4.4.
+    This estimator gives 9.1. It scales frequencies by the coverage of the sample, and weights each kind by the inverse
+    of its probability to be in the sample. If ids depend on each other and the coverage is low, it is still too low.
 
     Source: Chao & Shen, "Nonparametric estimation of Shannon's index of diversity when there are unseen species in
-    sample" (2003); for a sample in which each kind was seen once, one is taken to have been seen twice,
-    as in the R package entropy.
+    sample" (2003). If each kind occurs once, one kind is counted as if it occurred twice, as in the R package entropy.
+
+    Args:
+        counts: how often each kind occurs in the sample.
     """
     counts = counts[counts > 0].double()
     size = counts.sum()
@@ -225,70 +140,35 @@ def chao_shen(counts: Tensor) -> float:
     return float((torch.special.entr(share) / seen).sum())
 
 
-class _NearestPatches:
-    """For each code the patches that are nearest to it, at most one of an image, in no order.
+def spread_codes(counts: Tensor, most: int) -> list[int]:
+    """Return used codes, evenly spread over their ranking from the most to the least frequent.
 
-    Of equally near ones the first image's is kept.
-
-    Attributes:
-        distances, images: ``(V, k)``; infinity and the largest integer where there is no patch.
-        pixels: ``(V, k, C, h, w)`` uint8; None before the first batch.
+    Args:
+        counts: ``(V,)``, number of patches of each code.
+        most: number of codes to return, or all used codes if there are fewer.
     """
-
-    def __init__(self, vocab_size: int, count: int) -> None:
-        self.distances = np.full((vocab_size, count), np.inf, dtype=np.float32)
-        self.images = np.full((vocab_size, count), np.iinfo(np.int64).max)
-        self.pixels: Tensor | None = None
-
-    def add(self, tiles: Tensor, ids: Tensor, distances: Tensor, first_image: int) -> None:
-        """Take ``(B, rows, columns, C, h, w)`` patches, and ``(B, P)`` ids and distances on the CPU."""
-        count = self.distances.shape[1]
-        codes, found = ids.flatten().numpy(), distances.flatten().numpy()
-        images = first_image + np.arange(len(ids)).repeat(ids.shape[1])
-
-        new = np.flatnonzero(found < self.distances.max(axis=1)[codes])
-        new = new[np.lexsort((found[new], images[new], codes[new]))]
-        new = new[_is_first(codes[new], images[new])]
-
-        # Slots of the codes concerned compete with the newcomers. Both are in the order of codes, and as many slots
-        # of a code become free as newcomers win, so those that win fit the free slots one by one.
-        slots = (np.unique(codes[new])[:, None] * count + np.arange(count)).flatten()
-        all_codes = np.concatenate([slots // count, codes[new]])
-        all_images = np.concatenate([self.images.flat[slots], images[new]])
-        all_distances = np.concatenate([self.distances.flat[slots], found[new]])
-        order = np.lexsort((all_images, all_distances, all_codes))
-        rank = np.arange(len(order)) - np.searchsorted(all_codes[order], all_codes[order])
-        wins = np.empty(len(order), dtype=bool)
-        wins[order] = rank < count
-        free, taken = slots[~wins[: len(slots)]], new[wins[len(slots) :]]
-
-        if not len(taken):
-            return
-        self.distances.flat[free], self.images.flat[free] = found[taken], images[taken]
-        cells = torch.from_numpy(np.stack(np.unravel_index(taken, tiles.shape[:3])))
-        pixels = _as_bytes(tiles[tuple(cells)])
-        if self.pixels is None:
-            self.pixels = torch.empty(*self.distances.shape, *pixels.shape[1:], dtype=torch.uint8)
-        self.pixels.flatten(0, 1)[torch.from_numpy(free)] = pixels
+    used = int((counts > 0).sum())
+    ranking = counts.argsort(descending=True, stable=True)[:used]
+    return ranking[torch.linspace(0, used - 1, min(used, most)).round().long()].tolist()
 
 
-def _is_first(*keys: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whether each entry differs in any key from the one before it."""
-    differs = np.ones(len(keys[0]), dtype=bool)
-    differs[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    return differs
+def nearest_patches(ids: Tensor, distances: Tensor, code: int, most: int) -> list[tuple[int, int]]:
+    """Return the (image, patch) numbers of the patches nearest to a code, nearest first, at most one of each image.
 
-
-def _as_bytes(patches: Tensor) -> Tensor:
-    """Turn ``(n, C, h, w)`` in [0, 1] into uint8 on the CPU, shrunk to at most ``MOST_PIXELS`` a side."""
-    height, width = (min(side, MOST_PIXELS) for side in patches.shape[-2:])
-    if patches.shape[-2:] != (height, width):
-        patches = F.interpolate(patches, (height, width), mode="area")
-    return (patches * 255).round().to("cpu", torch.uint8)
+    Args:
+        ids, distances: ``(N, P)``, on the CPU. Of patches with the same distance, those of earlier images come first.
+        code: an id.
+        most: number of patches to return, or all if there are fewer.
+    """
+    images, patches = (numbers.numpy() for numbers in (ids == code).nonzero(as_tuple=True))
+    order = np.argsort(distances[images, patches].numpy(), kind="stable")
+    _, first = np.unique(images[order], return_index=True)
+    chosen = order[np.sort(first)[:most]]
+    return list(zip(images[chosen].tolist(), patches[chosen].tolist(), strict=True))
 
 
 def shortcomings(report: CodebookReport) -> list[str]:
-    """Return what is wrong with a codebook, a sentence each that says what to do."""
+    """Return a sentence for each problem of a codebook: what is wrong and what to do."""
     found = []
     if report.patches < LEAST_PATCHES_PER_CODE * report.vocab_size:
         found.append(
@@ -307,7 +187,7 @@ def shortcomings(report: CodebookReport) -> list[str]:
             f"crop them closer or fit on a teacher's features{brightness}."
         )
     given = [entropy for entropy in (report.entropy_given_left, report.entropy_given_above) if entropy is not None]
-    if report.neighbours_are_sampled and min(given) > (1 - LEAST_GAIN) * report.unigram_entropy:
+    if report.is_covered and min(given) > (1 - LEAST_GAIN) * report.unigram_entropy:
         found.append(
             "a patch's neighbours tell next to nothing about its code, so there is little to learn from context: fit "
             "with a smaller --vocab-size, on larger patches or on a teacher's features."
@@ -316,27 +196,23 @@ def shortcomings(report: CodebookReport) -> list[str]:
 
 
 def report_table(report: CodebookReport) -> Table:
-    """Return the report as a table for the terminal."""
-    table = Table(
-        title=f"codebook: {report.kind}, {report.vocab_size:,} codes, {report.content_hash[:12]}", show_header=False
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
+    """Return the report as a table."""
     rows, columns = report.grid
-    table.add_row("images", f"{report.images:,}", f"{report.patches:,} patches, {rows} x {columns} an image")
-    table.add_row("used codes", f"{report.used_codes:,}", f"{report.usage_share:.1%}; {report.dead_codes:,} dead")
     even = report.perplexity / report.vocab_size
-    table.add_row("perplexity", f"{report.perplexity:,.1f}", f"{even:.1%} of all codes in even use")
-    table.add_row("most frequent code", f"{report.top_share:.1%}", "of patches: accuracy of guessing it")
-    table.add_row("unigram entropy", f"{report.unigram_entropy:.3f} nats", "loss without looking at the image")
+    lines = [
+        ["images", f"{report.images:,}", f"{report.patches:,} patches, {rows} x {columns} per image"],
+        ["used codes", f"{report.used_codes:,}", f"{report.usage_share:.1%}; {report.dead_codes:,} dead"],
+        ["perplexity", f"{report.perplexity:,.1f}", f"{even:.1%} of all codes in even use"],
+        ["most frequent code", f"{report.top_share:.1%}", "of patches: accuracy of guessing it"],
+        ["unigram entropy", f"{report.unigram_entropy:.3f} nats", "loss without looking at the image"],
+    ]
     for where, entropy in (("left", report.entropy_given_left), ("above", report.entropy_given_above)):
         if entropy is not None:
-            gain = f"{report.unigram_entropy - entropy:.3f} nats told by one neighbour"
-            rough = "" if report.neighbours_are_sampled else "; rough"
-            table.add_row(f"entropy given {where}", f"{entropy:.3f} nats", gain + rough)
+            gain = f"{report.unigram_entropy - entropy:.3f} nats from one neighbour"
+            lines.append([f"entropy given {where}", f"{entropy:.3f} nats", gain + "; rough" * (not report.is_covered)])
     if report.pair_coverage is not None:
-        verdict = "" if report.neighbours_are_sampled else ": too few"
-        table.add_row("neighbouring pairs", f"{report.pairs:,}", f"cover {report.pair_coverage:.1%} of all{verdict}")
-    table.add_row("mean distance", f"{report.mean_distance:.4g}", "of a patch from its code")
-    return table
+        covered = f"cover {report.pair_coverage:.1%} of all" + ": too few" * (not report.is_covered)
+        lines.append(["neighbouring pairs", f"{report.pairs:,}", covered])
+    lines.append(["mean distance", f"{report.mean_distance:.4g}", "between a patch and its code"])
+    title = f"codebook: {report.kind}, {report.vocab_size:,} codes, {report.content_hash[:12]}"
+    return Table(["", "", ""], lines, title)

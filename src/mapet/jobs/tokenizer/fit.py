@@ -1,11 +1,13 @@
-"""Tokenizers as a product: fitted on one's own images, with a report on whether they are any good."""
+"""Fit a tokenizer on images, and report on a tokenizer."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from mapet.engine.files import claimed_folder, replace_folder
 from mapet.engine.processes import count_workers, join_processes, main_first, on_main
 from mapet.engine.runfolder import check_out, explain_disk_errors
 from mapet.errors import MapetError
-from mapet.jobs.tokenizer.atlas import write_codebook_report
-from mapet.jobs.tokenizer.codebook import CodebookReport, CodebookStatistics, shortcomings
+from mapet.jobs.tokenizer.atlas import AtlasRow, cut_patch, plot_atlas, plot_usage
+from mapet.jobs.tokenizer.codebook import CodebookReport, measure_codebook, nearest_patches, shortcomings, spread_codes
 from mapet.jobs.tokenizer.config import FitConfig, ReportConfig
+from mapet.report.figures import plot_tokens
 from mapet.report.progress import Meter
 from mapet.targets.fitting import fit_codebook
 from mapet.targets.tokenizer import check_readable, is_ready, settle_vocab_size, unfitted_tokenizer
@@ -33,12 +36,12 @@ from mapet.tokenizers.files import load_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
 
-REPORT_EPOCH = -2  # its views are neither trained on nor fitted on
-# Enough patches to tell a code that is never used from one that is rare, but no more images than these.
+REPORT_EPOCH = -2  # neither a training epoch nor that of fitting: a report is on other views
+# Enough patches to tell a dead code from a rare one, within bounds on the number of images.
 PATCHES_PER_CODE, MOST_REPORT_IMAGES, LEAST_REPORT_IMAGES = 50, 20_000, 1000
-SHOWN_IMAGES = 8
+SHOWN_IMAGES, ATLAS_CODES, ATLAS_PATCHES = 8, 32, 16
 
-Gathered = tuple[CodebookReport, CodebookStatistics, torch.Tensor, torch.Tensor]
+WriteReport = Callable[[Path], None]
 
 
 def fit_tokenizer(
@@ -47,12 +50,12 @@ def fit_tokenizer(
     """Fit a k-means tokenizer on images and write it, with a report, into a new folder.
 
     Args:
-        values: configuration by key, see ``FitConfig``; ``data`` is needed.
+        values: configuration by key, see ``FitConfig``; ``data`` is required.
         out: the tokenizer's folder.
         console: where progress is shown; None for standard error.
 
     Returns:
-        the tokenizer, and the report; None on any process but the main one.
+        the tokenizer, and the report; None instead of the report on processes other than the main one.
 
     Raises:
         MapetError: for input that cannot work; nothing is half-written.
@@ -72,29 +75,25 @@ def _fit(config: FitConfig, out: Path, console: Console) -> tuple[Tokenizer, Cod
     device = torch.device(join_processes().device)
     workers = count_workers(config.workers, images, device)
     side = config.image_size // config.patch_size
-    vocab_size = settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2)
-    config = config.model_copy(update={"vocab_size": vocab_size})
+    config = config.but(vocab_size=settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2))
     tokenizer = main_first(
         lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels)
     ).to(device)
-    view = _fit_view(tokenizer.input_size, config.channels, config.crop_min)
-    dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
-    fit_codebook(
-        tokenizer,
-        config,
-        dataset,
-        DamageTally(images, config.max_damaged),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        workers=workers,
-        console=console,
-    )
+    dataset = _views(images, tokenizer, config.channels, config.seed, config.crop_min)
+    tally = DamageTally(images, config.max_damaged)
+    batch_size, seed = config.batch_size, config.seed
+    fit_codebook(tokenizer, config, dataset, tally, seed=seed, batch_size=batch_size, workers=workers, console=console)
 
     def finish() -> CodebookReport:
-        gathered = gather_statistics(tokenizer, images, view, config.channels, config.seed, workers, console)
+        report, write_report = make_report(tokenizer, dataset, workers, console)
+
+        def write(folder: Path) -> None:
+            save_tokenizer(tokenizer, folder)
+            write_report(folder)
+
         with explain_disk_errors(out):
-            replace_folder(out, partial(_write, tokenizer, gathered))
-        return gathered[0]
+            replace_folder(out, write)
+        return report
 
     return tokenizer.eval(), on_main(finish)
 
@@ -102,10 +101,10 @@ def _fit(config: FitConfig, out: Path, console: Console) -> tuple[Tokenizer, Cod
 def report_on_tokenizer(
     values: Mapping[str, Any], out: str | Path, *, console: Console | None = None
 ) -> CodebookReport:
-    """Report how a tokenizer does on images, into a new folder; see ``CodebookReport``.
+    """Measure a tokenizer's codebook on images and write a report into a new folder; see ``CodebookReport``.
 
     Args:
-        values: configuration by key, see ``ReportConfig``; ``data`` and ``tokenizer`` are needed.
+        values: configuration by key, see ``ReportConfig``; ``data`` and ``tokenizer`` are required.
         out: the report's folder.
         console: where progress is shown; None for standard error.
 
@@ -114,56 +113,68 @@ def report_on_tokenizer(
     """
     config = settle(ReportConfig, values)
     check_out(config.data, out)
-    out, device = Path(out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with claimed_folder(out):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with claimed_folder(Path(out)):
         images, tokenizer = open_images(config.data), load_tokenizer(config.tokenizer, config.teacher_weights)
-        channels = tokenizer.channels if config.channels is None else config.channels
+        channels = config.channels or tokenizer.channels
         check_readable(config.tokenizer, tokenizer.to(device), channels)
-        gathered = gather_statistics(
-            tokenizer,
-            images,
-            _fit_view(tokenizer.input_size, channels, None),
-            channels,
-            config.seed,
-            count_workers(config.workers, images, device),
-            console or Console(stderr=True),
-        )
-        with explain_disk_errors(out):
-            replace_folder(out, partial(write_codebook_report, *gathered))
-    return gathered[0]
+        workers = count_workers(config.workers, images, device)
+        dataset = _views(images, tokenizer, channels, config.seed, None)
+        report, write_report = make_report(tokenizer, dataset, workers, console or Console(stderr=True))
+        with explain_disk_errors(Path(out)):
+            replace_folder(Path(out), write_report)
+    return report
 
 
-def gather_statistics(
-    tokenizer: Tokenizer, images: ImageSet, view: View, channels: int, seed: int, workers: int, console: Console
-) -> Gathered:
-    """Tokenize random images; return the report, what it is made from, and a few views with their ids."""
-    patches = tokenizer.grid[0] * tokenizer.grid[1]
-    wanted = PATCHES_PER_CODE * tokenizer.vocab_size // patches
-    count = min(len(images), max(LEAST_REPORT_IMAGES, min(MOST_REPORT_IMAGES, wanted)))
-    keys = draw_batches(len(images), count, 64, REPORT_EPOCH, fold_seed(seed, Stream.SAMPLE, 1))
-    statistics, done = CodebookStatistics(tokenizer), 0
-    shown: list[torch.Tensor] = []
-    tally = DamageTally(images, 1.0)
+def make_report(
+    tokenizer: Tokenizer, dataset: ViewDataset, workers: int, console: Console
+) -> tuple[CodebookReport, WriteReport]:
+    """Measure a tokenizer's codebook on views of random images.
+
+    Returns:
+        the report, and a function that writes ``report.json``, ``atlas.png``, ``token_maps.png`` and ``usage.png`` into
+        an existing folder.
+    """
+    wanted = PATCHES_PER_CODE * tokenizer.vocab_size // math.prod(tokenizer.grid)
+    count = min(len(dataset), max(LEAST_REPORT_IMAGES, min(MOST_REPORT_IMAGES, wanted)))
+    batches = draw_batches(len(dataset), count, 64, REPORT_EPOCH, fold_seed(dataset.draws.seed, Stream.SAMPLE, 1))
+    keys = [key for batch in batches for key in batch]
+    tally = DamageTally(dataset.images, 1.0)
+    found = []
     with Meter(console, "report", count) as meter:
-        for batch in load_batches(ViewDataset(images, view, channels, Draws(seed, seed)), keys, workers):
+        for batch in load_batches(dataset, batches, workers):
             tally.add(batch["damaged"])
             ids, distances = tokenizer.encode_with_distance(batch["tokenizer_images"].to(tokenizer.device))
-            statistics.add(batch["tokenizer_images"], ids.cpu(), distances.cpu())
-            shown = shown or [batch["tokenizer_images"][:SHOWN_IMAGES], ids[:SHOWN_IMAGES].cpu()]
-            done += len(ids)
-            meter.show(done)
-    report = statistics.report()
+            found.append((ids.cpu(), distances.cpu()))
+            meter.show(min(count, 64 * len(found)))
+    ids, distances = (torch.cat(parts) for parts in zip(*found, strict=True))
+    report = measure_codebook(tokenizer, ids, distances)
     for sentence in shortcomings(report):
         logger.warning("%s", sentence)
-    views, ids = shown
-    return report, statistics, views, ids
+
+    def view(image: int) -> torch.Tensor:
+        return dataset[keys[image]]["tokenizer_images"]
+
+    def write(folder: Path) -> None:
+        counts = torch.bincount(ids.flatten(), minlength=tokenizer.vocab_size)
+        rows = []
+        for code in spread_codes(counts, ATLAS_CODES):
+            nearest = nearest_patches(ids, distances, code, ATLAS_PATCHES)
+            patches = [cut_patch(view(image), tokenizer.grid, patch) for image, patch in nearest]
+            rows.append(AtlasRow(code, float(counts[code] / counts.sum()), patches))
+        shown = torch.stack([view(image) for image in range(min(SHOWN_IMAGES, count))])
+        (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        plot_atlas(rows, ATLAS_PATCHES, folder / "atlas.png")
+        plot_tokens(shown, ids[: len(shown)], tokenizer.grid, tokenizer.vocab_size, folder / "token_maps.png")
+        plot_usage(counts, folder / "usage.png")
+
+    return report, write
 
 
-def _write(tokenizer: Tokenizer, gathered: Gathered, folder: Path) -> None:
-    save_tokenizer(tokenizer, folder)
-    write_codebook_report(*gathered, folder)
-
-
-def _fit_view(size: int, channels: int, crop_min: float | None) -> View:
-    nothing = (0.0,) * channels, (1.0,) * channels
-    return PlainView((size, size), *nothing) if crop_min is None else TrainView(0, size, crop_min, 0.5, 0.0, *nothing)
+def _views(images: ImageSet, tokenizer: Tokenizer, channels: int, seed: int, crop_min: float | None) -> ViewDataset:
+    """Return the centre squares of images, or random crops if ``crop_min`` is given, as the tokenizer reads them."""
+    size, mean, std = tokenizer.input_size, (0.0,) * channels, (1.0,) * channels
+    view: View = PlainView((size, size), mean, std)
+    if crop_min is not None:
+        view = TrainView(0, size, crop_min, flip=0.5, jitter=0.0, mean=mean, std=std)
+    return ViewDataset(images, view, channels, Draws(seed, seed))

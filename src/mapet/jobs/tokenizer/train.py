@@ -1,4 +1,4 @@
-"""Training a VQ-KD tokenizer with the trainer, like any task."""
+"""Train a VQ-KD tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train_vqkd(
     """Train a VQ-KD tokenizer into ``out/tokenizer``, which is written at every checkpoint.
 
     Args:
-        values: configuration by key, see ``VQKDConfig``; ``data`` and ``teacher`` are needed.
+        values: configuration by key, see ``VQKDConfig``; ``data`` and ``teacher`` are required.
         out: the run folder.
         resume: continue the run in ``out`` exactly, or begin it if there is none.
         console: where progress is shown; None for standard error.
@@ -68,25 +68,12 @@ def _train(config: VQKDConfig, images: ImageSet, folder: RunFolder, resume: bool
     teacher = main_first(lambda: build_teacher(config.teacher, config.teacher_stage, config.teacher_weights))
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     half = (0.5,) * config.channels
-    tokenizer = VQKD(
-        config.image_size,
-        config.patch_size,
-        config.embed_dim,
-        config.depth,
-        config.num_heads,
-        config.vocab_size,
-        config.code_dim,
-        half,
-        half,
-    )
+    sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "vocab_size", "code_dim")
+    tokenizer = VQKD(**{size: getattr(config, size) for size in sizes}, mean=half, std=half)
     source = TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, tokenizer.grid, config.seed)
     task = VQKDTask(tokenizer, source.width, config.decoder_depth, config.ema_decay).to(device)
-
-    def begin() -> None:
-        folder.open(resume=resume)
-        folder.write_config(config)
-
-    on_main(begin)
+    on_main(lambda: folder.open(resume=resume))
+    on_main(lambda: folder.write_config(config))
     view = TrainView(config.image_size, source.view_size, config.crop_min, config.flip, config.color_jitter, half, half)
     trainer = Trainer(
         config=config,
@@ -110,7 +97,5 @@ def _save(tokenizer: nn.Module, folder: Path) -> None:
 
 
 def _describe(record: Record) -> str:
-    return (
-        f"loss {record['loss']:.3f}  cosine to the teacher {record['cosine']:.3f}  "
-        f"codes used in a batch {record['codes_used']:.1%}"
-    )
+    cosine, used = record["cosine"], record["codes_used"]
+    return f"loss {record['loss']:.3f}  cosine to the teacher {cosine:.3f}  codes used in a batch {used:.1%}"

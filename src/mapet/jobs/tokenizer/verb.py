@@ -26,7 +26,7 @@ def run_fit(call: Call) -> int:
     if call.flags.json:
         print(json.dumps({"tokenizer": call.out, **asdict(report)}))
     else:
-        Console().print(report_table(report))
+        Console().print(report_table(report).to_terminal())
         call.say(f"tokenizer and pictures: {call.out}\nuse it: mapet pretrain ... --tokenizer {call.out}")
     return 0
 
@@ -57,7 +57,7 @@ def run_report(call: Call) -> int:
     if call.flags.json:
         print(json.dumps(asdict(report)))
     else:
-        Console().print(report_table(report))
+        Console().print(report_table(report).to_terminal())
         call.say(f"pictures: {call.out}")
     return 0
 
