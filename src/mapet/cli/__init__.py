@@ -1,7 +1,5 @@
 """The command line: ``mapet VERB``. Finds the command, parses its flags, turns errors into sentences."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

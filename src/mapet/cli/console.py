@@ -1,7 +1,5 @@
 """Logging of the command line."""
 
-from __future__ import annotations
-
 import logging
 
 from rich.console import Console

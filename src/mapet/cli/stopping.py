@@ -1,7 +1,5 @@
 """SIGTERM and SIGHUP end a command like Ctrl-C: temporary files are removed, nothing stays half-written."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -6,8 +6,6 @@ adds what is left open: defaults, and for keys whose default is ``CHOSEN`` what 
 data, the network or the machine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Types of keys, and groups of keys that several configurations share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal

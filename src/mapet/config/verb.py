@@ -1,7 +1,5 @@
 """What a command is: its configuration, what it says of itself, and its work."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

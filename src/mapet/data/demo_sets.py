@@ -1,7 +1,5 @@
 """Small real data sets for demos and tests: MNIST digits and Fashion-MNIST."""
 
-from __future__ import annotations
-
 import gzip
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Replacing files and folders so that a kill at any moment leaves the old or the new one, whole."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

@@ -13,8 +13,6 @@ figures/             pictures
 results.json         results of an evaluation
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

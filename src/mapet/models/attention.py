@@ -4,8 +4,6 @@ The shape of the mask tells which rows are computed: with an ``(R, K)`` mask the
 the *first* ``K`` rows the keys. Without a mask the computation is timm's.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -1,7 +1,5 @@
 """Export of a network as a folder that timm loads."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tensors in files made by others: read without running code in them, and compared with the tensors that are wanted."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping

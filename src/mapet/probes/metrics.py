@@ -1,7 +1,5 @@
 """Accuracy, top-5 accuracy and confusion matrix of predicted classes."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A source is called with a batch and returns the arguments of the objective besides the images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Arrays in ``.npy`` files that grow row by row and that several processes write."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the ids of a token store were made with: its ``header.json``."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -5,8 +5,6 @@ ids.npy        (rows, K, P) ids, in the smallest unsigned integer type
 images.npy     (rows,) records of ``IMAGE``: which image a row belongs to, and its state
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable, Sequence
 from enum import IntEnum

@@ -3,8 +3,6 @@
 The idea is that of HuBERT (Hsu et al., 2106.07447) for speech: no foreign teacher is needed.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

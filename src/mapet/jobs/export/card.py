@@ -1,7 +1,5 @@
 """The model card of an export, which the Hugging Face hub shows: written from the record of the run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fine-tuning a model on labelled images, from values to a run folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """``mapet finetune``: a model and labelled images in, a classifier out."""
 
-from __future__ import annotations
-
 import json
 
 from mapet.config.verb import Call, Verb

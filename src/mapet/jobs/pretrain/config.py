@@ -1,7 +1,5 @@
 """The configuration of a pre-training run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Pre-training, from values to a run folder."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

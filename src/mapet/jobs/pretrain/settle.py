@@ -1,7 +1,5 @@
 """A pre-training configuration, settled once from what was asked, the data and the network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

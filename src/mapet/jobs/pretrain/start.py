@@ -1,7 +1,5 @@
 """Where continued pre-training begins: an earlier run, an exported or converted folder, or a timm model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """``mapet pretrain``: a folder of images in, a backbone out."""
 
-from __future__ import annotations
-
 from mapet.config.verb import Call, Verb
 from mapet.data.names import check_images
 from mapet.jobs.pretrain.config import PretrainConfig

@@ -1,7 +1,5 @@
 """Batches of images and masks: random crops for training, whole images for evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 A linear head on frozen patches is the protocol of DINOv2 (Oquab et al., 2304.07193, section 7.4).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Images with masks of class ids: recognising the layout of a folder, reading and checking masks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

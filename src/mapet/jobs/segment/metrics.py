@@ -1,7 +1,5 @@
 """Pixel accuracy and intersection over union."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Results of a segmentation as a table, a page of Markdown and a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``mapet eval segment``: train heads on frozen patch features, measure them, write the results."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """``mapet eval segment``: semantic segmentation by a head on frozen patch features."""
 
-from __future__ import annotations
-
 import json
 
 from rich.console import Console

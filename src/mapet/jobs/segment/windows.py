@@ -1,7 +1,5 @@
 """Prediction in full resolution, by overlapping windows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, product
 

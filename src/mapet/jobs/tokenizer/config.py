@@ -1,7 +1,5 @@
 """The configurations of the tokenizer commands."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

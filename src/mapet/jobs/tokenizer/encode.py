@@ -1,7 +1,5 @@
 """Token stores from images: made, completed and appended to by one or several processes, and checked."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Passes over images whose ids a token store holds: comparing their content, and encoding all their views."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

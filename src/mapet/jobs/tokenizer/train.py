@@ -1,7 +1,5 @@
 """Train a VQ-KD tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
