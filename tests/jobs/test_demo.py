@@ -13,11 +13,12 @@ from mapet.cli import main
 from mapet.jobs.demo.run import FINETUNING, run_demo
 
 
-def test_the_demos_rows_and_results(tmp_path: Path) -> None:
+def test_rows_and_results(tmp_path: Path) -> None:
     values = {**TINY, "data": "mnist", "steps": 3}
     few = {**FINETUNING, "steps": 2, "batch_size": 20}
-    quiet = Console(quiet=True)
-    result, rows = run_demo(values, tmp_path / "run", labels_per_class=(2,), finetuning=few, console=quiet)
+    result, rows = run_demo(
+        values, tmp_path / "run", labels_per_class=(2,), finetuning=few, console=Console(quiet=True)
+    )
     assert result.steps == 3
     assert rows is not None
     assert {name: set(row) for name, row in rows.items()} == {
