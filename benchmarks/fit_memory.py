@@ -2,22 +2,23 @@
 
     python benchmarks/fit_memory.py --data IMAGES --teacher TEACHER --patches 200000 2000000
 
-Each size is fitted by `mapet tokenizer fit` in a process of its own; its peak resident set is the system's figure.
+Each size is fitted by `mapet tokenizer fit` in a process of its own, whose peak resident set the system reports.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from safetensors import safe_open
+
 
 def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
-    """Fit, and return GiB of the sample and of the process's peak."""
+    """Fit a tokenizer; return the GiB of its sample and the peak GiB of the process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -49,10 +50,8 @@ def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit("fitting failed")
-        tensors = Path(folder) / "tok" / "tokenizer.safetensors"
-        header = tensors.read_bytes()
-        size = int.from_bytes(header[:8], "little")
-        width = json.loads(header[8 : 8 + size])["centroids"]["shape"][1]
+        with safe_open(Path(folder) / "tok" / "tokenizer.safetensors", "pt") as file:
+            width = file.get_slice("centroids").get_shape()[1]
     return {"sample": patches * width * 4 / 2**30, "peak": usage.ru_maxrss / 2**20}
 
 

@@ -24,9 +24,11 @@ from torch import nn
 from mapet.data.labelled import open_labelled
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
-from mapet.jobs.pretrain.run import initial_backbone, pretrain
+from mapet.jobs.pretrain.run import pretrain
+from mapet.jobs.pretrain.settle import initial_backbone, settle_run
 from mapet.jobs.tokenizer.fit import fit_tokenizer
 from mapet.probes.rows import Row, probe_row
+from mapet.report.tables import Table
 
 STEPS = 1500
 RECIPE: dict[str, Any] = {
@@ -58,12 +60,12 @@ DATA: dict[str, dict[str, Any]] = {
     "emoji": {"image_size": 64, "patch_size": 16, "channels": 3, "crop_min": 0.6},
 }
 VOCAB = 256
-BLOCK = 2  # of 4, counted from 0: whose features the bootstrap clusters
+BLOCK = 2  # of 4, counted from 0: the block whose features the bootstrap clusters
 TEACHER_SIZE = 64  # MobileNetV2's map at stride 16 is then the student's 4 x 4
 
 
 def prepare_emoji(package: Path, out: Path) -> None:
-    """Sort the base emoji by category, a fifth held out; unlabelled are those to train on and their skin tones."""
+    """Sort the emoji by category, with a fifth as test part; the unlabelled part has the others and their skin tones."""
     if out.exists():
         return
     pictures, fresh = package / "img" / "google" / "64", out.with_name(".emoji.new")
@@ -86,7 +88,7 @@ def prepare_emoji(package: Path, out: Path) -> None:
 
 
 def kept(file: Path, make: Any) -> Any:
-    """Return what ``file`` holds, or make it first."""
+    """Return the content of ``file``, which is made first if it does not exist."""
     if not file.exists():
         found = make()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def run(
             fit |= {"teacher": str(folder / f"pixels{seed}" / "run" / "exported"), "teacher_stage": BLOCK}
         fit_tokenizer(fit, out / "tokenizer")
     result = pretrain({**config, "tokenizer": str(out / "tokenizer")}, out / "run", resume=True)
-    row = measure(result.objective.backbone, parts, config)
+    row = measure(result.task.outcome(), parts, config)
     report = json.loads((out / "tokenizer" / "report.json").read_text())
     print(f"{name} {kind} seed {seed}: {row}, {time.perf_counter() - began:.0f} s", flush=True)
     return {**row, "perplexity": report["perplexity"]}
@@ -146,7 +148,7 @@ def main() -> None:
             "raw pixels": [kept(folder / "raw.json", lambda: measure(nn.Flatten(), parts, DATA[name]))]  # noqa: B023
         }
         for seed in arguments.seeds:
-            untrained = initial_backbone_of(name, seed)
+            untrained = initial_backbone(settle_run({**RECIPE, **DATA[name], "data": name, "seed": seed}, 1000))
             rows.setdefault("random-init ViT", []).append(
                 kept(folder / f"random{seed}.json", lambda: measure(untrained, parts, DATA[name]))  # noqa: B023
             )
@@ -159,22 +161,16 @@ def main() -> None:
         print_table(name, rows)
 
 
-def initial_backbone_of(name: str, seed: int) -> nn.Module:
-    from mapet.config.base import make_config
-    from mapet.jobs.pretrain.config import PretrainConfig
-
-    return initial_backbone(make_config(PretrainConfig, {**RECIPE, **DATA[name], "data": name, "seed": seed}))
-
-
 def print_table(name: str, rows: dict[str, list[Row]]) -> None:
-    print(f"\n{name}: accuracy in %, mean (least to greatest) of the seeds")
-    print("|tokenizer|k-NN|linear probe|perplexity|\n|---|---|---|---|")
+    lines = []
     for label, found in rows.items():
-        cells = []
+        cells = [label]
         for column, scale in (("knn", 100), ("linear", 100), ("perplexity", 1)):
             values = [scale * row[column] for row in found if column in row]
             cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "-")
-        print("|".join(["", label, *cells, ""]), flush=True)
+        lines.append(cells)
+    title = f"{name}: accuracy in %, mean (least to greatest) of the seeds"
+    print(Table(["tokenizer", "k-NN", "linear probe", "perplexity"], lines, title).to_markdown(), flush=True)
 
 
 if __name__ == "__main__":

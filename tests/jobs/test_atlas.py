@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mapet.jobs.tokenizer.atlas import GAP, GROUND, HEADER, MARGIN, AtlasRow, cut_patch, plot_atlas, plot_usage
+from mapet.jobs.tokenizer.atlas import GAP, GROUND, HEADER, MARGIN, AtlasRow, cut_patch, plot_atlas
 from mapet.jobs.tokenizer.fit import fit_tokenizer
 
 
@@ -53,9 +53,3 @@ def test_files_of_a_report(digits: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tok" / "report.json").read_text()) == {**asdict(report), "grid": [4, 4]}
     for name in ("atlas.png", "token_maps.png", "usage.png"):
         picture(tmp_path / "tok" / name)
-
-
-@pytest.mark.parametrize("counts", [[0, 7, 0], range(8192)])
-def test_usage_of_few_and_of_many_codes(counts: list[int], tmp_path: Path) -> None:
-    plot_usage(torch.tensor(counts), tmp_path / "usage.png")
-    picture(tmp_path / "usage.png")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,29 +15,26 @@ from tests.conftest import TINY
 
 from mapet import MapetError, load_tokenizer
 from mapet.jobs.bootstrap.run import bootstrap
-from mapet.tokenizers.kfeatures import KFeatures
-from mapet.tokenizers.kpixels import KPixels
 
 QUIET = Console(quiet=True)
 
 
-def test_each_round_predicts_what_the_last_one_learned(digits: Path, tmp_path: Path) -> None:
+def test_each_round_predicts_features_of_the_previous_round(digits: Path, tmp_path: Path) -> None:
     values = {**TINY, "data": str(digits), "steps": 10}
-    first, second, third = bootstrap(values, tmp_path / "boot", rounds=2, block=0, console=QUIET)
-    kinds = [type(load_tokenizer(result.folder.tokenizer)) for result in (first, second, third)]
-    assert kinds == [KPixels, KFeatures, KFeatures]
+    results = bootstrap(values, tmp_path / "boot", rounds=2, block=0, console=QUIET)
+    assert [load_tokenizer(result.folder.tokenizer).kind for result in results] == ["pixels", "features", "features"]
     images = torch.rand(2, 1, 28, 28)
-    for teacher, student in ((first, second), (second, third)):
-        tokenizer = load_tokenizer(student.folder.tokenizer)
-        backbone = teacher.objective.backbone.eval()
-        normalised = (images - torch.tensor(teacher.config.input_mean)) / torch.tensor(teacher.config.input_std)
-        expected = backbone.forward_intermediates(normalised, indices=[0], intermediates_only=True)[0]
-        assert torch.allclose(tokenizer.features(images), expected.flatten(2).mT, atol=1e-5)
-    # Done rounds are passed over, one that is not is continued, and the teacher is in the tokenizer.
-    shutil.rmtree(third.folder.root)
+    for teacher, student in ((results[0], results[1]), (results[1], results[2])):
+        normalised = (images - torch.tensor(teacher.config.mean)) / torch.tensor(teacher.config.std)
+        network = teacher.task.outcome().eval()
+        expected = network.forward_intermediates(normalised, indices=[0], intermediates_only=True)[0]
+        features = load_tokenizer(student.folder.tokenizer).features(images)
+        assert torch.allclose(features, expected.flatten(2).mT, atol=1e-5)
+    # Finished rounds are kept, and the missing one is run again.
+    shutil.rmtree(results[2].folder.root)
     again = bootstrap(values, tmp_path / "boot", rounds=2, block=0, resume=True, console=QUIET)
-    same = [result.objective.state_dict() for result in (third, again[-1])]
-    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    one, two = (result.task.state_dict() for result in (results[2], again[2]))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -54,14 +52,19 @@ def test_the_command(processes: int, digits: Path, tmp_path: Path) -> None:
     assert state["made_from"]["processes"] == processes
 
 
-def test_bad_input(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match="rounds is 0"):
-        bootstrap({**TINY, "data": str(digits)}, tmp_path / "boot", rounds=0)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("mine")
-    with pytest.raises(MapetError, match=f"{tmp_path / 'mine'} holds 'letter.txt', no round; choose a new folder"):
-        bootstrap({**TINY, "data": str(digits)}, tmp_path / "mine", console=QUIET)
-    with pytest.raises(MapetError, match="leave --tokens out"):
-        bootstrap({**TINY, "data": str(digits), "tokens": "x"}, tmp_path / "boot")
-    with pytest.raises(MapetError, match="block is 7, but the network has 2: take 0 to 1"):
-        bootstrap({**TINY, "data": str(digits), "steps": 2}, tmp_path / "boot", block=7, console=QUIET)
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"rounds": 0}, "rounds is 0"),
+        ({}, {"block": 7}, "block is 7, but the network has 2: take 0 to 1"),
+        ({"tokens": "x"}, {}, "leave --tokens out"),
+        ({"init": "x"}, {}, "leave --init out"),
+        ({"objective": "mae", "vocab_size": None}, {}, "'mae' predicts pixels, not token ids"),
+    ],
+)
+def test_wrong_input_is_refused(
+    change: dict[str, Any], options: dict[str, Any], message: str, digits: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MapetError, match=message):
+        bootstrap({**TINY, "data": str(digits), "steps": 2, **change}, tmp_path / "boot", console=QUIET, **options)
+    assert not (tmp_path / "boot").exists()

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -156,42 +154,6 @@ def test_codes_are_float32_under_autocast() -> None:
     # In bfloat16 neighbouring codes would be equal.
     used = (features @ codebook.T).argmax(-1).unique()
     assert torch.equal(torch.nonzero(task.idle == 0)[:, 0], used)
-
-
-def step(task: VQKDTask, optimizer: torch.optim.Optimizer, number: int, seed: int | None = None) -> dict[str, Any]:
-    torch.manual_seed(number)
-    output = task(*batch(4 if seed is None else 8, seed=number if seed is None else seed))
-    optimizer.zero_grad()
-    output["loss"].backward()
-    optimizer.step()
-    return {name: value.item() for name, value in output.items()}
-
-
-def test_training_resumes_exactly() -> None:
-    task = make(400).train()
-    optimizer = optimizer_of(task)
-    for number in range(6):
-        step(task, optimizer, number)
-    task.idle.fill_(DEAD_AFTER_SHARES * 400 - 2 * 64)  # codes die in the second of the next steps
-
-    again = make(400).train()
-    again.load_state_dict(task.state_dict())
-    optimizer_again = optimizer_of(again)
-    optimizer_again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for number in range(6, 10):
-        assert step(again, optimizer_again, number) == step(task, optimizer, number)
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, task.state_dict()[name]), name
-    assert task.idle.max() <= 3 * 64, "dead codes were moved"
-
-
-def test_training_learns_and_uses_its_codes() -> None:
-    task = make(32).train()
-    optimizer = optimizer_of(task, lr=3e-3)
-    outputs = [step(task, optimizer, number, seed=1) for number in range(150)]
-    assert outputs[0]["cosine"] < 0.2
-    assert outputs[-1]["cosine"] > 0.8
-    assert outputs[-1]["codes_used"] > 0.7
 
 
 def train_share(rank: int, world: int) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mapet.config.base import Config
 from mapet.engine.sinks import RunFacts
-from mapet.report.progress import Baseline, Meter, ProgressSink
+from mapet.report.progress import Baseline, ProgressSink
 
 IDS, FEATURES = Baseline("accuracy", 0.2, 3.0), Baseline("cosine", 0.2)
 
@@ -29,16 +29,6 @@ def test_records_are_shown_beside_the_baseline(terminal: bool) -> None:
     sink.close()
     for part in ("4/4", "ETA", "0.75 nats below unigram", "31.0% (chance 20.0%)", "knn 0.750"):
         assert part in plain(text)
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_meter(terminal: bool) -> None:
-    text = io.StringIO()
-    with Meter(Console(file=text, force_terminal=terminal, width=80), "encoding", 8) as meter:
-        meter.show(2, "two done", at_once=True)
-    assert "encoding" in plain(text)
-    assert "2/8" in plain(text)
-    assert "two done" in plain(text)
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,6 @@ def fitted(tokenizer: KTokenizer, images: torch.Tensor, seed: int = 0) -> KToken
     return tokenizer.fit(tokenizer.features(images).flatten(0, 1), seed)
 
 
-def test_pixels_are_cut_in_raster_order() -> None:
-    image = torch.arange(2 * 8 * 8, dtype=torch.float32).reshape(1, 2, 8, 8)
-    features = KPixels(8, 4, 2, vocab_size=3, contrast=False).features(image)
-    assert features.shape == (1, 4, 32)
-    assert torch.equal(features[0, 1], image[0, :, :4, 4:].flatten())
-    assert torch.equal(features[0, 2], image[0, :, 4:, :4].flatten())
-
-
 def test_ids_after_contrast_normalisation_do_not_depend_on_brightness() -> None:
     for contrast in (True, False):
         tokenizer = fitted(KPixels(32, 8, 3, vocab_size=8, contrast=contrast), photos())
@@ -57,6 +49,13 @@ def test_saved_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     assert loaded.content_hash == tokenizer.content_hash
     assert fitted(KPixels(32, 8, 3, vocab_size=8), photos(), seed=1).content_hash != tokenizer.content_hash
     assert repr(loaded) == "<KPixels: 8 ids, 4 x 4 patches of 3 x 32 x 32 images>"
+
+
+def test_pixels_are_cut_in_raster_order() -> None:
+    image = torch.arange(2 * 8 * 8, dtype=torch.float32).reshape(1, 2, 8, 8)
+    features = KPixels(8, 4, 2, vocab_size=3, contrast=False).features(image)
+    assert torch.equal(features[0, 1], image[0, :, :4, 4:].flatten())
+    assert torch.equal(features[0, 2], image[0, :, 4:, :4].flatten())
 
 
 def test_content_hash_does_not_change_between_versions() -> None:

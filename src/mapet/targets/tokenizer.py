@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from mapet.config.keys import KMeansKeys
-from mapet.data.decode import check_channels
 from mapet.errors import MapetError
 from mapet.tokenizers.base import Grid, KTokenizer, Tokenizer
 from mapet.tokenizers.files import PUBLISHED, holds_tokenizer, load_tokenizer
@@ -101,7 +100,6 @@ def ready_tokenizer(name: str, config: Any, grid: Grid) -> Tokenizer:
 
 def check_readable(name: str, tokenizer: Tokenizer, channels: int) -> None:
     """Refuse a number of channels that a tokenizer cannot read."""
-    check_channels(channels)
     size = tokenizer.input_size
     try:
         tokenizer.encode(torch.zeros(1, channels, size, size, device=tokenizer.device))
