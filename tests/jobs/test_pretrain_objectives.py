@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -59,18 +58,6 @@ def test_every_objective_trains(objective: str, values: dict[str, Any], digits: 
     run(objective, digits, tmp_path / "run", **learning, **values)
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-
-
-def test_features_of_a_teacher(exported_vit: Path, pretrained_run: Path, digits: Path, tmp_path: Path) -> None:
-    teacher = shutil.copytree(exported_vit, tmp_path / "teacher")
-    values = {"targets": "features", "vocab_size": None, "steps": 60, "lr": 3e-3, "crop_min": 1.0, "flip": 0.0}
-    run("mapet", digits, tmp_path / "run", teacher=str(teacher), **values)
-    losses = [record["loss"] for record in records(tmp_path / "run")]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    shutil.rmtree(teacher)
-    shutil.copytree(pretrained_run / "exported", teacher)
-    with pytest.raises(MapetError, match="the teacher is not what the run in"):
-        resume_pretraining(tmp_path / "run")
 
 
 class StopAt:
@@ -179,8 +166,6 @@ def test_cae_is_compared_by_its_cross_entropy(digits: Path, tmp_path: Path) -> N
         ({"tokens": "store", "vocab_size": 16, "contrast": False}, "leave out contrast, tokens, vocab_size"),
         ({"objective_args": {"decoder_dim": 10}}, "decoder_dim 10 is not divisible by decoder_heads 16"),
         ({"objective_args": {"depth": 10}}, "'mae' has no argument 'depth'; did you mean 'decoder_depth'"),
-        ({"targets": "features"}, "there is no teacher; name one with --teacher"),
-        ({"teacher": "resnet18"}, "teacher is for targets 'features'"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], says: str, digits: Path, tmp_path: Path) -> None:
