@@ -22,11 +22,8 @@ def values_of(*arguments: str) -> dict[str, Any]:
     ("arguments", "key", "expected"),
     [
         (["--lr", "1e-3"], "lr", 1e-3),
-        (["--precision", "no"], "precision", "no"),
         (["--no-contrast"], "contrast", False),
-        (["--spherical"], "spherical", True),
         (["--layer-scale", "none"], "layer_scale", None),
-        (["--eval-data", "none"], "eval_data", None),
         (["--teacher-stage", "-1"], "teacher_stage", "-1"),
         (["--mean", "0.5", "0.4", "1e-1"], "mean", (0.5, 0.4, 0.1)),
         (["--mean", "0.5,0.4,1e-1"], "mean", (0.5, 0.4, 0.1)),
@@ -46,10 +43,7 @@ def test_flags_override_a_recipe(tmp_path: Path) -> None:
 
 def test_wrong_values_of_a_recipe_are_refused_even_if_a_flag_replaces_them(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    for line, says in (
-        ("lr: fast", "recipe .*recipe.yaml is wrong: lr = 'fast'"),
-        ("epoch: 3", "did you mean 'epochs"),
-    ):
+    for line, says in (("lr: fast", "recipe .*recipe.yaml is wrong: lr = fast"), ("epoch: 3", "did you mean 'epochs")):
         recipe.write_text(f"{line}\n")
         with pytest.raises(MapetError, match=says):
             values_of("--config", str(recipe), "--lr", "0.1", "--epochs", "3")

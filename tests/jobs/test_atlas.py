@@ -8,69 +8,54 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from mapet.data.open import open_images
-from mapet.jobs.tokenizer.atlas import GAP, GROUND, atlas_array, plot_usage, write_codebook_report
-from mapet.jobs.tokenizer.codebook import Atlas, CodebookReport, CodebookStatistics
-from mapet.tokenizers.kpixels import KPixels
+from mapet.jobs.tokenizer.atlas import GAP, GROUND, HEADER, MARGIN, AtlasRow, cut_patch, plot_atlas, plot_usage
+from mapet.jobs.tokenizer.fit import fit_tokenizer
 
 
-def colours(path: Path) -> int:
+def picture(path: Path) -> np.ndarray:
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert min(pixels.shape[:2]) > 150
-    return len(np.unique(pixels.reshape(-1, 3), axis=0))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    return pixels
 
 
 @pytest.mark.parametrize(("channels", "side", "shown"), [(1, 7, 42), (3, 32, 64), (3, 40, 40)])
-def test_each_patch_is_in_its_place(channels: int, side: int, shown: int) -> None:
-    pixels = torch.randint(256, (2, 3, channels, side, side), generator=torch.Generator().manual_seed(0)).byte()
-    distances = torch.tensor([[0.0, 1.0, 2.0], [0.5, torch.inf, torch.inf]])
-    atlas = Atlas(torch.tensor([5, 9]), torch.tensor([0.75, 0.25]), distances, torch.zeros(2, 3), pixels)
-    picture = atlas_array(atlas)
-    step = shown + GAP
-    assert picture.shape == (2 * step + GAP, 3 * step + GAP, 3)
-    assert picture.dtype == np.uint8
-    rebuilt = np.full_like(picture, GROUND)
-    for row, column in ((0, 0), (0, 1), (0, 2), (1, 0)):
+def test_patches_are_in_their_places(channels: int, side: int, shown: int, tmp_path: Path) -> None:
+    pixels = torch.randint(256, (4, channels, side, side), generator=torch.Generator().manual_seed(0)).byte()
+    plot_atlas([AtlasRow(5, 0.75, list(pixels[:3])), AtlasRow(9, 0.00001, [pixels[3]])], 3, tmp_path / "atlas.png")
+    page, step = np.asarray(Image.open(tmp_path / "atlas.png")), shown + GAP
+    expected = np.full((2 * step + GAP, 3 * step + GAP, 3), GROUND)
+    for number, (row, column) in enumerate(((0, 0), (0, 1), (0, 2), (1, 0))):
+        patch = pixels[number].expand(3, -1, -1).permute(1, 2, 0).numpy().repeat(shown // side, 0)
         top, left = GAP + row * step, GAP + column * step
-        patch = Image.fromarray(pixels[row, column].expand(3, -1, -1).permute(1, 2, 0).numpy())
-        rebuilt[top : top + shown, left : left + shown] = patch.resize((shown, shown), Image.Resampling.NEAREST)
-    assert np.array_equal(picture, rebuilt)
+        expected[top : top + shown, left : left + shown] = patch.repeat(shown // side, 1)
+    assert np.array_equal(page[HEADER:, MARGIN:], expected)
+    for row in np.split(page[HEADER + GAP :, :MARGIN], 2):
+        assert (row < 128).any(), "each row is labelled"
+        assert (row[:, 0] == 255).all(), "no label is cut off"
 
 
-def test_files_of_a_report_on_real_digits(tmp_path: Path) -> None:
-    images = open_images("mnist")
-    views = torch.stack([images.load(i, 1) for i in range(0, len(images), 20)]).float() / 255
-    tokenizer = KPixels(28, 7, 1, vocab_size=24)
-    tokenizer.fit(tokenizer.features(views).flatten(0, 1), seed=0)
-    ids, distances = tokenizer.encode_with_distance(views)
-    statistics = CodebookStatistics(tokenizer, atlas_codes=8, atlas_patches=6)
-    statistics.add(views, ids, distances)
-
-    report = statistics.report()
-    write_codebook_report(report, statistics, views[:4], ids[:4], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "atlas.png",
-        "report.json",
-        "token_maps.png",
-        "usage.png",
-    ]
-    saved = json.loads((tmp_path / "report.json").read_text())
-    assert CodebookReport(**{**saved, "grid": tuple(saved["grid"])}) == report
-    assert saved == {**asdict(report), "grid": [4, 4]}
-
-    patches = atlas_array(statistics.atlas())
-    page = np.asarray(Image.open(tmp_path / "atlas.png"))
-    assert np.array_equal(page[-patches.shape[0] :, -patches.shape[1] :], patches)
-    margin = page[-patches.shape[0] :, : -patches.shape[1]]
-    rows = np.array_split(margin, 8)
-    assert all((row < 128).any() for row in rows), "each row is labelled"
-    assert (margin[:, 0] == 255).all(), "nothing is cut off"
-    assert colours(tmp_path / "token_maps.png") > 20
-    assert colours(tmp_path / "usage.png") > 20
+def test_cut_patch() -> None:
+    view = torch.rand(3, 64, 128, generator=torch.Generator().manual_seed(0))
+    expected = view[:, :, 64:].unflatten(2, (32, 2)).unflatten(1, (32, 2)).mean(dim=(2, 4))
+    assert torch.allclose(cut_patch(view, (1, 2), 1) / 255, expected, atol=1 / 255)
+    assert torch.equal(cut_patch(view, (4, 4), 6), (view[:, 16:32, 64:96] * 255).round().byte())
+    # Patches of 28 x 27 pixels do not tile 3 x 3.
+    assert cut_patch(view[:, :28, :27], (3, 3), 8).shape == (3, 10, 9)
 
 
-def test_usage_of_few_and_of_many_codes(tmp_path: Path) -> None:
-    for name, counts in (("one", [0, 7, 0]), ("many", list(range(8192)))):
-        plot_usage(torch.tensor(counts), tmp_path / f"{name}.png")
-        assert colours(tmp_path / f"{name}.png") > 20
+def test_files_of_a_report(digits: Path, tmp_path: Path) -> None:
+    values = {"data": str(digits), "image_size": 28, "patch_size": 7, "channels": 1, "vocab_size": 24, "workers": 0}
+    _, report = fit_tokenizer(values, tmp_path / "tok", console=Console(quiet=True))
+    assert report is not None
+    assert json.loads((tmp_path / "tok" / "report.json").read_text()) == {**asdict(report), "grid": [4, 4]}
+    for name in ("atlas.png", "token_maps.png", "usage.png"):
+        picture(tmp_path / "tok" / name)
+
+
+@pytest.mark.parametrize("counts", [[0, 7, 0], range(8192)])
+def test_usage_of_few_and_of_many_codes(counts: list[int], tmp_path: Path) -> None:
+    plot_usage(torch.tensor(counts), tmp_path / "usage.png")
+    picture(tmp_path / "usage.png")

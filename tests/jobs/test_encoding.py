@@ -28,6 +28,7 @@ from mapet.tokenizers.base import KTokenizer
 from mapet.tokenizers.files import save_tokenizer
 from mapet.tokenizers.kfeatures import KFeatures
 from mapet.tokenizers.kpixels import KPixels
+from mapet.tokenizers.teachers import build_teacher
 from mapet.tokenstore.store import TokenStore
 
 QUIET = Console(quiet=True)
@@ -74,7 +75,7 @@ def flip_last_byte(file: Path) -> None:
 def test_training_from_a_store_equals_training_online(digits: Path, pixels: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
-    network = KFeatures.from_teacher("test_resnet", (4, 4), 16, 64, stage=2, weights=tmp_path / "weights.pth")
+    network = KFeatures(build_teacher("test_resnet", 2, tmp_path / "weights.pth"), (4, 4), 16, 64)
     for name, tokenizer, channels in (
         ("pixels", pixels, 1),
         ("network", fitted(network, digits, tmp_path / "features"), 3),

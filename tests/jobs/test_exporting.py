@@ -285,7 +285,7 @@ def test_an_export_that_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
         ("timm", "there", {}, "is there already"),
         ("onnx", "there/model.onnx", {}, "is there already"),
         ("timm", "x", {"check": "/no/images"}, "'/no/images' is neither a folder of images"),
-        ("timm", "x", {"license": "Mine, all mine"}, "license = 'Mine, all mine'"),
+        ("timm", "x", {"license": "Mine, all mine"}, "license = Mine, all mine"),
         ("onnx", "x.onnx", {"license": "mit"}, "unknown key 'license'"),
         ("timm", "x", {"check_images": 0}, "check_images = 0"),
         ("tim", "x", {}, "unknown format 'tim'; did you mean 'timm'"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from mapet import MapetError
-from mapet.jobs.segment.run import evaluate_segmentation
+from mapet.jobs.segment.run import segment
 
 BRIEF: dict[str, Any] = {"steps": 3, "epochs": None}
 
@@ -20,7 +20,7 @@ BRIEF: dict[str, Any] = {"steps": 3, "epochs": None}
 def measure(model: Path | str, data: Path, out: Path | None = None, **changes: Any) -> dict[str, Any]:
     values = {"image_size": 56, "batch_size": 8, "flip": 0.0, "crop_min": 0.9, "lr": 1e-2, "epochs": 8}
     values |= {"model": str(model), "data": str(data), "workers": 0, **changes}
-    return evaluate_segmentation(values, out, console=Console(quiet=True))
+    return segment(values, out, console=Console(quiet=True))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import yaml
 from rich.console import Console
@@ -21,57 +20,39 @@ from mapet.jobs.pretrain.run import pretrain
 from mapet.jobs.tokenizer.train import train_vqkd
 
 QUIET = Console(quiet=True)
-SMALL: dict[str, Any] = {
-    "image_size": 28,
-    "patch_size": 7,
-    "channels": 1,
-    "embed_dim": 32,
-    "depth": 1,
-    "num_heads": 2,
-    "vocab_size": 16,
-    "code_dim": 8,
-    "decoder_depth": 1,
-    "batch_size": 16,
-    "lr": 1e-3,
-    "workers": 0,
-    "teacher": "test_resnet",
-    "teacher_stage": 2,
-    "teacher_size": 64,
-    "crop_min": 0.8,
-    "flip": 0.0,
-}
 
 
 @pytest.fixture
-def values(digits: Path, tmp_path: Path) -> dict[str, Any]:
-    torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "teacher.pth")
-    return {**SMALL, "data": str(digits), "teacher_weights": str(tmp_path / "teacher.pth")}
+def values(digits: Path, exported_vit: Path) -> dict[str, Any]:
+    sizes = {"image_size": 28, "patch_size": 7, "channels": 1, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    codes = {"vocab_size": 16, "code_dim": 8, "decoder_depth": 1, "crop_min": 0.8, "flip": 0.0}
+    training = {"batch_size": 16, "lr": 1e-3, "workers": 0, "data": str(digits), "teacher": str(exported_vit)}
+    return {**sizes, **codes, **training}
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_tokenizer_is_trained_and_predicted(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+def test_a_trained_tokenizer_is_used_for_pretraining(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
     result = train_vqkd({**values, "steps": 60}, tmp_path / "vqkd", console=QUIET)
-    assert (result["steps"], result["stopped_by"]) == (60, None)
-    found = lines(tmp_path / "vqkd")
+    assert (result.steps, result.stopped_by, result.exported) == (60, None, tmp_path / "vqkd" / "tokenizer")
+    found = records(tmp_path / "vqkd")
     assert {"loss", "cosine", "codes_used"} <= set(found[0])
-    assert found[-1]["cosine"] > found[0]["cosine"] + 0.2
+    assert found[-1]["cosine"] > found[0]["cosine"] + 0.1
     tokenizer = load_tokenizer(tmp_path / "vqkd")
     assert (tokenizer.kind, tokenizer.grid, tokenizer.vocab_size) == ("vqkd", (4, 4), 16)
+    grey = torch.rand(2, 1, 28, 28)
+    assert torch.equal(tokenizer.encode(grey.expand(-1, 3, -1, -1)), tokenizer.encode(grey))
     config = {**TINY, "vocab_size": None, "data": str(digits), "steps": 2, "tokenizer": str(tmp_path / "vqkd")}
-    run = pretrain(config, tmp_path / "run", console=QUIET)
-    assert run.objective.vocab_size == 16
+    assert pretrain(config, tmp_path / "run", console=QUIET).task.target.vocab_size == 16
 
 
-def test_a_killed_training_is_resumed_exactly(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_training_resumes_exactly(values: dict[str, Any], tmp_path: Path) -> None:
     values |= {"steps": 40, "checkpoint_every": 3}
     train_vqkd(values, tmp_path / "whole", console=QUIET)
-    recipe = tmp_path / "vqkd.yaml"
+    recipe, out = tmp_path / "vqkd.yaml", tmp_path / "killed"
     recipe.write_text(yaml.safe_dump(values))
-    out = tmp_path / "killed"
     command = [sys.executable, "-m", "mapet", "tokenizer", "train", "--config", str(recipe), "--out", str(out)]
     process = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL)
     while process.poll() is None:
@@ -80,24 +61,27 @@ def test_a_killed_training_is_resumed_exactly(values: dict[str, Any], tmp_path: 
         time.sleep(0.005)
     done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["steps"] == 40
-    assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(tmp_path / "whole")]
+    assert [line["loss"] for line in records(out)] == [line["loss"] for line in records(tmp_path / "whole")]
     one, two = (load_file(run / "tokenizer" / "tokenizer.safetensors") for run in (out, tmp_path / "whole"))
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_bad_input(values: dict[str, Any], tmp_path: Path) -> None:
-    for wrong, says in (
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({"decoder_depth": 2}, "decoder_depth = 2"),
         ({"teacher": "tset_resnet"}, "unknown tokenizer or teacher 'tset_resnet'.*'test_resnet'"),
         ({"patch_size": 5}, "not divisible by the patch size 5"),
         ({"num_heads": 5}, "num_heads"),
-    ):
-        with pytest.raises(MapetError, match=says):
-            train_vqkd({**values, "steps": 2, **wrong}, tmp_path / "run", console=QUIET)
+    ],
+)
+def test_wrong_input_is_refused(wrong: dict[str, Any], message: str, values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match=message):
+        train_vqkd({**values, "steps": 2, **wrong}, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_refused_resume_changes_nothing(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+def test_other_images_are_refused_when_resuming(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train_vqkd({**values, "steps": 2}, out, console=QUIET)
     before = (out / "config.yaml").read_text()
@@ -108,11 +92,4 @@ def test_a_refused_resume_changes_nothing(values: dict[str, Any], digits: Path, 
     assert (out / "config.yaml").read_text() == before
     shutil.rmtree(out / "tokenizer")
     train_vqkd({}, out, resume=True, console=QUIET)
-    assert load_tokenizer(out).kind == "vqkd", "what came of a finished run is written again"
-
-
-def test_grey_and_colour_are_turned_into_what_it_reads(values: dict[str, Any], tmp_path: Path) -> None:
-    train_vqkd({**values, "steps": 2}, tmp_path / "run", console=QUIET)
-    tokenizer = load_tokenizer(tmp_path / "run")
-    grey = torch.rand(2, 1, 28, 28)
-    assert torch.equal(tokenizer.encode(grey.expand(-1, 3, -1, -1)), tokenizer.encode(grey))
+    assert load_tokenizer(out).kind == "vqkd", "the tokenizer of a finished run is written again"

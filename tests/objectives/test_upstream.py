@@ -75,22 +75,16 @@ def test_published_shapes_need_no_config(oracle: Callable[..., Any]) -> None:
     ("changes", "config", "says"),
     [
         ({"pos_embed": None}, {}, "holds no model of MaPeT's authors .*'pos_embed' is missing"),
-        ({"decoder.bias": None}, {}, "'decoder.bias' is missing"),
         ({"blocks.0.attn.kv.weight": None}, {}, "'blocks.0.attn.kv.weight' is missing"),
         ({"blocks.0.attn.q.weight": torch.tensor(1.0)}, {}, "holds no model of MaPeT's authors"),
-        ({"pos_embed": torch.tensor(1.0)}, {}, "holds no model of MaPeT's authors"),
         ({"pos_embed": torch.zeros(1, 13, 48)}, {}, "size mismatch for pos_embed"),
         ({"strange": torch.zeros(1)}, {}, "does not fit its architecture.*strange"),
         ({"norm.bias": None}, {}, r"does not fit its architecture.*norm\.bias"),
-        ({"norm.bias": torch.tensor(1.0)}, {}, r"size mismatch for norm\.bias"),
         ({"norm.bias": torch.full((48,), torch.nan)}, {}, "'norm.bias' in .* does not hold finite floats"),
-        ({"norm.bias": torch.zeros(48, dtype=torch.long)}, {}, "'norm.bias' in .* does not hold finite floats"),
         ({"blocks.99999.norm1.weight": torch.zeros(48)}, {}, r"Missing key\(s\).*blocks\.3"),
         ({"decoder.bias": torch.zeros(96)}, {}, "mask vector or head .* does not fit .*size mismatch for head"),
-        ({"mask_positional_token": torch.zeros(1, 1, 17)}, {}, "size mismatch for mask_token"),
         ({}, {"depth": 4}, r"Missing key\(s\).*blocks\.3"),
         ({}, {"num_head": 3}, "timm cannot build .*num_head"),
-        ({}, {"num_heads": 5}, "timm cannot build .*divisible"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from mapet import MapetError
-from mapet.config.base import make_config
+from mapet.config.base import settle
 from mapet.data.labelled import few_per_class, open_labelled
 from mapet.data.views import PlainView
 from mapet.jobs.evaluate.config import LinearConfig
@@ -105,7 +105,7 @@ def test_constant_features_are_ignored() -> None:
 def test_accuracy_equals_that_of_scikit_learn_on_all_of_fashion_mnist(kind: str, tiny_vit: Callable[..., Any]) -> None:
     network = nn.Flatten() if kind == "pixels" else tiny_vit(channels=1, embed_dim=128, depth=4).eval()
     train, test = measure(network, None, None, "fashion-mnist")
-    defaults = make_config(LinearConfig, {"model": "m", "data": "d"})
+    defaults = settle(LinearConfig, {"model": "m", "data": "d"})
     settings = grid(defaults.lr, defaults.weight_decay)
     result = evaluate_probe(fit_linear, train, test, settings, Training(seed=0, device=CPU))
     assert abs(result.scores.accuracy - reference(train, test, result.setting.weight_decay)[0]) <= 0.01

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mapet.objectives.registry import OBJECTIVES, build_objective
+from mapet.objectives.targets import Ids
 from mapet.report.figures import plot_curve, plot_layout, plot_tokens
 from mapet.report.progress import Baseline
 
@@ -22,13 +23,13 @@ def picture(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_layouts(name: str, tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
-    plot_layout(build_objective(name, tiny_vit(), 9), tmp_path / "layout.png")
+def test_plot_layout(name: str, tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
+    plot_layout(build_objective(name, tiny_vit(), Ids(9)), tmp_path / "layout.png")
     picture(tmp_path / "layout.png")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_token_maps_colour_by_id(channels: int, tmp_path: Path) -> None:
+def test_token_maps_have_a_colour_per_id(channels: int, tmp_path: Path) -> None:
     views = torch.rand(3, channels, 28, 28)
     same, mixed = torch.zeros(3, 16, dtype=torch.long), torch.arange(48).reshape(3, 16)
     for name, ids in (("same", same), ("mixed", mixed)):
@@ -38,9 +39,10 @@ def test_token_maps_colour_by_id(channels: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 300])
-def test_curves_of_any_length(steps: int, tmp_path: Path) -> None:
-    records = [{"step": step, "loss": 4 / (1 + step), "accuracy": 0.1} for step in range(steps)]
-    plot_curve(records, Baseline(entropy=3.0, chance=0.2), tmp_path / "curve.png")
-    whole = picture(tmp_path / "curve.png")
-    plot_curve([{"step": line["step"], "loss": line["loss"]} for line in records], None, tmp_path / "pixels.png")
-    assert picture(tmp_path / "pixels.png").shape[1] < whole.shape[1]  # no panel for ids
+def test_plot_curve(steps: int, tmp_path: Path) -> None:
+    records = [{"step": step, "loss": 4 / (1 + step), "accuracy": 0.1, "cosine": 0.2} for step in range(steps)]
+    widths = []
+    for baseline in (None, Baseline("accuracy", 0.2, 3.0), Baseline("cosine", 0.3)):
+        plot_curve(records, baseline, tmp_path / "curve.png")
+        widths.append(picture(tmp_path / "curve.png").shape[1])
+    assert widths[0] < min(widths[1:]), "without a baseline there is only the panel of the loss"

@@ -1,33 +1,56 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mapet.report.progress import Baseline, ProgressSink
+from mapet.config.base import Config
+from mapet.engine.sinks import RunFacts
+from mapet.report.progress import Baseline, Meter, ProgressSink
 
-BASELINE = Baseline(entropy=3.0, chance=0.2)
+IDS, FEATURES = Baseline("accuracy", 0.2, 3.0), Baseline("cosine", 0.2)
+
+
+def plain(text: io.StringIO) -> str:
+    return " ".join(Text.from_ansi(text.getvalue()).plain.split())
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_it_says_where_the_run_is_and_whether_it_is_learning(terminal: bool) -> None:
+def test_records_are_shown_beside_the_baseline(terminal: bool) -> None:
     text = io.StringIO()
-    sink = ProgressSink(Console(file=text, force_terminal=terminal, width=80), BASELINE.describe, 0, 4)
+    sink = ProgressSink(Console(file=text, force_terminal=terminal, width=80), IDS.describe)
+    sink.begin(RunFacts(Path("run"), Config(), 0, 4))
     for step, loss in enumerate((3.5, 3.2, 2.5, 2.25)):
         record = {"step": step, "loss": loss, "accuracy": 0.31}
         sink.write(record | ({"eval_knn": 0.75} if step == 3 else {}))
     sink.close()
-    shown = " ".join(Text.from_ansi(text.getvalue()).plain.split())  # however the lines were broken
-    assert "4/4" in shown
-    assert "ETA" in shown
-    assert "0.75 nats below unigram" in shown
-    assert "31.0% (chance 20.0%)" in shown
-    assert "knn 0.750" in shown
+    for part in ("4/4", "ETA", "0.75 nats below unigram", "31.0% (chance 20.0%)", "knn 0.750"):
+        assert part in plain(text)
 
 
-def test_verdict() -> None:
-    assert "not yet" in BASELINE.verdict(3.0)
-    assert "not yet" in BASELINE.verdict(float("nan"))
-    assert "1.00 nats below" in BASELINE.verdict(2.0)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_meter(terminal: bool) -> None:
+    text = io.StringIO()
+    with Meter(Console(file=text, force_terminal=terminal, width=80), "encoding", 8) as meter:
+        meter.show(2, "two done", at_once=True)
+    assert "encoding" in plain(text)
+    assert "2/8" in plain(text)
+    assert "two done" in plain(text)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "record", "words"),
+    [
+        (IDS, {"loss": 3.0, "accuracy": 0.2}, "not yet below unigram"),
+        (IDS, {"loss": float("nan"), "accuracy": 0.2}, "not yet below unigram"),
+        (IDS, {"loss": 2.0, "accuracy": 0.2}, "1.00 nats below unigram"),
+        (Baseline("accuracy", 0.2, 3.0, "target_loss"), {"target_loss": 2.5, "accuracy": 0}, "target loss 2.500"),
+        (FEATURES, {"loss": 0.9, "cosine": 0.1}, "not yet above the mean"),
+        (FEATURES, {"loss": 0.5, "cosine": 0.5}, "0.30 above the mean"),
+    ],
+)
+def test_records_in_words(baseline: Baseline, record: dict[str, float], words: str) -> None:
+    assert words in baseline.describe(record)

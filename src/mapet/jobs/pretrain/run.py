@@ -39,7 +39,7 @@ from mapet.report.progress import Baseline, ProgressSink
 from mapet.targets.baseline import BASELINE_IMAGES, measure_baseline
 from mapet.targets.fitting import FIT_EPOCH, fit_codebook
 from mapet.targets.sources import NoSource, OnlineIds, StoredIds, TargetSource, TeacherFeatures
-from mapet.targets.tokenizer import check_grid, is_ready, ready_tokenizer, unfitted_tokenizer
+from mapet.targets.tokenizer import is_ready, ready_tokenizer, unfitted_tokenizer
 from mapet.tokenizers.base import Grid
 from mapet.tokenizers.files import load_tokenizer, save_tokenizer
 from mapet.tokenizers.teachers import build_teacher
@@ -142,9 +142,7 @@ def _open_source(
         teacher = main_first(lambda: build_teacher(str(config.teacher), config.teacher_stage, config.teacher_weights))
         return TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, grid, config.seed)
     if config.tokens is not None:
-        store = TokenStore.open(config.tokens)
-        check_grid(f"token store {config.tokens!r}", store.header.grid, grid)
-        return StoredIds(store, images, device)
+        return StoredIds(TokenStore.open(config.tokens), images, device)
     if agree(folder.tokenizer.exists()):
         return OnlineIds(load_tokenizer(folder.tokenizer), device, config.seed)
     name = str(config.tokenizer)

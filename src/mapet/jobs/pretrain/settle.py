@@ -18,7 +18,7 @@ from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, find_objective
 from mapet.objectives.targets import Ids
 from mapet.targets.sources import settle_view
-from mapet.targets.tokenizer import check_fittable, is_ready, settle_vocab_size
+from mapet.targets.tokenizer import check_fittable, check_grid, is_ready, settle_vocab_size
 from mapet.tokenstore.store import TokenStore
 
 
@@ -45,6 +45,7 @@ def settle_run(asked: Mapping[str, Any], images: int, processes: int = 1) -> Pre
     if given.get("tokens") is not None:
         store = TokenStore.open(given["tokens"])
         view, vocab_size = settle_view(store, given), store.header.vocab_size
+        check_grid(f"token store {str(store.folder)!r}", store.header.grid, objective.backbone.patch_embed.grid_size)
     elif targets == "ids":
         tokenizer = given.get("tokenizer") or "pixels"
         if not is_ready(tokenizer):

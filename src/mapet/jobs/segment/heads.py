@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mapet.data.augment import seeded
 from mapet.data.seeds import Stream, fold_seed
-from mapet.engine.schedule import warmup_cosine
+from mapet.engine.optimizer import warmup_cosine
 from mapet.errors import MapetError
 from mapet.inference.models import OpenModel
 from mapet.inference.streaming import autocast

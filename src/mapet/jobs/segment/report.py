@@ -14,7 +14,7 @@ from mapet.report.tables import Table, percent
 
 
 def segmentation_table(result: Mapping[str, Any]) -> Table:
-    """Return mIoU and pixel accuracy from the results of ``evaluate_segmentation``, beside the trivial prediction."""
+    """Return mIoU and pixel accuracy from the results of ``segment``, beside the trivial prediction."""
     heads = len(result["runs"])
     name = "1 head" if heads == 1 else f"mean of {heads} heads"
     means = [_with_spread(result[key], result[f"{key}_std"]) for key in ("miou", "pixel_accuracy")]
@@ -32,7 +32,7 @@ def _with_spread(mean: float, spread: float | None) -> str:
 
 
 def segmentation_markdown(result: Mapping[str, Any]) -> str:
-    """Return the results of ``evaluate_segmentation`` as Markdown: the means, the settings, and each class."""
+    """Return the results of ``segment`` as Markdown: the means, the settings, and each class."""
     first_value = 1 if result["reduce_zero_label"] else 0
     per_class = [(str(value), percent(iou)) for value, iou in enumerate(result["iou_per_class"], first_value)]
     class_table = Table(("value in masks", "IoU"), per_class, "Classes (-: neither in a test mask nor predicted)")

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import to_dtype
 
-from mapet.config.base import make_config
+from mapet.config.base import settle
 from mapet.data.batches import DamageTally, SampleKey, StepSampler, in_order
 from mapet.data.workers import loading_processes
 from mapet.engine.files import claimed_folder, replace_folder
+from mapet.engine.parallel import make_accelerator
 from mapet.engine.processes import count_workers, one_device
-from mapet.engine.runfolder import explain_disk_errors
-from mapet.engine.training import check_out
+from mapet.engine.runfolder import check_out, explain_disk_errors
 from mapet.errors import MapetError
 from mapet.inference.models import OpenModel, open_model
 from mapet.jobs.segment.config import SegmentConfig
@@ -45,7 +45,7 @@ SHOWN_IMAGES = 6
 Example = tuple[Tensor, Tensor, Tensor]  # image, truth, prediction
 
 
-def evaluate_segmentation(
+def segment(
     values: Mapping[str, Any], out: str | Path | None = None, *, console: Console | None = None
 ) -> dict[str, Any]:
     """Train heads on the frozen patch features of a model and measure them on images with masks.
@@ -65,7 +65,7 @@ def evaluate_segmentation(
     Raises:
         MapetError: for input that cannot work; no part of the folder is written then.
     """
-    config = make_config(SegmentConfig, dict(values))
+    config = settle(SegmentConfig, values)
     with ExitStack() as held:
         if out is not None:
             check_out(config.data, out)
@@ -81,7 +81,8 @@ class _Evaluation:
     """A model and images with masks, checked to fit together, and the heads that are trained and measured on them."""
 
     def __init__(self, config: SegmentConfig, console: Console) -> None:
-        self.config, self.console = config, console
+        self.config, self.console, self.device = config, console, one_device()
+        make_accelerator(config.precision)  # refuses a precision that the device lacks
         train, test = open_masked(config)
         if train.reduce_zero_label:
             logger.info("value 0 in the masks of %s means no class, value 1 means class 0, and so on", config.data)
@@ -104,7 +105,7 @@ class _Evaluation:
     def _open_model(self, seed: int) -> OpenModel:
         config = self.config
         opened = open_model(config.model, image_size=config.image_size, reinit=config.reinit, seed=seed)
-        opened.network.to(one_device(config.precision)).requires_grad_(False)
+        opened.network.to(self.device).requires_grad_(False)
         return opened
 
     def _check_masks(self, part: MaskedSet, name: str) -> tuple[MaskedSet, Tensor]:

@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from mapet.config.base import make_config
+from mapet.config.base import settle
 from mapet.data.open import open_images
-from mapet.engine.loop import on_main
-from mapet.engine.processes import count_workers, main_first, make_accelerator
-from mapet.engine.runfolder import explain_disk_errors, held_folder
-from mapet.engine.training import check_out
+from mapet.engine.processes import count_workers, join_processes, main_first, on_main
+from mapet.engine.runfolder import check_out, explain_disk_errors, held_folder
 from mapet.errors import MapetError
 from mapet.jobs.tokenizer.config import CheckConfig, EncodeConfig
 from mapet.jobs.tokenizer.passes import StoredImages
@@ -51,23 +48,23 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
     Raises:
         MapetError: for input that cannot work, or a full disk. Rows that were written before stay whole.
     """
-    config = make_config(EncodeConfig, dict(values))
+    config = settle(EncodeConfig, values)
     began = time.perf_counter()
-    accelerator = make_accelerator()
-    console = (console or Console(stderr=True)) if accelerator.is_main_process else Console(quiet=True)
+    world = join_processes()
+    console = (console or Console(stderr=True)) if world.is_main_process else Console(quiet=True)
     check_out(config.data, out)
-    images = main_first(accelerator, lambda: open_images(config.data))
-    tokenizer = main_first(accelerator, lambda: load_tokenizer(config.tokenizer, config.teacher_weights))
-    tokenizer.to(accelerator.device)
+    images = main_first(lambda: open_images(config.data))
+    tokenizer = main_first(lambda: load_tokenizer(config.tokenizer, config.teacher_weights))
+    tokenizer.to(world.device)
     header = _header(config, tokenizer)
     check_readable(config.tokenizer, tokenizer, header.view["channels"])
-    workers = count_workers(config.workers, images, accelerator.device)
+    workers = count_workers(config.workers, images, world.device)
 
-    with _open_together(Path(out), header, images.keys, accelerator) as store:
+    with _open_together(Path(out), header, images.keys) as store:
         stored = StoredImages(images, store, store.find(images.keys), workers, console)
         if (stored.rows < 0).any():
             raise MapetError(f"images were added to {config.data} while it was opened; run the command again")
-        to_do = stored.pending(np.arange(accelerator.process_index, len(images), accelerator.num_processes))
+        to_do = stored.pending(np.arange(world.process_index, len(images), world.num_processes))
         found_damaged = stored.encode(to_do, tokenizer, config.batch_size)
         touched, damaged = (sum(gather_object([count])) for count in (len(to_do), found_damaged))
     if damaged > config.max_damaged * len(images):
@@ -82,7 +79,7 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
         "absent": len(store) - len(np.unique(stored.rows)),
         "views": header.views,
         "seconds": round(time.perf_counter() - began, 2),
-        "is_main": accelerator.is_main_process,
+        "is_main": world.is_main_process,
     }
 
 
@@ -101,7 +98,7 @@ def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -
     Raises:
         MapetError: if the store cannot be opened, or was made with another tokenizer.
     """
-    config = make_config(CheckConfig, dict(values))
+    config = settle(CheckConfig, values)
     store = TokenStore.open(config.tokens)
     states = store.states(np.arange(len(store)))
     counts = {state.name.lower(): int((states == state).sum()) for state in State}
@@ -125,19 +122,20 @@ def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -
 
 def _header(config: EncodeConfig, tokenizer: Tokenizer) -> Header:
     channels = tokenizer.channels if config.channels is None else config.channels
+    view = {"crop_min": config.crop_min, "flip": config.flip, "mirror": config.mirror}
     return Header(
         tokenizer=config.tokenizer,
         tokenizer_hash=tokenizer.content_hash,
         grid=tokenizer.grid,
         vocab_size=tokenizer.vocab_size,
-        view={**config.view_settings, "views": config.views, "channels": channels},
-        views=config.views * (2 if config.view_settings["mirror"] else 1),
+        view={**view, "views": config.views, "channels": channels},
+        views=config.views * (2 if config.mirror else 1),
         seed=config.seed,
     )
 
 
 @contextmanager
-def _open_together(folder: Path, header: Header, keys: Sequence[str], accelerator: Accelerator) -> Iterator[TokenStore]:
+def _open_together(folder: Path, header: Header, keys: Sequence[str]) -> Iterator[TokenStore]:
     """Yield the store on every process, with a row for each key; the main process holds the folder meanwhile.
 
     Raises:
@@ -154,7 +152,7 @@ def _open_together(folder: Path, header: Header, keys: Sequence[str], accelerato
                 store.check_header(header)
                 store.append(keys)
 
-        on_main(accelerator, append)
+        on_main(append)
         yield TokenStore.open(folder)
 
 
