@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import (
-    QUIET,
-    assert_same_run,
-    checkpoint,
-    kill_after,
-    mapet_command,
-    records,
-    resume_pretraining,
-    under_torchrun,
-)
+from tests.conftest import QUIET, assert_same_run, checkpoint, kill_after, mapet_command, records, under_torchrun
 
 import mapet
 from mapet import MapetError
+from mapet.data.labelled import open_labelled
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.finetune.run import finetune
 from mapet.models.export import export_network
+from mapet.probes.classifier import score_classifier
+from mapet.probes.metrics import summarise
 
 PLAIN: dict[str, Any] = {**FINETUNING, "workers": 0, "batch_size": 8}  # without augmentation
 
@@ -63,11 +56,6 @@ def test_learning(model: Path, tmp_path: Path) -> None:
     assert last["loss"] < first["loss"]
     assert last["eval_accuracy"] == accuracy
     assert "400 images" in (run / "log.txt").read_text()
-
-
-def test_label_share(model: Path, digits: Path, tmp_path: Path) -> None:
-    tune(model, digits, tmp_path / "run", label_share=0.6, steps=1)
-    assert "run: 30 images" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_classifier_is_exported(pretrained_run: Path, digits: Path, tmp_path: Path) -> None:
@@ -112,7 +100,7 @@ def test_kill_between_renames_leaves_an_export(model: Path, digits: Path, tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_equal_one(model: Path, digits: Path, tmp_path: Path) -> None:
-    values = {**PLAIN, "model": str(model), "data": str(digits), "steps": 3, "ema_decay": 0.9}
+    values = {**PLAIN, "model": str(model), "data": str(digits), "steps": 3, "ema_decay": 0.9, "precision": "no"}
     finetune(values, tmp_path / "one", console=QUIET)
     command = under_torchrun(mapet_command("finetune", values, tmp_path / "two"))
     subprocess.run(command, check=True, capture_output=True)
@@ -120,27 +108,20 @@ def test_two_processes_equal_one(model: Path, digits: Path, tmp_path: Path) -> N
     assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_measured_as_the_export_says(
-    digits: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bilinear, run, views = tmp_path / "bilinear", tmp_path / "run", []
+def test_result_is_that_of_the_export(model: Path, digits: Path, tmp_path: Path) -> None:
+    """The exported network sees images with the interpolation of its training, whatever its source had."""
+    bilinear, run = tmp_path / "bilinear", tmp_path / "run"
     bilinear.mkdir()
     export_network(mapet.load(model).model, bilinear, (0.13,), (0.31,), interpolation="bilinear")
-    job = sys.modules[finetune.__module__]
-    measure = job.score_classifier
-
-    def record_view(network: Any, images: Any, view: Any, *rest: Any, **more: Any) -> Any:
-        views.append(view)
-        return measure(network, images, view, *rest, **more)
-
-    monkeypatch.setattr(job, "score_classifier", record_view)
-    tune(bilinear, digits, run, steps=1)
-    assert views == [mapet.load(run).transform.view], "the last measurement of the training is the result"
-    before = (run / "results.json").read_text()
+    result = tune(bilinear, digits, run, steps=1)
+    loaded = mapet.load(run)
+    assert loaded.transform.view.interpolation == "bicubic"
+    scores = score_classifier(
+        loaded.model, open_labelled(str(digits), 0)[1], loaded.transform.view, 1, device=torch.device("cpu")
+    )
+    assert result.measured == summarise([scores])
     (run / "results.json").unlink()
-    resume(run)
-    assert len(views) == 2
-    assert (run / "results.json").read_text() == before
+    assert resume(run).measured == json.loads((run / "results.json").read_text()) == result.measured
 
 
 def test_random_weights_depend_on_the_seed(model: Path, digits: Path, tmp_path: Path) -> None:
@@ -169,8 +150,9 @@ def test_pool(pool: str | None, timm_pool: str, model: Path, digits: Path, tmp_p
     assert mapet.load(tmp_path / "run").model.global_pool == timm_pool
 
 
-def test_another_image_size(model: Path, digits: Path, tmp_path: Path) -> None:
-    tune(model, digits, tmp_path / "run", steps=1, image_size=(42, 28))
+def test_other_image_size_and_fewer_labels(model: Path, digits: Path, tmp_path: Path) -> None:
+    tune(model, digits, tmp_path / "run", steps=1, image_size=(42, 28), label_share=0.6)
+    assert "run: 30 images" in (tmp_path / "run" / "log.txt").read_text()
     loaded = mapet.load(tmp_path / "run")
     assert loaded.model(torch.randn(1, 1, 42, 28)).shape == (1, 10)
     assert loaded.transform.view.size == (42, 28)
@@ -183,18 +165,12 @@ def test_another_image_size(model: Path, digits: Path, tmp_path: Path) -> None:
         ({"labels_per_class": 9}, r"class 'class 0' of .* has 5 image\(s\), fewer than the 9 asked for"),
         ({"batch_size": 7, "mixup": 0.8}, "7 at a time is odd; take --batch-size 8"),
         ({"augment": "rand-nonsense"}, "augment = .*rand-nonsense.*none of timm's policies"),
-        ({"augment": "rand-w7"}, "none of timm's policies"),
         ({"batch_size": 512}, "batch size 512 is larger than the data set of 50 images"),
-        ({"model": "vit_tiny_patch16_225"}, "unknown model 'vit_tiny_patch16_225'"),
         ({"image_size": 30}, "30 is not divisible by its patch size 7"),
-        ({"image_size": "0x38"}, "image_size"),
         ({"model": "resnet10t", "reinit": True, "pool": "mean"}, "--pool is for Vision Transformers"),
         ({"model": "vgg11", "reinit": True, "drop_path": 0.1}, "'vgg11' has no stochastic depth; pass --drop-path 0"),
         ({"model": "resnet10t", "reinit": True, "batch_size": 1}, "has batch norm.*take a larger --batch-size"),
         ({"model": "resnet10t", "reinit": True, "accumulate": 8}, "has batch norm.* smaller --accumulate"),
-        ({"lr": 1e300}, "lr = 1e[+]300: input should be less than or equal to"),
-        ({"pool": "max"}, "pool = .*max"),
-        ({"data": "/no/where"}, "neither a folder with one subfolder per class"),
     ],
 )
 def test_bad_values_are_refused(change: dict[str, Any], says: str, model: Path, digits: Path, tmp_path: Path) -> None:
@@ -219,20 +195,11 @@ def test_bad_labels_are_refused(model: Path, digits: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (
-            lambda state: {**state, "norm.weight": state["norm.weight"] / 0},
-            "contain NaN or infinity .first 'norm.weight'",
-        ),
-        (lambda state: {name: state[name] for name in state if name != "norm.weight"}, "is damaged .*norm.weight"),
-    ],
-)
-def test_damaged_model_is_refused(damage: Any, says: str, model: Path, digits: Path, tmp_path: Path) -> None:
+def test_damaged_model_is_refused(model: Path, digits: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
-    save_file(damage(load_file(model / "model.safetensors")), broken / "model.safetensors")
-    with pytest.raises(MapetError, match=says):
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "norm.weight": weights["norm.weight"] / 0}, broken / "model.safetensors")
+    with pytest.raises(MapetError, match=r"contain NaN or infinity \(first 'norm.weight'"):
         tune(broken, digits, tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -251,11 +218,3 @@ def test_resume_needs_the_same_labels_and_values(model: Path, digits: Path, tmp_
     (data / "class 9").rename(data / "class A")
     with pytest.raises(MapetError, match="'data' changed since the run"):
         resume(run)
-
-
-def test_run_of_another_command_is_refused(model: Path, digits: Path, tmp_path: Path) -> None:
-    tune(model, digits, tmp_path / "run", steps=1)
-    with pytest.raises(MapetError, match="holds the run of another command or version"):
-        resume_pretraining(tmp_path / "run")
-    with pytest.raises(MapetError, match=r"holds 'config.json', but no run"):
-        tune(model, digits, model)
