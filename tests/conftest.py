@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -110,6 +111,15 @@ def wait_for_records(run: Path, count: int, process: subprocess.Popen[Any]) -> N
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
         assert process.poll() is None
         time.sleep(0.005)
+
+
+class StoppingFile(io.StringIO):
+    """Stops the run, as a user does, when the first line of progress is written."""
+
+    def write(self, text: str) -> int:
+        if not self.getvalue():
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
 
 
 def kill_after(count: int, command: list[str], run: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,21 @@ import pytest
 import timm
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
-from tests.conftest import QUIET, TINY, assert_same_run, checkpoint, pretrain_tiny, records, resume_pretraining
+from tests.conftest import (
+    QUIET,
+    TINY,
+    StoppingFile,
+    assert_same_run,
+    checkpoint,
+    pretrain_tiny,
+    records,
+    resume_pretraining,
+)
 
 import mapet
 from mapet import MapetError
-from mapet.engine.sinks import SINKS, Record, RunFacts
-from mapet.jobs.bootstrap.run import bootstrap
 from mapet.jobs.evaluate.run import evaluate
 from mapet.jobs.export.run import export_model
 from mapet.jobs.finetune.run import finetune
@@ -61,45 +67,14 @@ def test_every_objective_trains(objective: str, values: dict[str, Any], digits: 
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_features_of_a_teacher(exported_vit: Path, pretrained_run: Path, digits: Path, tmp_path: Path) -> None:
-    teacher = shutil.copytree(exported_vit, tmp_path / "teacher")
-    values = {"targets": "features", "vocab_size": None, "steps": 60, "lr": 3e-3, "crop_min": 1.0, "flip": 0.0}
-    run("mapet", digits, tmp_path / "run", teacher=str(teacher), **values)
-    losses = [record["loss"] for record in records(tmp_path / "run")]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    shutil.rmtree(teacher)
-    shutil.copytree(pretrained_run / "exported", teacher)
-    with pytest.raises(MapetError, match="the teacher is not what the run in"):
-        resume_pretraining(tmp_path / "run")
-
-
-class StopAt:
-    """A sink that stops the run, as a user does, when it is given the record of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def begin(self, run: RunFacts) -> None:
-        pass
-
-    def write(self, record: Record) -> None:
-        if record["step"] == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("objective", SMALL)
-def test_stopped_run_resumes_bit_for_bit(
-    objective: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_run_resumes_bit_for_bit(objective: str, digits: Path, tmp_path: Path) -> None:
     """Masks, stochastic depth and micro-batches depend on the step alone."""
-    options: dict[str, Any] = {"steps": 15, "accumulate": 2, "drop_path": 0.2}
-    run(objective, digits, tmp_path / "whole", **options)
-    monkeypatch.setitem(SINKS, "stop", lambda: StopAt(5))
-    stopped = run(objective, digits, tmp_path / "stopped", **options)
-    assert (stopped.stopped_by, stopped.steps, stopped.finished) == (signal.SIGTERM, 7, False)
+    values = {**TINY, "data": str(digits), "objective": objective, **SMALL[objective]}
+    values |= {"steps": 8, "accumulate": 2, "drop_path": 0.2}
+    pretrain(values, tmp_path / "whole", console=QUIET)
+    stopped = pretrain(values, tmp_path / "stopped", console=Console(file=StoppingFile()))
+    assert (stopped.stopped_by, stopped.finished) == (signal.SIGTERM, False)
     assert resume_pretraining(tmp_path / "stopped").finished
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
@@ -150,18 +125,10 @@ def test_continued_with_another_objective(mae_run: Path, digits: Path, tmp_path:
     for values, says in (
         ({"objective": "simmim"}, r"this SimMIM's is missing; take its objective"),
         ({"objective": "mae"}, "and this MAE's is .*; take its objective, its arguments"),
-        ({"objective": "mim", "tokenizer": "pixels"}, "takes over the head of"),
     ):
         with pytest.raises(MapetError, match=says):
             continue_run("refused", init_parts="all", **values)
     assert not (tmp_path / "refused" / "config.yaml").exists()
-
-
-def test_head_of_ids_does_not_predict_pixels(pretrained_run: Path, digits: Path, tmp_path: Path) -> None:
-    values = {"data": str(digits), "init": str(pretrained_run), "init_parts": "all", "objective": "simmim"}
-    with pytest.raises(MapetError, match="was trained for another tokenizer or teacher"):
-        pretrain({**values, "batch_size": 8, "workers": 0, "steps": 1}, tmp_path / "run", console=QUIET)
-    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_cae_is_compared_by_its_cross_entropy(digits: Path, tmp_path: Path) -> None:
@@ -179,17 +146,9 @@ def test_cae_is_compared_by_its_cross_entropy(digits: Path, tmp_path: Path) -> N
         ({"tokens": "store", "vocab_size": 16, "contrast": False}, "leave out contrast, tokens, vocab_size"),
         ({"objective_args": {"decoder_dim": 10}}, "decoder_dim 10 is not divisible by decoder_heads 16"),
         ({"objective_args": {"depth": 10}}, "'mae' has no argument 'depth'; did you mean 'decoder_depth'"),
-        ({"targets": "features"}, "there is no teacher; name one with --teacher"),
-        ({"teacher": "resnet18"}, "teacher is for targets 'features'"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], says: str, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(MapetError, match=says):
         run("mae", digits, tmp_path / "run", steps=1, **values)
     assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_pixels_are_not_bootstrapped(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match="'simmim' predicts pixels"):
-        bootstrap({**TINY, "data": str(digits), "objective": "simmim"}, tmp_path / "boot", console=QUIET)
-    assert not (tmp_path / "boot").exists()

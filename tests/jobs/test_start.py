@@ -28,7 +28,6 @@ from tests.conftest import (
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet import MapetError
-from mapet.cli import main
 from mapet.jobs.bootstrap.run import bootstrap
 from mapet.jobs.convert.run import convert
 from mapet.jobs.demo.run import run_demo
@@ -123,14 +122,6 @@ def test_killed_run_resumes_exactly_without_its_source(copied_source: Path, digi
     assert_same_run(out, tmp_path / "whole")
 
 
-def test_run_without_checkpoint_reads_its_source_again(source: Path, digits: Path, tmp_path: Path) -> None:
-    continue_run(digits, tmp_path / "run", source, vocab_size=16, steps=1)
-    first = checkpoint(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    resume_pretraining(tmp_path / "run")
-    assert all(torch.equal(first[name], tensor) for name, tensor in checkpoint(tmp_path / "run").items())
-
-
 def test_image_size_and_channels_may_differ(source: Path) -> None:
     config, backbone = begin(source, image_size=42, channels=3)
     assert config.mean == (0.485, 0.456, 0.406)
@@ -213,12 +204,11 @@ def test_converted_upstream_checkpoint_is_continued(
         ({"model_args": {"depth": 3}}, r"model_args depth = 3 is asked for, but in init .* it is 2"),
         ({"model_args": {"qk_norm": True}}, r"model_args qk_norm = True.* it is \"the model's own\""),
         ({"image_size": 30}, r"image size 30 is not divisible by the patch size 7"),
-        ({"init": "vit_tiny_patch16_225"}, r"unknown model 'vit_tiny_patch16_225'"),
         ({"init": "resnet18"}, r"init 'resnet18' cannot be pre-trained further: the backbone is a ResNet"),
-        ({"init": "/no/run"}, r"model folder '/no/run' does not exist"),
-        ({"init": ""}, r"init = ''"),
+        ({"init": ""}, "init = .*at least 1 character"),
         ({"init": None, "init_parts": "all"}, r"init_parts is 'all', but there is no init"),
         ({"init_parts": "all", "tokenizer": "pixels"}, r"predicts the ids of the tokenizer that it was trained with"),
+        ({"init_parts": "all", "objective": "simmim"}, "was trained for another tokenizer or teacher"),
         ({"init_parts": "all", "image_size": 42}, "was pre-trained at 28 px, this run is to be at 42 px"),
     ],
 )
@@ -226,7 +216,7 @@ def test_contradictions_of_the_source_are_refused(
     change: dict[str, Any], says: str, source: Path, digits: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(MapetError, match=says):
-        continue_run(digits, tmp_path / "run", **{"init": source, "steps": 1, **change})
+        pretrain({**MORE, "data": str(digits), "init": str(source), "steps": 1, **change}, tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
@@ -245,15 +235,7 @@ def test_head_needs_its_own_tokenizer(source: Path, digits: Path, tmp_path: Path
     ("file", "parts", "name", "change", "says"),
     [
         ("checkpoints/last/task", "all", "mask_token", lambda part: part[..., :9], r"'mask_token' is \(1, 1, 9\)"),
-        ("checkpoints/last/task", "all", "head.bias", lambda part: part.long(), "'head.bias' holds other than finite"),
         ("checkpoints/last/task", "all", "head.bias", lambda part: part / 0, "'head.bias' holds other than finite"),
-        (
-            "checkpoints/last/task",
-            "all",
-            "backbone.norm.bias",
-            lambda part: part.to(torch.float8_e4m3fn),
-            "'backbone.norm.bias' .*is of type float8",
-        ),
         ("checkpoints/last/task", "all", "backbone.norm.bias", lambda part: part[:9], "'norm.bias' .* another shape"),
         ("checkpoints/last/task", "all", None, None, "cannot be read"),
         ("exported/model", "backbone", "norm.bias", lambda part: part / 0, "NaN or infinity"),
@@ -276,16 +258,7 @@ def test_damaged_source_is_refused(
 
 def test_comparisons_with_random_weights_take_no_init(tmp_path: Path) -> None:
     values = {**TINY, "data": "mnist", "init": "vit_tiny_patch16_224"}
-    with pytest.raises(MapetError, match="bootstrapping begins with random weights"):
-        bootstrap(values, tmp_path / "run")
-    with pytest.raises(MapetError, match="the demo compares with random weights"):
-        run_demo(values, tmp_path / "run")
+    for job, says in ((bootstrap, "to a network of random weights; leave --init out"), (run_demo, "random weights")):
+        with pytest.raises(MapetError, match=says):
+            job(values, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_command_line_needs_only_data_and_init(source: Path, digits: Path, tmp_path: Path) -> None:
-    arguments = ["pretrain", str(digits), "--init", str(source), "--out", str(tmp_path / "run")]
-    arguments += ["--steps", "1", "--workers", "0"]
-    assert main(arguments) == 0
-    assert main([*arguments, "--resume"]) == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model_args"] == TINY["model_args"]

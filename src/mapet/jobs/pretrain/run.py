@@ -27,7 +27,7 @@ from mapet.engine.sinks import Record
 from mapet.engine.trainer import Evaluator, Result, Trainer
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
-from mapet.jobs.pretrain.start import read_start
+from mapet.jobs.pretrain.start import Start, read_start
 from mapet.models.export import export_network
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, build_target
@@ -97,9 +97,8 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     )
     if start is not None:
         start.load_parts(objective, source)
-        on_main(lambda: record_origin(folder, start.name))
     objective.to(device)
-    on_main(lambda: folder.write_config(config))
+    on_main(lambda: _write_start(config, start, source, folder))
     baseline = on_main(lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(lambda: _plot_start(objective, source, dataset, config, folder))
 
@@ -134,7 +133,7 @@ def _open_source(
     workers: int,
     console: Console,
 ) -> TargetSource:
-    """Return where the targets come from; a tokenizer that is not yet fitted is fitted and kept in the run folder."""
+    """Return where the targets come from; a tokenizer that is not yet fitted is fitted."""
     if config.targets == "pixels":
         return NoSource(config.seed)
     if config.targets == "features":
@@ -162,13 +161,16 @@ def _open_source(
             workers=workers,
             console=console,
         )
-
-    def keep() -> None:
-        folder.write_config(config)
-        replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
-
-    on_main(keep)
     return OnlineIds(tokenizer, device, config.seed)
+
+
+def _write_start(config: PretrainConfig, start: Start | None, source: TargetSource, folder: RunFolder) -> None:
+    """Write what the run begins with; before this, nothing in the folder tells that there is a run."""
+    folder.write_config(config)
+    if start is not None:
+        record_origin(folder, start.name)
+    if isinstance(source, OnlineIds) and not folder.tokenizer.exists():
+        replace_folder(folder.tokenizer, partial(save_tokenizer, source.tokenizer))
 
 
 def _train_view(config: PretrainConfig, view_size: int) -> TrainView:
