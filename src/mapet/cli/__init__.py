@@ -19,6 +19,7 @@ from mapet.errors import MapetError, nearest
 VERBS = {
     "pretrain": "pretrain.verb:PRETRAIN",
     "compare": "compare.verb:COMPARE",
+    "table": "compare.verb:TABLE",
     "finetune": "finetune.verb:FINETUNE",
     "eval knn": "evaluate.verb:KNN",
     "eval linear": "evaluate.verb:LINEAR",
