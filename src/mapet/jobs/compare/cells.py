@@ -4,8 +4,6 @@ The state of a cell is what these commands write: a run folder, with a folder fo
 holds the reason if the last attempt failed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

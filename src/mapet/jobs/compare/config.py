@@ -1,7 +1,5 @@
 """The configuration of a comparison of pre-trainings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 

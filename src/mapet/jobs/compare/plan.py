@@ -1,7 +1,5 @@
 """The plan of a comparison: its arms, how long each is trained, and the cells of its tables."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a comparison found: tables, pictures, and all of it as one page."""
 
-from __future__ import annotations
-
 import base64
 import html
 import statistics

@@ -1,7 +1,5 @@
 """A comparison of pre-trainings: a grid of cells that differ in what is compared and in nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables of runs. A run is a mapping of figures by name; a row stands for one run, or for the seeds of one setting."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -1,7 +1,5 @@
 """``mapet compare``: objectives and tokenizers in one setting; ``mapet table``: any runs side by side."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
