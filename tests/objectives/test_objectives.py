@@ -31,7 +31,7 @@ def make(name: str, backbone: Any, targets: str = "ids", **changes: Any) -> Obje
 
 
 @EVERY_OBJECTIVE
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", ["pixels", *TARGETS])
 @pytest.mark.parametrize(
     ("changes", "mask_ratio"),
     [

@@ -1,9 +1,9 @@
-"""What all configurations share: keys with types, bounds, a text and marks; how values are parsed and settled.
+"""What all configurations share: how keys are declared, and how values are parsed and settled.
 
-A configuration class is what is known once everything is settled: frozen, typed, without holes. Users give some of its
-keys, in a recipe, as flags (strings) or from Python. ``parse`` checks what they gave, each key by itself; ``settle``
-adds what is left open: defaults, and for keys whose default is ``CHOSEN`` what the class's ``choose`` derives from the
-data, the network or the machine.
+A configuration class lists keys with type, bounds, help text and marks such as ``free``. Users give some of the keys,
+in a recipe, as flags (strings) or from Python. ``parse`` checks each value that they gave. ``settle`` adds the missing
+values: defaults, and for keys whose default is ``CHOSEN`` what the class's ``choose`` derives from the data, the
+network or the machine. The result is frozen and complete.
 """
 
 from collections.abc import Mapping

@@ -26,7 +26,7 @@ NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
 KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
 
-# Defaults of a batch: the steps that it leaves an epoch, and the batch below which the learning rate falls no further.
+# The default batch size leaves an epoch at least ten steps; the default learning rate takes smaller batches for 32.
 LEAST_STEPS_PER_EPOCH, LEAST_SCALED_BATCH = 10, 32
 
 
@@ -67,7 +67,7 @@ class NetworkKeys(Config):
         "model's",
         common=True,
     )
-    reinit: bool = key(False, "random weights instead of the model's own: what is to be beaten")
+    reinit: bool = key(False, "use random weights instead of the model's own, as a baseline")
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -190,8 +190,8 @@ class TrainKeys(DataKeys):
     steps: Count = key(CHOSEN, "optimiser steps, instead of --epochs", common=True, instead_of="epochs")
     lr: LearningRate = key(
         CHOSEN,
-        "peak learning rate; default: the paper's 1.5e-3 at batch 2048, scaled by the square root of the batch size, "
-        "of 32 images at least",
+        "peak learning rate; default: the paper's, 1.5e-3 * sqrt(batch size / 2048), where batches below 32 count as "
+        "32",
         common=True,
         instead_of="lrs",
     )
@@ -203,7 +203,9 @@ class TrainKeys(DataKeys):
     clip_grad: float = key(3.0, "largest gradient norm; above it gradients are scaled down", gt=0, le=1e30)
     accumulate: BatchSize = key(1, "micro-batches per optimiser step; saves memory")
     precision: Annotated[Literal["no", "bf16", "fp16"], NoIsAWord] = key(
-        CHOSEN, "mixed precision: bf16, fp16 or no; default (auto): bf16 where the device has it fast, else no"
+        CHOSEN,
+        "mixed precision: bf16, fp16 or no; default (auto): bf16 if the device computes it fast, fp16 on other CUDA "
+        "GPUs, otherwise no",
     )
     checkpoint_every: Count = key(CHOSEN, "optimiser steps between checkpoints; default: one epoch", free=True)
     log_every: Count = key(1, "optimiser steps between lines of metrics.jsonl", free=True)
@@ -235,8 +237,8 @@ class TrainKeys(DataKeys):
         per_epoch = facts["images"] // batch_size
         epochs = None if "steps" in given else given.get("epochs") or cls.default_epochs
         rate, batch = cls.published_rate
-        # Adam's steps do not grow with the gradient, so noise, not size, sets the rate: hence the root (Malladi et al.,
-        # 2205.10287) where the linear rule belongs to SGD.
+        # Adam's steps do not grow with the gradient; only its noise matters. So the rate follows the square root of the
+        # batch size (Malladi et al., 2205.10287). The linear rule is for SGD.
         scaled = rate * math.sqrt(max(batch_size, LEAST_SCALED_BATCH) / batch)
         return {
             "batch_size": batch_size,

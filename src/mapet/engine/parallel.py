@@ -1,7 +1,7 @@
-"""How a task is computed: precision and the processes that share the work, applied from outside, here alone.
+"""How a task is computed: precision and the processes that share the work, applied from outside the network.
 
-The task and its network know nothing of this. Compilation, sharding (FSDP) or activation checkpointing are added in
-``wrap``.
+The task and its network know nothing of this. Compilation and activation checkpointing are added in ``wrap``. Sharding
+(FSDP) is too, but also changes how the trainer saves and measures: it does both on the main process.
 """
 
 import torch
@@ -16,7 +16,8 @@ from mapet.models.attention import cpu_has_bfloat16
 
 
 def fast_precision() -> str:
-    """Return the precision of ``--precision auto``: bf16 where the device has it fast, else fp16 or no."""
+    """Return the precision of ``--precision auto``: bf16 if the device
+    computes it fast, fp16 on other CUDA GPUs, otherwise no."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if cpu_has_bfloat16() and not torch.backends.mps.is_available() else "no"

@@ -67,7 +67,7 @@ def on_main(work: Callable[[], Result]) -> Result | None:
         except Exception as error:
             failure = error
     if agree(failure is not None):
-        raise failure or MapetError("the main process failed and says why")
+        raise failure or MapetError("the main process failed; its own message says why")
     return result
 
 

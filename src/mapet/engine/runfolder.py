@@ -168,7 +168,7 @@ def check_out(data: str, out: str | Path) -> None:
 
 
 def log_to(file: Path) -> None:
-    """Also write the package's log to a file, and to no other file any more."""
+    """Write the package's log to this file too, and no longer to the file of an earlier run."""
     package = logging.getLogger("mapet")
     for handler in [handler for handler in package.handlers if isinstance(handler, logging.FileHandler)]:
         package.removeHandler(handler)

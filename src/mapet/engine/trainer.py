@@ -161,7 +161,8 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch]) -> Record:
         """Take one optimiser step and return its record."""
         config, accelerator = self.config, self.accelerator
-        # All randomness of a step comes from here, so a run can be taken up at any step.
+        # Seeds masks, dropout and stochastic depth; images and crops have seeds of their own (StepSampler, Draws). No
+        # random state lives longer than a step, so a run can be resumed at any step.
         torch.manual_seed(fold_seed(config.seed, Stream.STEP, step, accelerator.process_index))
         lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
@@ -237,7 +238,7 @@ class Trainer:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         state = State(done, self.config.steps, self._made_from(), sorted(self.tally.indices), scaler)
-        # What comes out is written first: where the last checkpoint is, its export is too.
+        # The export comes first, so that no checkpoint lacks its export.
         self._export()
         replace_folder(self.folder.checkpoint, lambda fresh: write_checkpoint(fresh, self.task, self.optimizer, state))
 

@@ -1,4 +1,4 @@
-"""A model on its device and the options of ``inference.stream``, from a configuration."""
+"""A model on its device and the options of ``inference.streaming.stream``, from a configuration."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def open_on_device(config: InferenceKeys, *, classifier: bool) -> OpenModel:
 
 
 def stream_options(config: InferenceKeys, opened: OpenModel, images: ImageSet) -> dict[str, Any]:
-    """Return the keyword arguments of ``inference.stream``; ``tally`` counts the damaged images."""
+    """Return the keyword arguments of ``inference.streaming.stream``; ``tally`` counts the damaged images."""
     return {
         "device": opened.device,
         "batch_size": config.batch_size,

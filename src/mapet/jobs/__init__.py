@@ -1,1 +1,1 @@
-"""Jobs: each in its own room, with its configuration, its work and its command."""
+"""Jobs: one package each, with its configuration, its work and its command."""

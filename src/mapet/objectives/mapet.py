@@ -49,7 +49,8 @@ def visible_keys(context: int, targets: int, predicted: int, *, slots: bool, que
     content = context + predicted if queries else context
     row, key = torch.arange(content)[:, None], torch.arange(content)[None, :]
     target, slot = torch.arange(predicted)[:, None], torch.arange(targets)[None, :]
-    of_content = key <= row.clamp(min=context - 1), slot > row - context  # all of the context, then up to itself
+    # Each pair is (visible content, visible slots). Context rows see the whole context; target rows also those before.
+    of_content = key <= row.clamp(min=context - 1), slot > row - context
     of_slots = (key < context).expand(targets, content), (slot >= 0).expand(targets, targets)
     of_queries = key < context + target, slot >= target
     groups = [of_content] + [of_slots] * slots + [of_queries] * queries
@@ -59,9 +60,11 @@ def visible_keys(context: int, targets: int, predicted: int, *, slots: bool, que
 class MaPeT(Objective):
     """Masked and permuted pre-training, section 3 of the paper.
 
-    For a random order ``z`` of the tokens whose first ``c`` are the context, maximise
+    For a random order ``z`` of the tokens whose first ``c`` are the context, the loss is the cross-entropy
 
-        sum over t > c of  log p(id[z_t] | content z_1..z_{t-1}, positions z_t..z_N)
+        mean over t > c of  -log p(id[z_t] | content z_1..z_{t-1}, positions z_t..z_N)
+
+    of all predicted targets, see ``Ids.score``.
 
     - *Permuted*: a target is predicted from the context and all targets visited before it, so targets depend on each
       other, which masked image modelling ignores.
@@ -72,8 +75,8 @@ class MaPeT(Objective):
 
     Args:
         backbone, target, mask_ratio, masking: see ``Objective``.
-        targets_per_image: ``S``, how many targets are predicted, the first in visiting order. The content and query
-            rows of the others are saved; their slots stay. None: all.
+        targets_per_image: ``S``, how many targets are predicted, the first in visiting order. The others have a slot
+            but no content row and no query. None: all targets are predicted.
     """
 
     default_masking = "random"

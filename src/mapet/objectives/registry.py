@@ -42,14 +42,14 @@ def build_target(objective: str, targets: str, backbone: VisionTransformer, widt
 
     Args:
         objective: a name from ``OBJECTIVES``.
-        targets: a name from ``TARGETS``.
+        targets: "pixels" or a name from ``TARGETS``.
         backbone: gives the size of a patch.
         width: number of token ids, or width of the teacher's features; not used for pixels.
         distance: of features.
     """
     if targets == "pixels":
         return find_objective(objective).pixels(backbone)
-    return TARGETS[targets](backbone, width, distance)
+    return TARGETS[targets](width, distance)
 
 
 def build_objective(

@@ -144,9 +144,9 @@ class Features:
         return {"loss": loss, "cosine": cosine.detach()}
 
 
-# How a target is built once a run knows its sizes, by the name that ``--targets`` takes: (network, V or d, distance).
-TARGETS: dict[str, Callable[[VisionTransformer, int, str], Target]] = {
-    "ids": lambda backbone, width, distance: Ids(width),
-    "pixels": lambda backbone, width, distance: Pixels.of(backbone),
-    "features": lambda backbone, width, distance: Features(width, distance),  # type: ignore[arg-type]
+# How a target is built from its width (V or d) and distance, by the name that ``--targets`` takes. Pixels are not here:
+# each objective normalises them in its own way, see ``Objective.pixels``.
+TARGETS: dict[str, Callable[[int, str], Target]] = {
+    "ids": lambda width, distance: Ids(width),
+    "features": lambda width, distance: Features(width, distance),  # type: ignore[arg-type]
 }

@@ -17,7 +17,7 @@ def score_classifier(network: nn.Module, images: ImageSet, view: View, channels:
     Args:
         network: gives ``(B, C)`` logits; it is put into evaluation mode.
         images: labelled with the classes of the network, in its order.
-        view, channels: see ``inference.stream``.
+        view, channels: see ``inference.streaming.stream``.
         options: ``show`` and the options of ``stream_labelled``.
 
     Raises:

@@ -75,10 +75,10 @@ def stream_labelled(
     Args:
         network: maps normalised ``(B, C, H, W)`` images to ``(B, ...)``.
         images: labelled images.
-        view, channels: see ``inference.stream``.
+        view, channels: see ``inference.streaming.stream``.
         dtype: of the output.
         show: called with the number of images done.
-        options: ``device``, ``batch_size``, ``workers``, ``precision`` and ``tally`` of ``inference.stream``.
+        options: ``device``, ``batch_size``, ``workers``, ``precision`` and ``tally`` of ``inference.streaming.stream``.
 
     Raises:
         MapetError: if the output contains NaN or infinity, or too many images are damaged.
@@ -101,7 +101,7 @@ def extract_features(
     Args:
         network: maps normalised ``(B, C, H, W)`` images to features ``(B, ...)``.
         images: labelled images.
-        view, channels: see ``inference.stream``.
+        view, channels: see ``inference.streaming.stream``.
         file: stores the features on disk in float16; None: they are kept in memory in float32.
         options: ``show`` and the options of ``stream_labelled``.
 

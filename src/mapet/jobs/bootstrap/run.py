@@ -54,7 +54,7 @@ def bootstrap(
         raise MapetError(f"rounds is {rounds}; bootstrapping takes 1 to {MOST_ROUNDS} after the first")
     for key, remedy in (("tokens", "leave --tokens out"), ("init", "leave --init out, or use mapet pretrain")):
         if values.get(key) is not None:
-            raise MapetError(f"bootstrapping fits its own tokenizers to a network of random weights; {remedy}")
+            raise MapetError(f"bootstrapping fits its own tokenizers and begins with random weights; {remedy}")
     given = parse(PretrainConfig, values, complete=True)
     check_out(given["data"], out)
     config = settle_run(given, len(open_images(given["data"])))

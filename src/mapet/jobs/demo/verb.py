@@ -1,4 +1,4 @@
-"""``mapet demo``: pre-train on embedded digits and show the gain."""
+"""``mapet demo``: pre-train on digits that come with the package's dependencies and show the gain."""
 
 import argparse
 import signal
@@ -58,7 +58,7 @@ def print_rows(console: Console, rows: Mapping[str, Mapping[str, float]], title:
 
 
 DEMO = Verb(
-    summary="pre-train on embedded digits and show the gain, offline, in under 3 minutes on 2 cores",
+    summary="pre-train on digits that come with a dependency and show the gain, offline, in under 3 minutes on 2 cores",
     about="Pre-train a small ViT on 4,000 digits and compare it with the untrained one on 1,000 others.",
     configs=(PretrainConfig,),
     run=run,

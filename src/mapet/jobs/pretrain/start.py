@@ -178,7 +178,10 @@ class Start:
                 "backbone"
             )
         if self.tokenizer_hash is None:
-            logger.warning("it is not known which tokenizer the head of %s was trained for; it must be this", self.name)
+            logger.warning(
+                "init %s does not record its tokenizer; its head fits only the tokenizer that it was trained with",
+                self.name,
+            )
         own = {name: part.shape for name, part in objective.state_dict().items() if not name.startswith("backbone.")}
         for name in {**own, **self.parts}:
             if name not in own or name not in self.parts or own[name] != self.parts[name].shape:
