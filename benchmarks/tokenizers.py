@@ -65,7 +65,7 @@ TEACHER_SIZE = 64  # MobileNetV2's map at stride 16 is then the student's 4 x 4
 
 
 def prepare_emoji(package: Path, out: Path) -> None:
-    """Sort the emoji by category, with a fifth as test part; the unlabelled part has the others and their skin tones."""
+    """Sort the emoji by category, a fifth as test part; the unlabelled part has the others and their skin tones."""
     if out.exists():
         return
     pictures, fresh = package / "img" / "google" / "64", out.with_name(".emoji.new")
