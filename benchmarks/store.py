@@ -1,9 +1,10 @@
-"""What a token store saves: batches with ids made online, against batches with ids read from a store, alternating.
+"""Speed of training batches with ids read from a token store, against ids made online.
 
     python benchmarks/store.py --data IMAGES --tokenizer TOKENIZER --image-size 64 --rounds 5
 
-Both load and augment the same images (two crops of each, mirrored); what differs is the tokenizer's view and run
-against the content's digest and a look-up. Also the ids alone, with batches at hand.
+Both ways load and augment the same images (two crops of each, mirrored) and alternate within one run. Online, each
+batch needs the tokenizer's view and the tokenizer; with a store it needs the digest of the content and a lookup. The
+time for the ids alone, of batches that are loaded already, is measured as well.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SIZE = 32
 
 
 def loop(source: TokenSource, dataset: ViewDataset, batches: int) -> float:
-    """Seconds for batches and their ids."""
+    """Return the seconds that loading batches and getting their ids takes."""
     began = time.perf_counter()
     for batch in load_batches(dataset, StepSampler(len(dataset), SIZE, 0, 0, batches), workers=0):
         source(batch)
@@ -39,7 +40,7 @@ def loop(source: TokenSource, dataset: ViewDataset, batches: int) -> float:
 
 
 def ids_alone(source: Callable[[Batch], torch.Tensor], batches: list[Batch]) -> float:
-    """Seconds for the ids of batches at hand."""
+    """Return the seconds that getting the ids of loaded batches takes."""
     began = time.perf_counter()
     for batch in batches:
         source(batch)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mapet.data.open import open_images
@@ -50,6 +54,80 @@ TINY: dict[str, Any] = {
     "lr": 1e-3,
     "workers": 0,
 }
+
+QUIET = Console(quiet=True)
+
+
+def pretrain_tiny(data: Path, out: Path, **values: Any) -> Any:
+    return pretrain({**TINY, "data": str(data), **values}, out, console=QUIET)
+
+
+def resume_pretraining(out: Path, **values: Any) -> Any:
+    return pretrain(values, out, resume=True, console=QUIET)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """A run's records without the clock: two equal runs have the same."""
+    clock = {"images_per_s", "data_wait"}
+    return [{name: value for name, value in record.items() if name not in clock} for record in records(run)]
+
+
+def checkpoint(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / "last" / "task.safetensors")
+
+
+def checkpoint_state(run: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    return state
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same curve, and the same exported weights bit for bit."""
+    assert curve(one) == curve(other)
+    first, second = ((run / "exported" / "model.safetensors").read_bytes() for run in (one, other))
+    assert first == second
+
+
+def mapet_command(verb: str, values: Mapping[str, Any], out: Path, *flags: str) -> list[str]:
+    """A command line of another process, which writes a run into ``out``."""
+    recipe = out.parent / f"{out.name}.yaml"
+    recipe.write_text(yaml.safe_dump(dict(values)))
+    return [sys.executable, "-m", "mapet", verb, "--out", str(out), "--config", str(recipe), *flags]
+
+
+def under_torchrun(command: list[str]) -> list[str]:
+    """The same command, run by two processes together."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [command[0], *launcher, *command[1:]]
+
+
+def wait_for_records(run: Path, count: int, process: subprocess.Popen[Any]) -> None:
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+class StoppingFile(io.StringIO):
+    """Stops the run, as a user does, when the first line of progress is written."""
+
+    def write(self, text: str) -> int:
+        if not self.getvalue():
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
+
+
+def kill_after(count: int, command: list[str], run: Path) -> None:
+    """Start a command and send SIGKILL when its run has so many records."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_for_records(run, count, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -198,7 +276,7 @@ def photographs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFa
 def pretrained_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps on grey digits."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain({**TINY, "data": str(digits), "steps": 2}, folder, console=Console(quiet=True))
+    pretrain_tiny(digits, folder, steps=2)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Imports run downwards only."""
+"""The floors of the package: imports run downwards only."""
 
 from __future__ import annotations
 
@@ -9,51 +9,58 @@ import mapet
 
 SOURCE = Path(mapet.__file__).parent
 
-# A package may import from the ones below its line, never from its own line's others or from above.
-LAYERS = [
-    {"cli"},
-    {"jobs"},
-    {"targets", "probes", "report"},
-    {"inference"},
-    {"engine"},
-    {"objectives"},
-    {"tokenizers", "tokenstore"},
-    {"data", "models"},
-    {"config"},
-    {"errors"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# From the top. A package imports from floors below its own, not from its neighbours.
+FLOORS = """
+cli
+jobs-made-of-jobs
+jobs
+targets probes
+report
+inference
+engine
+objectives
+tokenizers tokenstore
+data models
+config
+errors
+"""
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS.strip().splitlines()) for name in names.split()}
+MADE_OF_JOBS = {"compare", "demo", "bootstrap"}
 
 
-def imported_packages(file: Path) -> set[str]:
-    """Names of the packages of ours that a file imports, at any depth of it."""
+def place_of(module: str) -> tuple[str, str]:
+    """Return the floor's package of a module ``mapet.A.B.C``, and the folder that may import from itself."""
+    package, job, *_ = [*module.split(".")[1:], "", ""]
+    if package != "jobs":
+        return package, package
+    return "jobs-made-of-jobs" if job in MADE_OF_JOBS else "jobs", f"jobs/{job}"
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Return the modules of the package that a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            modules = [node.module or ""]
-            if node.module == "mapet":
-                modules = [f"mapet.{alias.name}" for alias in node.names if alias.name != "__version__"]
-        elif isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {module.split(".")[1] for module in modules if module.startswith("mapet.")}
-    return found
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names - {"mapet.__version__"}
+    return {module for module in found if module.startswith("mapet.")}
 
 
-def test_every_package_has_a_layer() -> None:
-    packages = {path.name for path in SOURCE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
-    assert packages == set(LEVEL) - {"errors"}
+def test_every_package_has_a_floor() -> None:
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert packages == set(FLOOR_OF) - {"errors", "jobs-made-of-jobs"}
 
 
 def test_imports_run_downwards() -> None:
     wrong = []
-    for file in SOURCE.rglob("*.py"):
-        package = file.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if package not in LEVEL:
-            continue  # the package's own __init__ and __main__ gather from everywhere
-        for other in imported_packages(file) - {package}:
-            if LEVEL[other] <= LEVEL[package]:
-                wrong.append(f"{file.relative_to(SOURCE)} imports {other}")
+    for file in SOURCE.glob("*/**/*.py"):
+        module = ".".join(["mapet", *file.relative_to(SOURCE).with_suffix("").parts])
+        package, folder = place_of(module)
+        for other in imported_modules(file):
+            its_package, its_folder = place_of(other)
+            if its_folder != folder and FLOOR_OF[its_package] <= FLOOR_OF[package]:
+                wrong.append(f"{module} imports {other}")
     assert not wrong

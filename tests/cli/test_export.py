@@ -34,10 +34,3 @@ def test_a_run_is_exported(digits: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "ends in .onnx" in refused(capsys, "export", "onnx", run, "--out", str(out / "vit"))
     said = refused(capsys, "export", "onnx", run, "--out", str(out / "vit.onnx"), "--license", "mit")
     assert "unrecognized arguments: --license mit; see mapet export onnx --help" in said
-
-
-def test_formats_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["export", "--help"])
-    shown = capsys.readouterr().out
-    assert all(what in shown for what in ("model card", "an ONNX file", "a torch.export program"))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import shutil
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,26 +11,9 @@ import mapet
 from mapet.cli import main
 
 SMALL = [
-    "--model",
-    "vit_tiny_patch16_224",
-    "--model-args",
-    "embed_dim=32",
-    "depth=2",
-    "num_heads=2",
-    "--image-size",
-    "28",
-    "--patch-size",
-    "7",
-    "--channels",
-    "1",
-    "--vocab-size",
-    "16",
-    "--batch-size",
-    "8",
-    "--workers",
-    "0",
-    "--steps",
-    "2",
+    *("--model", "vit_tiny_patch16_224", "--model-args", "embed_dim=32", "depth=2", "num_heads=2"),
+    *("--image-size", "28", "--patch-size", "7", "--channels", "1", "--vocab-size", "16"),
+    *("--batch-size", "8", "--workers", "0", "--steps", "2"),
 ]
 
 
@@ -42,7 +25,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return said[0]
 
 
-def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretraining_needs_only_a_folder_of_images(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["pretrain", str(digits), "--out", str(tmp_path / "run"), *SMALL]) == 0
     assert "local-dir:" in capsys.readouterr().err
     assert (tmp_path / "run" / "exported" / "model.safetensors").exists()
@@ -53,35 +38,24 @@ def test_a_folder_of_images_is_all_it_takes(digits: Path, tmp_path: Path, capsys
     ("change", "says"),
     [
         (["--model", "vit_tiny_patch16_225"], "unknown model 'vit_tiny_patch16_225'; did you mean"),
+        (["--model", "resnet18"], "model 'resnet18' is not a plain Vision Transformer"),
+        (["--model-args", "depth"], "--model-args takes KEY=VALUE"),
+        (["--model-args", "depth=0"], "take a depth of at least 1"),
         (["--image-size", "30"], "image size 30 is not divisible by the patch size 7"),
         (["--batch-size", "100"], "batch size 100 is larger than the data set of 60 images; pass --batch-size 60"),
         (["--tokenizer", "pixel"], "unknown tokenizer or teacher 'pixel'; did you mean 'pixels'"),
         (["--tokenizer", "/no/folder"], "tokenizer folder '/no/folder' does not exist"),
-        (["--objective", "mapett"], "unknown objective 'mapett'; did you mean 'mapet'"),
-        (["--objective", "mae"], "'mae' predicts pixels and takes no token ids"),
-        (
-            ["--objective-args", "decoder_depth=1"],
-            "objective 'mapet' has no argument 'decoder_depth'; it takes targets_per_image",
-        ),
-        (["--objective-args", "depth"], "--objective-args takes KEY=VALUE"),
-        (["--context-tokens", "17"], "no target is left to predict"),
-        (["--channels", "4"], "image files are read as 1 (grey) or 3 (RGB)"),
         (["--vocab-size", "100000"], "a codebook of 100000 ids needs at least as many patches"),
-        (["--lr", "quick"], "lr = 'quick'"),
-        (["--config", "dem"], "recipe 'dem' is neither a file nor one of the package's recipes"),
+        (["--objective", "mapett"], "unknown objective 'mapett'; did you mean 'mapet'"),
+        (["--objective", "mae"], "objective 'mae' predicts pixels, which need no token ids"),
+        (["--targets", "features"], "targets is 'features', but there is no teacher; name one with --teacher"),
+        (["--teacher", "resnet18"], "add --targets features, or name it as --tokenizer"),
+        (["--mask-ratio", "0.01"], "mask_ratio 0.01 of 16 patches leaves no target; take 0.0625 to 0.938"),
         (["--eval-data", "/no/labels"], "'/no/labels' is neither a folder with one subfolder per class"),
-        (["--model-args", "depth"], "--model-args takes KEY=VALUE"),
-        (["--epochs", "3"], "give epochs or steps, not both"),
-        (["--model-args", "depth=0"], "take a depth of at least 1"),
-        (["--model-args", "num_heads=0"], "cannot build model"),
-        (["--model-args", "img_size=30"], "use --image-size"),
-        (["--model", "resnet18"], "model 'resnet18' is not a plain Vision Transformer"),
-        (["--tokenizer", "a:b"], "could not be fetched"),
-        (["--workers", "100000"], "workers = 100000"),
-        (["--eval-data", ""], "eval_data = ''"),
+        (["--config", "dem"], "recipe 'dem' is neither a file nor one of the package's recipes"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(
+def test_wrong_input_is_one_sentence_and_nothing_is_written(
     change: list[str], says: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -89,113 +63,124 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert not out.exists() or {path.name for path in out.iterdir()} == {".lock", "log.txt"}
 
 
-def test_bad_folders(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_cannot_be_used(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "run"), *SMALL]
-    assert "neither a folder of images" in refused(capsys, "pretrain", str(tmp_path / "missing"), *out)
-    (tmp_path / "empty" / "nested").mkdir(parents=True)
-    assert "holds no image" in refused(capsys, "pretrain", str(tmp_path / "empty"), *out)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.md").write_text("no image")
     assert "holds no image" in refused(capsys, "pretrain", str(tmp_path / "empty"), *out)
     assert "lacks 'data'" in refused(capsys, "pretrain", *out)
-    said = refused(capsys, "pretrain", "dat\udcff", *out)
-    assert "not valid UTF-8; rename it, or link to it by another name" in said
-    assert "output folder is empty" in refused(capsys, "pretrain", str(digits), "--out", "", *SMALL)
-    (tmp_path / "recipe.yaml").write_text("epoch: 3\n")
-    said = refused(capsys, "pretrain", str(digits), *out, "--config", str(tmp_path / "recipe.yaml"))
-    assert "unknown key 'epoch'; did you mean 'epochs'" in said
+    assert "not valid UTF-8; rename it" in refused(capsys, "pretrain", "dat\udcff", *out)
     assert not (tmp_path / "run").exists()
-    # Before the images are looked for.
-    for command in (["pretrain", "/none"], ["finetune", "m", "/none"]):
-        assert f"output folder {tmp_path} holds 'empty', but no run" in refused(
-            capsys, *command, "--out", str(tmp_path)
-        )
-
-
-def test_output_folders_that_cannot_be(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "output folder is empty" in refused(capsys, "pretrain", str(digits), "--out", "", *SMALL)
+    said = refused(capsys, "finetune", "m", str(digits), "--out", str(tmp_path))
+    assert f"output folder {tmp_path} holds 'empty', but no run" in said
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file" / "run", Path("/proc/run")):
-        said = refused(capsys, "pretrain", str(digits), "--out", str(out), *SMALL)
-        assert f"output folder {out} cannot be written to" in said
-
-
-def test_what_the_system_refuses_is_a_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "File name too long" in refused(capsys, "pretrain", "--out", "x", "--config", "x" * 300)
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):
+        said = refused(capsys, "pretrain", str(digits), "--out", str(folder), *SMALL)
+        assert f"output folder {folder} cannot be written to" in said
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("command", "says"),
     [
-        ([], "required: VERB; see mapet --help"),
-        (["predikt"], "invalid choice: 'predikt' (choose from 'pretrain', "),
-        (["embed", "m", "d"], "required: --out; see mapet embed --help"),
-        (["export", "onnx", "m", "--out"], "argument --out: expected one argument; see mapet export onnx --help"),
-        (["bootstrap", "d", "--out", "x", "--rounds", "few"], "invalid int value: 'few'; see mapet bootstrap --help"),
+        ("", "a command is missing; see mapet --help"),
+        ("predikt", "unknown command 'predikt'; did you mean 'predict'"),
+        ("eval", "a command is missing; see mapet eval --help"),
+        ("eval lineer", "unknown command 'eval lineer'; did you mean 'linear'"),
+        ("embed m d", "required: --out; see mapet embed --help"),
+        ("export onnx m --out", "argument --out: expected one argument; see mapet export onnx --help"),
+        ("bootstrap d --out x --rounds few", "invalid int value: 'few'; see mapet bootstrap --help"),
         (
-            ["tokenizer", "fit", "d", "--out", "x", "--imge-size", "3"],
+            "tokenizer fit d --out x --imge-size 3",
             "unrecognized arguments: --imge-size 3; see mapet tokenizer fit --help; did you mean '--image-size'?",
         ),
+        ("pretrain d --out x --order raster", "flag --order is now --masking; see mapet pretrain --help"),
+        ("pretrain d --out x --context-tokens=9", "flag --context-tokens is now --mask-ratio (share of the patches"),
+        ("convert mae file --out x", "mapet convert mae is gone: timm ships these weights"),
+        (f"pretrain --out x --config {'x' * 300}", "File name too long"),
     ],
 )
-def test_what_cannot_be_parsed_is_one_sentence(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert says in refused(capsys, *arguments)
+def test_wrong_commands_are_one_sentence(command: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(capsys, *command.split())
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["pretrain", "d"],
-        ["finetune", "m", "d"],
-        ["eval", "knn", "m", "d"],
-        ["eval", "segment", "m", "d"],
-        ["predict", "m", "d"],
-        ["embed", "m", "d"],
-        ["export", "timm", "m"],
-        ["convert", "upstream", "f"],
-        ["tokenizer", "fit", "d"],
-        ["tokenizer", "encode", "d"],
-        ["bootstrap", "d"],
-        ["demo"],
-    ],
-)
-def test_names_that_cannot_be_written_are_refused_first(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert r"'b\udcff' is not valid UTF-8; choose another name" in refused(capsys, *command, "--out", "b\udcff")
-    said = refused(capsys, *command, "--out", "a/" + "ä" * 125 + "/b")
+@pytest.mark.parametrize("command", ["pretrain d", "eval knn m d", "export timm m", "tokenizer fit d", "demo"])
+def test_output_names_that_no_file_can_have_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *command.split(), "--out", "b\udcff")
+    assert r"'b\udcff' is not valid UTF-8; choose another name" in said
+    said = refused(capsys, *command.split(), "--out", "a/" + "ä" * 125 + "/b")
     assert "... is 250 bytes long; choose one of at most 249 bytes" in said
 
 
-def test_flags_override_recipes(digits: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("epochs: 50\nlr: 1.0e-4\nmodel_args: {depth: 1, embed_dim: 32}\n")
-    assert main(["pretrain", str(digits), "--out", str(tmp_path / "run"), "--config", str(recipe), *SMALL]) == 0
-    saved = (tmp_path / "run" / "config.yaml").read_text()
-    assert "lr: 0.0001\n" in saved
-    assert "steps: 2\n" in saved
-    assert "epochs: null\n" in saved
-    assert "depth: 2\n" in saved
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("--help", 0, "pre-train a ViT on unlabelled images"),
+        ("eval --help", 0, "eval knn"),
+        ("pretrain --help", 0, "--tokenizer"),
+        ("pretrain ./no-such-folder --out x", 2, "'./no-such-folder' is neither a folder of images, nor an image"),
+    ],
+)
+def test_help_and_refusals_import_no_torch(command: str, status: int, says: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from mapet.cli import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "print('torch' in sys.modules); sys.exit(status)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert says in ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == "False"
+    assert ended.returncode == status
 
 
-def test_python_dash_m_and_help_are_quick_to_import() -> None:
-    """Help and refusals of the command line itself must not wait for torch."""
-    code = "import sys, mapet.cli; mapet.cli.main(['pretrain', '--help'])"
-    shown = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
-    assert "--tokenizer" in shown.stdout
-    assert all(line.split("|")[-1].strip() != "torch" for line in shown.stderr.splitlines())
+def test_python_m_mapet_prints_the_version() -> None:
+    command = [sys.executable, "-m", "mapet", "--version"]
+    assert subprocess.check_output(command, text=True) == f"mapet {mapet.__version__}\n"
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out.strip() == f"mapet {mapet.__version__}"
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m mapet tokenizer --help | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) in ((0, ""), (141, ""))
 
 
-def test_everything_public_can_be_imported() -> None:
+def test_public_names_can_be_imported() -> None:
     assert all(getattr(mapet, name) is not None for name in mapet.__all__)
     with pytest.raises(AttributeError, match="no attribute 'mappet'"):
         _ = mapet.mappet
 
 
-@pytest.mark.skipif(shutil.which("mapet") is None, reason="not installed as a command")
-def test_the_installed_command() -> None:
-    assert "pretrain" in subprocess.run(["mapet", "--help"], capture_output=True, text=True, check=True).stdout
+def test_finetune_prints_one_object(
+    exported_vit: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--out", str(tmp_path / "run")]
+    flags = ["--steps", "2", "--batch-size", "8", "--workers", "0", "--augment", "none", "--layer-decay", "none"]
+    assert main(["finetune", str(exported_vit), str(digits), *run, "--json", *flags]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert 0 <= found["accuracy"] <= 1
+    assert Path(found["exported"]) == tmp_path / "run" / "exported"
+    assert "on the test images" in said.err
+    assert "mapet predict" in said.err
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "augment: null\n" in config
+    assert "layer_decay: null\n" in config
+    assert main(["finetune", *run, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "lacks 'data': labelled images"),
+        (["mnist", "--label-share", "0.1", "--labels-per-class", "3"], "give label_share or labels_per_class"),
+        (["mnist", "--config", "finetune_base", "--labels-per-class", "3"], "batch size 512 is larger than the data"),
+    ],
+)
+def test_finetune_refuses_wrong_values(
+    arguments: list[str], says: str, exported_vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(capsys, "finetune", str(exported_vit), *arguments, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.yaml").exists()

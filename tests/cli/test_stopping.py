@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from mapet.cli.stopping import Stopped, stopped_by_signals
 
 
 def stop(arguments: list[str], number: signal.Signals, begun: Callable[[], bool], temporary: Path) -> tuple[int, str]:
-    """Start a command, send a signal to its process group when it has begun; return exit status and what it said."""
+    """Send a signal to the process group of a command that has begun; return its exit status and standard error."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mapet", *arguments],
         stdout=subprocess.DEVNULL,
@@ -34,38 +34,39 @@ def stop(arguments: list[str], number: signal.Signals, begun: Callable[[], bool]
         time.sleep(0.01)
     os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[1]
-    with pytest.raises(ProcessLookupError):  # of the group nothing is left
+    with pytest.raises(ProcessLookupError):  # the whole group has ended
         os.killpg(process.pid, 0)
     return process.returncode, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_embedding_with_loading_processes_stops_and_leaves_nothing(
-    number: signal.Signals, exported_vit: Path, tmp_path: Path
+EMBED = ("embed", "{model}", "mnist", "--out", "{out}/f.parquet", "--workers", "1", "--batch-size", "1")
+PROBE = ("eval", "attentive", "{model}", "mnist", "--out", "{out}/results", "--workers", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "first_file"),
+    [
+        (EMBED, signal.SIGTERM, "out/.f.parquet.new"),
+        (EMBED, signal.SIGHUP, "out/.f.parquet.new"),
+        (PROBE, signal.SIGTERM, "tmp/mapet-*/training"),
+    ],
+)
+def test_a_stopped_command_leaves_nothing(
+    command: tuple[str, ...], number: signal.Signals, first_file: str, exported_vit: Path
 ) -> None:
-    out = tmp_path / "out" / "f.parquet"
-    command = ["embed", str(exported_vit), "mnist", "--out", str(out), "--workers", "1", "--batch-size", "1"]
-    with tempfile.TemporaryDirectory() as temporary:  # of a name short enough for sockets
-        status, said = stop(command, number, lambda: (out.parent / ".f.parquet.new").exists(), Path(temporary))
-    assert said == f"mapet: stopped by {number.name}; nothing is left half-written\n"
-    assert status == 128 + number
-    assert os.listdir(out.parent) == []
+    with tempfile.TemporaryDirectory() as short_name:  # sockets allow no long ones
+        root = Path(short_name)
+        (root / "tmp").mkdir()
+        arguments = [part.format(model=exported_vit, out=root / "out") for part in command]
+        status, said = stop(arguments, number, lambda: any(root.glob(first_file)), root / "tmp")
+        assert said == f"mapet: stopped by {number.name}; nothing is left half-written\n"
+        assert status == 128 + number
+        assert os.listdir(root / "out") == []
+        assert not list(root.glob("tmp/mapet-*"))
 
 
-def test_an_attentive_probe_removes_its_store(exported_vit: Path, tmp_path: Path) -> None:
-    out, temporary = tmp_path / "out" / "results", tmp_path / "tmp"
-    temporary.mkdir()
-    command = ["eval", "attentive", str(exported_vit), "mnist", "--out", str(out), "--workers", "0"]
-    begun = lambda: any(temporary.glob("mapet-*/training"))  # noqa: E731
-    status, said = stop(command, signal.SIGTERM, begun, temporary)
-    assert said == "mapet: stopped by SIGTERM; nothing is left half-written\n"
-    assert status == 143
-    assert os.listdir(out.parent) == []
-    assert not list(temporary.glob("mapet-*"))
-
-
-def test_the_second_signal_does_not_interrupt_the_clearing_up() -> None:
-    cleared = []
+def test_a_second_signal_does_not_interrupt_the_cleaning_up() -> None:
+    cleaned = []
     with pytest.raises(Stopped), stopped_by_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -74,12 +75,12 @@ def test_the_second_signal_does_not_interrupt_the_clearing_up() -> None:
                 Path("/no/such/file").unlink()
             except OSError:
                 signal.raise_signal(signal.SIGHUP)
-            cleared.append(True)
-    assert cleared == [True]
+            cleaned.append(True)
+    assert cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_is_handled_or_ignored_stays_so() -> None:
+def test_handled_and_ignored_signals_stay_so() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -93,7 +94,7 @@ def test_what_is_handled_or_ignored_stays_so() -> None:
     assert seen == [signal.SIGTERM]
 
 
-def test_a_forked_process_dies_of_it_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_forked_process_dies_silently(capfd: pytest.CaptureFixture[str]) -> None:
     with stopped_by_signals():
         child = os.fork()
         if child == 0:
@@ -104,13 +105,5 @@ def test_a_forked_process_dies_of_it_without_a_word(capfd: pytest.CaptureFixture
 
 
 def test_it_may_be_entered_in_a_thread() -> None:
-    entered = []
-
-    def enter() -> None:
-        with stopped_by_signals():
-            entered.append(True)
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert entered == [True]
+    with ThreadPoolExecutor() as pool:
+        pool.submit(stopped_by_signals().__enter__).result()

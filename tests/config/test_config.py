@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,183 +7,195 @@ import pytest
 import yaml
 
 from mapet import MapetError
-from mapet.config.base import StrictConfig, config_to_yaml, free_keys, make_config, override, read_recipe
+from mapet.cli import VERBS, load_verb
+from mapet.config.base import Config, config_to_yaml, continued, marked, override, parse, read_recipe, settle
+from mapet.config.keys import TrainKeys
 from mapet.jobs.evaluate.config import LinearConfig
 from mapet.jobs.finetune.config import FinetuneConfig
-from mapet.jobs.infer.config import EmbedConfig
 from mapet.jobs.pretrain.config import PretrainConfig
-from mapet.jobs.segment.config import SegmentConfig
-from mapet.jobs.tokenizer.config import FitConfig, VQKDConfig
+from mapet.jobs.tokenizer.config import FitConfig
+
+# Facts of a run of MaPeT on ids.
+PUBLISHED = {"targets": "ids", "masking": "random", "mask_ratio": 0.75}
+FACTS: dict[str, Any] = {"published": PUBLISHED, "patch_size": 16, "vocab_size": 8192, "view": {}}
 
 
-def test_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(MapetError, match=r"unknown key 'batchsize'; did you mean 'batch_size'"):
-        make_config(PretrainConfig, {"data": "x", "batchsize": 3})
+def settle_pretraining(images: int = 95, processes: int = 1, facts: Any = FACTS, **given: Any) -> PretrainConfig:
+    return settle(PretrainConfig, {"data": "x", **given}, images=images, processes=processes, **facts)
+
+
+def settle_finetuning(images: int, processes: int = 1, **given: Any) -> FinetuneConfig:
+    return settle(FinetuneConfig, {"model": "m", "data": "d", **given}, images=images, processes=processes)
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("config_class", "values", "says"),
     [
-        ({}, "lacks 'data'"),
-        ({"data": "x", "lr": "fast"}, r"lr = 'fast'.*valid number"),
-        ({"data": "x", "lr": math.inf}, "lr = inf"),
-        ({"data": "x", "crop_min": 0}, "crop_min = 0.*greater than 0"),
-        ({"data": "x", "precision": "int8"}, "precision = 'int8'.*bf16"),
-        ({"data": "x", "steps": 3, "epochs": 3}, "give epochs or steps, not both"),
-        ({"data": "x", "batch_size": 10, "accumulate": 3}, "batch_size 10 is not divisible by accumulate 3"),
-        ({"data": "x", "mean": [0.5]}, r"mean has 1 values for 3 channel\(s\)"),
-        ({"data": "x", "channels": 1, "std": [0.0]}, "std must be positive"),
-        ({"data": "x", "teacher_size": 64}, "teacher_size is given, but there is no teacher"),
-        ({"data": ""}, "data = ''"),
-        ({"data": "x", "seed": 2**64}, "seed = 18446744073709551616"),
+        (PretrainConfig, {"batchsize": 3}, "the configuration has the unknown key 'batchsize'; did you mean 'batch_si"),
+        (PretrainConfig, {"lr": "fast"}, r"lr = fast.*valid number"),
+        (PretrainConfig, {"data": "dat\udcff"}, "not valid UTF-8; rename it"),
+        (PretrainConfig, {"crop_min": 0}, "crop_min = 0.*greater than 0"),
+        (PretrainConfig, {"precision": "int8"}, "precision = int8.*bf16"),
+        (PretrainConfig, {"std": [0.0]}, "std must be positive"),
+        (PretrainConfig, {"model_args": {"img_size": 30}}, "img_size has a flag of its own: use --image-size"),
+        (PretrainConfig, {"steps": 3, "epochs": 3}, "give epochs or steps, not both"),
+        (PretrainConfig, {"mirror": True}, "mirror needs views"),
+        (FitConfig, {"teacher_size": 64}, "teacher_size is given, but there is no teacher"),
+        (FinetuneConfig, {"augment": "randaugment"}, "none of timm's policies"),
     ],
 )
-def test_wrong_values_are_named(values: dict[str, Any], says: str) -> None:
+def test_parse_refuses_wrong_values(config_class: type[Config], values: dict[str, Any], says: str) -> None:
     with pytest.raises(MapetError, match=says):
-        make_config(PretrainConfig, values)
+        parse(config_class, values)
+
+
+def test_none_is_not_given_unless_it_is_a_value_of_the_key() -> None:
+    values = {"data": None, "lr": None, "precision": "auto", "views": None}
+    assert parse(PretrainConfig, values) == {"views": None}
+    with pytest.raises(MapetError, match="lacks 'data': a folder of images"):
+        parse(PretrainConfig, values, complete=True)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "key", "text", "expected"),
+    [
+        (PretrainConfig, "lr", "1e-3", 1e-3),
+        (PretrainConfig, "flip", "0.1", 0.1),
+        (PretrainConfig, "contrast", "true", True),
+        (PretrainConfig, "channels", "1", 1),
+        (PretrainConfig, "precision", False, "no"),  # a bare no in YAML
+        (PretrainConfig, "mean", ["0.5", "0.4", "1e-1"], (0.5, 0.4, 0.1)),
+        (PretrainConfig, "model_args", {"a": "false", "b": "4", "c": "1e-1"}, {"a": False, "b": 4, "c": 0.1}),
+        (FinetuneConfig, "image_size", "192x256", (192, 256)),
+        (FinetuneConfig, "image_size", "192", (192, 192)),
+        (LinearConfig, "lr", ["0.1", "1e-3"], (0.1, 1e-3)),
+    ],
+)
+def test_texts_of_flags_become_values(config_class: type[Config], key: str, text: object, expected: object) -> None:
+    given = parse(config_class, {key: text})
+    assert given == {key: expected}
+    assert type(given[key]) is type(expected)
 
 
 @pytest.mark.parametrize(
     ("config_class", "key", "most", "too_much"),
     [
         (PretrainConfig, "image_size", 4096, 7000),
-        (PretrainConfig, "batch_size", 65536, 10_000_000),
-        (PretrainConfig, "epochs", 1_000_000, 10**12),
         (PretrainConfig, "steps", 10**9, 10**12),
         (PretrainConfig, "lr", 1e3, 1e300),
-        (PretrainConfig, "weight_decay", 1e3, 1e300),
-        (PretrainConfig, "vocab_size", 2**20, 10**9),
-        (PretrainConfig, "sample_gib", 2**20, 1e308),
         (PretrainConfig, "model_args", {"depth": 2**14}, {"depth": 10**9}),
         (FinetuneConfig, "image_size", (4096, 4096), (7000, 224)),
-        (FinetuneConfig, "lr", 1e3, 1e300),
-        (FinetuneConfig, "batch_size", 65536, 10_000_000),
-        (SegmentConfig, "lr", 1e3, 1e300),
-        (SegmentConfig, "short_side", 2**14, 100_000),
-        (SegmentConfig, "batch_size", 65536, 10_000_000),
         (LinearConfig, "seeds", 100, 10**9),
-        (LinearConfig, "probe_batch", 65536, 10_000_000),
-        (EmbedConfig, "batch_size", 65536, 10_000_000),
-        (FitConfig, "patch_size", 4096, 100_000),
-        (VQKDConfig, "depth", 1000, 10**9),
     ],
 )
-def test_absurd_sizes_are_refused_and_large_ones_are_not(
-    config_class: type[StrictConfig], key: str, most: object, too_much: object
-) -> None:
-    fields = config_class.model_fields
-    needed = {name: "x" for name in ("model", "data", "teacher") if name in fields and fields[name].is_required()}
-    if config_class is FitConfig:
-        needed["image_size"] = 4096  # type: ignore[assignment]
-    assert getattr(make_config(config_class, {**needed, key: most}), key) == most
-    with pytest.raises(MapetError, match=f"{key}.*(less than or equal to|take at most)"):
-        make_config(config_class, {**needed, key: too_much})
+def test_absurd_sizes_are_refused(config_class: type[Config], key: str, most: object, too_much: object) -> None:
+    assert parse(config_class, {key: most}) == {key: most}
+    with pytest.raises(MapetError, match=f"{key}.*(less than|take at most)"):
+        parse(config_class, {key: too_much})
 
 
-def test_learning_rate_is_the_papers_scaled_by_the_root_of_the_batch() -> None:
-    assert make_config(PretrainConfig, {"data": "x", "batch_size": 2048}).peak_lr == pytest.approx(1.5e-3)
-    assert make_config(PretrainConfig, {"data": "x", "batch_size": 512}).peak_lr == pytest.approx(0.75e-3)
-    assert make_config(PretrainConfig, {"data": "x", "lr": 0.1}).peak_lr == 0.1
-
-
-def test_resolving_fills_in_what_depends_on_the_data_and_changes_nothing_twice() -> None:
-    config = make_config(PretrainConfig, {"data": "x", "batch_size": 10}).resolve(images=95)
-    assert (config.epochs, config.checkpoint_every, config.total_steps(95)) == (300, 9, 2700)
-    assert config.mean == (0.485, 0.456, 0.406)
-    assert config.resolve(images=95) == config
-    assert make_config(PretrainConfig, {"data": "x", "steps": 7, "batch_size": 10}).resolve(95).total_steps(95) == 7
-
-
-def test_a_given_batch_is_not_changed_but_refused() -> None:
-    given = {"data": "x", "batch_size": 21}
-    with pytest.raises(MapetError, match=r"batch size 21 is larger than the data set of 20 images.*--batch-size 20"):
-        make_config(PretrainConfig, given).resolve(images=20)
-    says = r"21 cannot be divided among 2 processes with 1 micro-batches each; take a multiple of 2"
-    with pytest.raises(MapetError, match=says):
-        make_config(PretrainConfig, given).resolve(50, processes=2)
-    with pytest.raises(MapetError, match="21 at a time is odd; take --batch-size 22"):
-        make_config(FinetuneConfig, {**given, "model": "m"}).resolve(50)
-    with pytest.raises(MapetError, match=r"7 images are too few to be shared out among 2 processes with 4 micro"):
-        make_config(PretrainConfig, {"data": "x", "accumulate": 4}).resolve(7, processes=2)
+def test_settle_derives_what_is_not_given() -> None:
+    config = settle_pretraining(batch_size=10)
+    assert (config.epochs, config.steps, config.checkpoint_every, config.eval_every) == (300, 2700, 9, 10)
+    assert (config.targets, config.masking, config.mask_ratio, config.patch_size) == ("ids", "random", 0.75, 16)
+    assert (config.tokenizer, config.vocab_size, config.crop_min) == ("pixels", 8192, 0.2)
+    assert (config.mean, config.std, config.precision) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "no")
+    stored = settle_pretraining(tokens="t", facts={**FACTS, "view": {"crop_min": 0.5, "views": 4}})
+    assert (stored.tokenizer, stored.crop_min, stored.views) == (None, 0.5, 4)
+    pixels = settle_pretraining(targets="pixels", channels=1, steps=7, mask_ratio=0.5)
+    assert (pixels.tokenizer, pixels.vocab_size, pixels.mean) == (None, None, (0.449,))
+    assert (pixels.epochs, pixels.steps, pixels.mask_ratio) == (None, 7, 0.5)
+    tuned = settle_finetuning(600)
+    assert (tuned.batch_size, tuned.epochs, tuned.steps, tuned.eval_every) == (32, 100, 1800, 10)
+    with pytest.raises(MapetError, match=r"mean has 1 values for 3 channel\(s\)"):
+        settle_pretraining(mean=[0.5])
 
 
 @pytest.mark.parametrize(
     ("accumulate", "processes", "images", "pretraining", "finetuning"),
-    [
-        (1, 1, 60_000, 256, 512),
-        (1, 1, 2_559, 128, 128),
-        (1, 1, 256, 16, 16),
-        (1, 1, 60, 4, 4),
-        (1, 1, 2, 2, 2),
-        (2, 3, 60_000, 252, 504),
-        (1, 4, 60, 4, 8),
-        (3, 2, 100, 6, 12),
-    ],
+    [(1, 1, 60_000, 256, 512), (1, 1, 60, 4, 4), (1, 1, 2, 2, 2), (2, 3, 60_000, 252, 504), (3, 2, 100, 6, 12)],
 )
-def test_default_batches_regard_images_processes_and_micro_batches(
-    accumulate: int, processes: int, images: int, pretraining: int, finetuning: int
-) -> None:
-    for config_class, expected in ((PretrainConfig, pretraining), (FinetuneConfig, finetuning)):
-        given = {"data": "x", "accumulate": accumulate, **({"model": "m"} if config_class is FinetuneConfig else {})}
-        config = make_config(config_class, given).resolve(images, processes)
-        assert config.batch_size == expected
-        assert config.resolve(images, processes) == config
-
-
-def test_the_default_rate_does_not_fall_below_that_of_32_images() -> None:
-    few, some = (make_config(FinetuneConfig, {"model": "m", "data": "d", "batch_size": size}) for size in (2, 32))
-    assert few.peak_lr == some.peak_lr == pytest.approx(1.25e-4)
-    few, some = (make_config(PretrainConfig, {"data": "d", "batch_size": size}) for size in (2, 32))
-    assert few.peak_lr == some.peak_lr == pytest.approx(1.875e-4)
-
-
-def test_a_bare_no_in_yaml_is_a_precision() -> None:
-    assert make_config(PretrainConfig, {"data": "x", **yaml.safe_load("precision: no")}).precision == "no"
-
-
-def test_yaml_round_trip() -> None:
-    config = make_config(PretrainConfig, {"data": "x", "model_args": {"depth": 2}, "layer_scale": None, "lr": 1e-5})
-    assert make_config(PretrainConfig, yaml.safe_load(config_to_yaml(config))) == config
-
-
-def test_recipes_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MapetError, match="does not exist"):
-        read_recipe(tmp_path / "none.yaml")
-    (tmp_path / "list.yaml").write_text("- a\n- b\n")
-    with pytest.raises(MapetError, match="must hold 'key: value' lines, but it is a list"):
-        read_recipe(tmp_path / "list.yaml")
-    (tmp_path / "broken.yaml").write_text("a: [1,\n")
-    with pytest.raises(MapetError, match="is not valid YAML"):
-        read_recipe(tmp_path / "broken.yaml")
-
-
-def test_every_key_is_described_and_what_is_computed_is_not_free() -> None:
-    assert all(field.description for field in PretrainConfig.model_fields.values())
-    assert free_keys(PretrainConfig) == {
-        "data",
-        "workers",
-        "checkpoint_every",
-        "log_every",
-        "eval_data",
-        "eval_every",
-        "max_damaged",
-    }
+def test_default_batch_size(accumulate: int, processes: int, images: int, pretraining: int, finetuning: int) -> None:
+    assert settle_pretraining(images, processes, accumulate=accumulate).batch_size == pretraining
+    assert settle_finetuning(images, processes, accumulate=accumulate).batch_size == finetuning
 
 
 @pytest.mark.parametrize(
-    ("given", "images", "batch_size"), [({}, 60_000, 512), ({}, 600, 32), ({}, 7, 2), ({"batch_size": 512}, 600, 512)]
+    ("config_class", "given", "images", "processes", "says"),
+    [
+        (TrainKeys, {"batch_size": 21}, 20, 1, "batch size 21 is larger than the data set of 20 images; pass --batch-"),
+        (TrainKeys, {"batch_size": 21}, 50, 2, "21 cannot be divided among 2 processes .*take a multiple of 2"),
+        (TrainKeys, {"accumulate": 4}, 7, 2, "7 images are too few to be shared out among 2 processes with 4 micro"),
+        (FinetuneConfig, {"batch_size": 21, "model": "m"}, 50, 1, "21 at a time is odd; take --batch-size 22"),
+    ],
 )
-def test_few_labels_are_cut_into_ten_steps(given: dict[str, int], images: int, batch_size: int) -> None:
-    config = make_config(FinetuneConfig, {"model": "m", "data": "d", **given}).resolve(images)
-    assert config.batch_size == batch_size
-    assert config.lr == pytest.approx(5e-4 * (max(32, batch_size) / 512) ** 0.5)
-    assert (config.epochs, config.eval_every) == (100, 10)
+def test_batches_that_cannot_be_shared_out_are_refused(
+    config_class: type[Config], given: dict[str, Any], images: int, processes: int, says: str
+) -> None:
+    with pytest.raises(MapetError, match=says):
+        settle(config_class, {"data": "x", **given}, images=images, processes=processes)
 
 
-def test_what_is_said_anew_replaces_also_a_length_in_the_other_unit() -> None:
+def test_default_learning_rate() -> None:
+    """It grows with the square root of the batch size, from 32 images on."""
+    rates = {size: settle_pretraining(4096, batch_size=size).lr for size in (2, 32, 512, 2048)}
+    assert rates == pytest.approx({2: 1.875e-4, 32: 1.875e-4, 512: 0.75e-3, 2048: 1.5e-3})
+    rates = {size: settle_finetuning(4096, batch_size=size).lr for size in (2, 32, 512)}
+    assert rates == pytest.approx({2: 1.25e-4, 32: 1.25e-4, 512: 5e-4})
+    assert settle_pretraining(lr=0.1).lr == 0.1
+
+
+def test_a_resumed_run_may_change_free_keys_only(tmp_path: Path) -> None:
+    began_with = settle_pretraining(batch_size=10, model_args={"depth": 2}, layer_scale=None, lr=1e-5)
+    saved = yaml.safe_load(config_to_yaml(began_with))
+    assert continued(PretrainConfig, saved, {}, tmp_path) == began_with
+    free = {"data": "y", "workers": 1, "checkpoint_every": 2, "log_every": 3, "eval_every": 4, "max_damaged": 0.5}
+    assert marked(PretrainConfig, "free") == {*free, "eval_data"}
+    same = {"lr": "1e-5", "layer_scale": None, "mask_ratio": None, "init": None}
+    assert continued(PretrainConfig, saved, {**free, **same}, tmp_path) == began_with.but(**free)
+    with pytest.raises(MapetError, match=f"'lr' is 0.1, but the run in {tmp_path} began with 1e-05; .*another --out"):
+        continued(PretrainConfig, saved, {"lr": 0.1}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "dropped", "says"),
+    [
+        ({"lr": "fast"}, "", "config.yaml is wrong: lr = fast"),
+        ({}, "lr", "config.yaml lacks 'lr', so it was cut short or edited; restore it"),
+        ({"strange": 1}, "", "config.yaml has the unknown key 'strange'"),
+        ({"strange": 1}, "lr", "holds the run of another command or version: its configuration has 'strange'"),
+    ],
+)
+def test_damaged_and_foreign_configurations_are_refused(
+    change: dict[str, Any], dropped: str, says: str, tmp_path: Path
+) -> None:
+    saved = {**yaml.safe_load(config_to_yaml(settle_finetuning(100))), **change}
+    saved.pop(dropped, None)
+    with pytest.raises(MapetError, match=says):
+        continued(FinetuneConfig, saved, {}, tmp_path)
+
+
+def test_a_key_given_anew_drops_the_key_that_it_replaces() -> None:
     before = {"steps": 3, "lr": 0.1}
-    assert override(before, {"lr": 0.2}) == {"steps": 3, "lr": 0.2}
-    assert override({"steps": 3, "lrs": [0.1, 0.2]}, {"lr": 0.1}) == {"steps": 3, "lr": 0.1}
-    assert override(before, {"lrs": [0.1, 0.2]}) == {"steps": 3, "lrs": [0.1, 0.2]}
-    assert override(before, {"epochs": 2}) == {"lr": 0.1, "epochs": 2}
-    assert override(before, {"steps": 4, "epochs": 2}) == {"lr": 0.1, "steps": 4, "epochs": 2}  # to be refused
+    assert override(before, {"lr": 0.2}, PretrainConfig) == {"steps": 3, "lr": 0.2}
+    assert override(before, {"epochs": 2}, PretrainConfig) == {"lr": 0.1, "epochs": 2}
+    assert override({"steps": 3, "lrs": [0.1, 0.2]}, {"lr": 0.1}, PretrainConfig) == {"steps": 3, "lr": 0.1}
+    configs = load_verb("compare").configs
+    assert override(before, {"lrs": [0.1, 0.2]}, *configs) == {"steps": 3, "lrs": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "does not exist"), ("- a\n", "must hold 'key: value' lines, but it is a list"), ("a: [1,", "not valid YA")],
+)
+def test_recipes_that_cannot_be_read_are_refused(content: str | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(MapetError, match=says):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_key_has_a_text(name: str) -> None:
+    for config_class in load_verb(name).configs:
+        assert [key for key, field in config_class.model_fields.items() if not field.description] == []

@@ -27,10 +27,10 @@ def test_every_epoch_has_each_image_once_except_the_remainder() -> None:
     assert [i for _, i in batches[0]] != [i for _, i in batches[4]]
 
 
-@pytest.mark.parametrize("start", [1, 3, 4, 7])
-def test_batches_do_not_depend_on_the_first_step(start: int) -> None:
+def test_batches_do_not_depend_on_the_first_step() -> None:
     whole = list(StepSampler(23, 5, seed=1, first_step=0, last_step=9))
-    assert list(StepSampler(23, 5, seed=1, first_step=start, last_step=9)) == whole[start:]
+    for start in (1, 3, 4, 7):
+        assert list(StepSampler(23, 5, seed=1, first_step=start, last_step=9)) == whole[start:]
 
 
 def test_a_step_is_cut_into_processes_and_micro_batches() -> None:

@@ -78,41 +78,28 @@ def test_plain_views_of_long_strips_need_little_memory() -> None:
 
 
 @pytest.mark.parametrize("picture", [0, 1])
-@pytest.mark.parametrize(
-    "cut",
-    [(slice(None), slice(None)), (slice(None), slice(100, 300)), (slice(150), slice(201))],
-    ids=["landscape", "portrait", "small"],
-)
+@pytest.mark.parametrize(("rows", "columns"), [(427, 640), (427, 200), (150, 201)])
 @pytest.mark.parametrize(
     ("size", "crop_pct", "interpolation", "crop_mode"),
     [
         ((224, 224), 0.875, "bicubic", "center"),
-        ((224, 224), 0.9, "bicubic", "center"),
         ((224, 224), 1.0, "bilinear", "center"),
         ((192, 256), 0.9, "bicubic", "center"),
         ((256, 192), 1.0, "bicubic", "center"),
-        ((224, 224), 0.9, "bicubic", "squash"),
-        ((192, 256), 1.0, "bicubic", "squash"),
+        ((192, 256), 0.9, "bicubic", "squash"),
     ],
 )
 def test_plain_views_equal_timms_transform(
-    picture: int, cut: tuple[slice, slice], size: tuple[int, int], crop_pct: float, interpolation: str, crop_mode: str
+    picture: int, rows: int, columns: int, size: tuple[int, int], crop_pct: float, interpolation: str, crop_mode: str
 ) -> None:
-    photograph = Image.fromarray(load_sample_images().images[picture][cut])
-    expected = create_transform(
-        input_size=(3, *size),
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-        crop_mode=crop_mode,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-    )(photograph)
-    view = PlainView(size, (0.0,) * 3, (1.0,) * 3, crop_pct, interpolation, crop_mode == "squash")
-    found = view(from_pil(photograph, 3))[1]
+    photograph = Image.fromarray(load_sample_images().images[picture][:rows, :columns])
+    settings = {"crop_pct": crop_pct, "interpolation": interpolation, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    expected = create_transform(input_size=(3, *size), crop_mode=crop_mode, **settings)(photograph)
+    found = PlainView(size, squash=crop_mode == "squash", **settings)(from_pil(photograph, 3))[1]
     levels = ((found - expected) * 255).abs().round()
     # Pillow and torchvision round differently, and clamp differently after the first pass where one side is enlarged
     # and the other is reduced.
     assert levels.mean() < 0.25
     assert (levels > 1).float().mean() < 0.002
-    if min(photograph.size) > 300:
+    if min(rows, columns) > 300:
         assert levels.max() <= 1

@@ -3,20 +3,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from mapet import MapetError
-from mapet.engine.files import new_file, recover_folder, replace_file, replace_folder
+from mapet.engine.files import claimed_folder, find_folder, new_file, recover_folder, replace_file, replace_folder
 
 
-def writer(text: str):  # type: ignore[no-untyped-def]
+def writer(text: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        (folder / "a").write_text(text)
-        (folder / "b").write_text(text)
+        for name in ("a", "b"):
+            (folder / name).touch(mode=0o600)  # as safetensors does
+            (folder / name).write_text(text)
 
     return write
 
@@ -25,31 +25,26 @@ def content(folder: Path) -> list[str]:
     return [(folder / name).read_text() for name in ("a", "b")]
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "last"
     for text in ("one", "two"):
         replace_folder(target, writer(text))
         assert content(target) == [text, text]
     assert os.listdir(target.parent) == ["last"]
+    (tmp_path / "plain").touch()
+    assert (target / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode  # as the umask says
 
 
-def test_a_failure_leaves_the_old_one(tmp_path: Path) -> None:
-    target = tmp_path / "last"
-    replace_folder(target, writer("one"))
-
-    def fail(folder: Path) -> None:
-        (folder / "a").write_text("half")
-        raise OSError("no space")
-
-    with pytest.raises(OSError, match="no space"):
-        replace_folder(target, fail)
-    assert content(target) == ["one", "one"]
-    assert os.listdir(tmp_path) == ["last"]
-    (tmp_path / "file").write_text("old")
+def test_a_failure_leaves_the_old_content(tmp_path: Path) -> None:
+    replace_folder(tmp_path / "last", writer("one"))
+    with pytest.raises(ZeroDivisionError):
+        replace_folder(tmp_path / "last", lambda fresh: (fresh / str(1 / 0)).touch())
+    assert content(tmp_path / "last") == ["one", "one"]
+    replace_file(tmp_path / "file", "old")
     with pytest.raises(UnicodeEncodeError):
         replace_file(tmp_path / "file", "\ud800")
-    assert sorted(os.listdir(tmp_path)) == ["file", "last"]
     assert (tmp_path / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "last"]
 
 
 KILLED_AT = """
@@ -57,7 +52,7 @@ import os, signal, sys
 from pathlib import Path
 import mapet.engine.files as files
 
-# Every system call that replace_folder makes is a moment at which the process may die.
+# The process may die before each system call of replace_folder.
 left = 0
 def count(function):
     def counted(*arguments, **options):
@@ -90,50 +85,46 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED_AT, *targets], capture_output=True, text=True, check=True)
     outcomes = set()
     for target, status in zip(targets, ended.stdout.split(), strict=True):
+        before = find_folder(target)
+        assert before is not None
+        found = content(before)
         recover_folder(target)
-        found = content(target)
+        assert found == content(target)
         assert found in (["one", "one"], ["two", "two"])
         assert os.listdir(target.parent) == ["last"]
         outcomes.add((found[0], int(status)))
     assert outcomes == {("one", -9), ("two", -9), ("two", 0)}
 
 
-def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
-    replace_folder(tmp_path / "it", lambda fresh: save_file({"x": torch.zeros(1)}, fresh / "x.safetensors"))
-    (tmp_path / "plain").touch()
-    assert (tmp_path / "it" / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_a_new_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_new_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "table.csv"
     with new_file(target) as fresh:
         fresh.write_text("whole")
         assert not target.exists()
+        with pytest.raises(MapetError, match=r"table\.csv is being made by another process"), new_file(target):
+            pytest.fail("it must not begin")
     assert target.read_text() == "whole"
     assert os.listdir(target.parent) == ["table.csv"]
-    with pytest.raises(MapetError, match=r"table\.csv is there already; choose another --out"):
-        with new_file(target):
-            pytest.fail("it must not be begun")
-    assert target.read_text() == "whole"
 
 
-def test_of_a_new_file_that_failed_nothing_is_left(tmp_path: Path) -> None:
-    for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error):
-            with new_file(tmp_path / "x") as fresh:
-                fresh.write_text("half")
-                raise error
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_new_file_that_failed_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error), new_file(tmp_path / "x") as fresh:
+        fresh.write_text("half")
+        raise error
     assert os.listdir(tmp_path) == []
 
 
-def test_a_new_file_is_made_by_one_process_in_a_folder_that_can_be_written_to(tmp_path: Path) -> None:
-    with new_file(tmp_path / "x") as fresh:
-        with pytest.raises(MapetError, match="x is being made by another process"):
-            with new_file(tmp_path / "x"):
-                pytest.fail("it must not be begun")
-        fresh.write_text("whole")
+@pytest.mark.parametrize("claim", [new_file, claimed_folder])
+def test_output_that_cannot_be_written_is_refused(claim: Callable[..., object], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for target in (tmp_path / "file" / "x", Path("/proc/x"), tmp_path / ("x" * 300)):
-        with pytest.raises(MapetError, match="cannot be written to"):
-            with new_file(target):
-                pytest.fail("it must not be begun")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for target, says in (
+        (tmp_path / "file", "file is there already.*; choose another --out"),
+        (tmp_path / "link", "link is there already.*; choose another --out"),
+        (tmp_path / "file" / "x", "cannot be written to"),
+        (Path("/proc/x"), "cannot be written to"),
+        (tmp_path / ("x" * 300), "cannot be written to"),
+    ):
+        with pytest.raises(MapetError, match=says), claim(target):
+            pytest.fail("it must not begin")

@@ -53,11 +53,13 @@ def test_a_converted_pretraining_checkpoint_keeps_mask_vector_and_head(
     assert all(torch.equal(parts[ours], recorded.state_dict[name]) for ours, name in theirs.items())
     # The whole objective, put together from the folder, gives the recorded logits.
     backbone = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    objective = mapet.MaPeT(backbone, 97, recorded.config["context_tokens"]).eval()
+    context, patches = recorded.config["context_tokens"], backbone.patch_embed.num_patches
+    objective = mapet.MaPeT(backbone, mapet.Ids(97), 1 - (context - 1) / patches).eval()
     objective.load_state_dict(parts, strict=False)
     tensors = recorded.tensors
-    output = objective(tensors["images"], tensors["token_ids"], tensors["order"])
-    assert (output["logits"] - tensors["logits"]).abs().max() < 1e-5
+    order = tensors["order"][:, 1:] - 1  # the authors' orders begin with the class token
+    output = objective(tensors["images"], tensors["token_ids"], mapet.Mask.split(order, patches + 1 - context))
+    assert (output["prediction"] - tensors["logits"]).abs().max() < 1e-5
 
 
 def test_published_classifiers_get_timms_name_and_the_classes_of_imagenet(tmp_path: Path) -> None:

@@ -75,6 +75,21 @@ def digits_100() -> Tensor:
     return torch.stack([chosen.load(index, 1) for index in range(100)]) / 255
 
 
+def load_network(folder: Path, size: tuple[int, int] = (28, 28)) -> Any:
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    network.set_input_size(img_size=size)
+    return network
+
+
+def run_snippet(folder: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the usage snippet of a card on an image, and return what it prints."""
+    monkeypatch.chdir(folder)
+    Image.open(image).convert("RGB").resize((50, 40)).save("image.jpg")
+    capsys.readouterr()
+    exec(ModelCard.load(folder / "README.md").text.split("```python\n")[1].split("```")[0], {})
+    return capsys.readouterr().out.strip()
+
+
 def everything_in(path: Path) -> bytes:
     """The bytes of a file or folder, archives unpacked."""
     files = [path] if path.is_file() else sorted(path.iterdir())
@@ -94,9 +109,9 @@ def test_every_format_gives_the_output_of_timm(form: str, run: Path, digits: Pat
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert result["bytes"] == sum(path.stat().st_size for path in [out, *out.glob("*")] if path.is_file())
 
-    network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
+    network = load_network(run / "exported")
     if form == "timm":
-        exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        exported = load_network(out)
     elif form == "torch":
         exported = torch.export.load(out).module()
     else:
@@ -119,8 +134,7 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
     result = export_model("onnx", values, out)
     assert (result["images"], result["classes"], result["input_size"]) == (20, 3, [1, 28, 42])
 
-    network = timm.create_model(f"local-dir:{classifier / 'exported'}", pretrained=True).eval()
-    network.set_input_size(img_size=(28, 42))
+    network = load_network(classifier / "exported", (28, 42))
     images = torch.nn.functional.interpolate(digits_100(), (28, 42))
     session = onnxruntime.InferenceSession(out)
     with torch.no_grad():
@@ -145,8 +159,7 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
 def test_other_sizes_give_the_output_of_timm(run: Path, tmp_path: Path) -> None:
     export_model("timm", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "folder")
     export_model("torch", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "model.pt2")
-    network = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
-    network.set_input_size(img_size=(28, 42))
+    network = load_network(run / "exported", (28, 42))
     images = torch.nn.functional.interpolate(digits_100(), (28, 42))
     folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     program = {"mapet.json": ""}
@@ -170,26 +183,22 @@ def test_the_card_of_a_run(
         "tags": ["timm", "image-feature-extraction", "mapet"],
     }
     assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-4.0"
-    assert "# digits-vit\n" in card.text
-    assert f"- trained on: {digits.name}, 60 images\n" in card.text
-    assert "- objective: mapet\n" in card.text
-    assert "- tokenizer: pixels\n" in card.text
-    assert "- length: 4 steps, " in card.text
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert f"- loss, mean of the last 100 logged steps: {sum(losses) / 4:.4g}\n" in card.text
-    entropy = json.loads((run / "baseline.json").read_text())["unigram_entropy"]
-    assert f"- loss without looking at the image: {entropy:.4g}\n" in card.text
-    assert "arXiv:2306.07346" in card.text
+    entropy = json.loads((run / "baseline.json").read_text())["entropy"]
+    for part in (
+        "# digits-vit\n",
+        f"- trained on: {digits.name}, 60 images\n- model: vit_tiny_patch16_224\n- objective: mapet\n",
+        "- tokenizer: pixels\n- length: 4 steps, ",
+        f"- loss, mean of the last 100 logged steps: {sum(losses) / 4:.4g}\n",
+        f"- loss without looking at the image: {entropy:.4g}\n",
+        "arXiv:2306.07346",
+    ):
+        assert part in card.text
     assert "No licence" not in card.text
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     began_with = yaml.safe_load((run / "config.yaml").read_text())
     assert settings == {k: v for k, v in began_with.items() if v is not None} | {"data": digits.name}
-
-    monkeypatch.chdir(out)
-    Image.open(digits / "class 3" / "0.png").convert("RGB").resize((50, 40)).save("image.jpg")
-    capsys.readouterr()
-    exec(card.text.split("```python\n")[1].split("```")[0], {})
-    assert capsys.readouterr().out.strip() == "torch.Size([1, 32])"
+    assert run_snippet(out, digits / "class 3" / "0.png", monkeypatch, capsys) == "torch.Size([1, 32])"
 
 
 def test_the_card_of_a_run_of_another_kind(
@@ -200,22 +209,19 @@ def test_the_card_of_a_run_of_another_kind(
     assert result["checked_on"] == "mnist", "its own images are gone"
     card = ModelCard.load(out / "README.md")
     assert (card.data.license, card.data.pipeline_tag) == ("unknown", "image-classification")
-    assert "No licence has been chosen" in card.text
-    assert "- output: logits of 3 classes: crack, dent, whole | sound\n" in card.text
-    assert "- model: photos\n" in card.text
-    assert "- length: 6 steps\n" in card.text
-    assert "- eval_accuracy: 0.875\n" in card.text
-    assert "layer_decay: 0.65" in card.text
-    assert "teacher_weights: https://host/w.pth\n" in card.text
-    assert "accuracy: 0.9" in card.text
+    for part in (
+        "No licence has been chosen",
+        "- output: logits of 3 classes: crack, dent, whole | sound\n",
+        "- model: photos\n- length: 6 steps\n",
+        "- eval_accuracy: 0.875\n",
+        "layer_decay: 0.65",
+        "teacher_weights: https://host/w.pth\n",
+        "accuracy: 0.9",
+    ):
+        assert part in card.text
     for absent in ("somebody", "secret", "objective", "none: null", "lacking"):
         assert absent not in card.text
-
-    monkeypatch.chdir(out)
-    Image.open(digits / "class 3" / "0.png").convert("RGB").save("image.jpg")
-    capsys.readouterr()
-    exec(card.text.split("```python\n")[1].split("```")[0], {})
-    assert capsys.readouterr().out.strip() in CLASSES
+    assert run_snippet(out, digits / "class 3" / "0.png", monkeypatch, capsys) in CLASSES
 
 
 def test_the_card_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
@@ -231,12 +237,6 @@ def test_the_card_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
     assert "loss" not in card.text, "the run's figures are not those of random weights"
 
 
-def test_the_export_is_compared_on_the_images_of_the_run(run: Path, digits: Path, tmp_path: Path) -> None:
-    result = export_model("timm", {"model": str(run)}, tmp_path / "one")
-    assert (result["images"], result["checked_on"]) == (60, str(digits))
-    assert export_model("timm", {"model": str(run), "check_images": 7}, tmp_path / "two")["images"] == 7
-
-
 def changed_copy(run: Path, target: Path, change: float) -> Path:
     shutil.copytree(run / "exported", target)
     weights = load_file(target / "model.safetensors")
@@ -245,41 +245,35 @@ def changed_copy(run: Path, target: Path, change: float) -> Path:
     return target
 
 
-def test_float16_halves_the_file(run: Path, tmp_path: Path) -> None:
-    whole = export_model("timm", {"model": str(run), "check": "mnist"}, tmp_path / "whole")
-    out = tmp_path / "half"
-    half = export_model("timm", {"model": str(run), "check": "mnist", "dtype": "float16"}, out)
+def test_float16_halves_the_file(run: Path, digits: Path, tmp_path: Path) -> None:
+    whole = export_model("timm", {"model": str(run), "check_images": 7}, tmp_path / "whole")
+    assert (whole["tolerance"], whole["images"], whole["checked_on"]) == (1e-4, 7, str(digits))
+    half = export_model("timm", {"model": str(run), "dtype": "float16"}, tmp_path / "half")
     assert 0 < half["largest_difference"] <= half["tolerance"] == 0.02
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
     assert sizes[1] < 0.55 * sizes[0]
-    assert whole["tolerance"] == 1e-4
-    exact, images = mapet.load(run)[0].state_dict(), digits_100()[:4]
-    networks = [timm.create_model(f"local-dir:{out}", pretrained=True).eval(), mapet.load(out)[0]]
-    for network in networks:
-        for name, value in network.state_dict().items():
-            assert value.dtype == torch.float32
-            assert torch.equal(value, exact[name].half().float())
-    assert torch.equal(networks[0](images), networks[1](images))
-    with pytest.raises(MapetError, match="more than the tolerance 1e-12"):
-        export_model("timm", {"model": str(run), "dtype": "float16", "tolerance": 1e-12}, tmp_path / "exact")
-    large = changed_copy(run, tmp_path / "large", 1e30)  # more than float16 can hold
-    with pytest.raises(MapetError, match="differs from the model by up to nan"):
-        export_model("timm", {"model": str(large), "dtype": "float16"}, tmp_path / "too-large")
+    exact = mapet.load(run)[0].state_dict()
+    for name, value in mapet.load(tmp_path / "half")[0].state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, exact[name].half().float())
 
 
 def test_an_export_that_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
+    copies = {"large": 1e30, "larger": 3e38, "infinite": 1e39}  # float16 cannot hold the first
+    for name, change in copies.items():
+        changed_copy(run, tmp_path / name, change)
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(MapetError, match="differs from the model by up to .* more than the tolerance 1e-12"):
-        export_model("onnx", {"model": str(run), "tolerance": 1e-12}, out / "model.onnx")
-    assert list(out.iterdir()) == []
-    huge = changed_copy(run, tmp_path / "huge", 1e39)
-    with pytest.raises(MapetError, match="contain NaN or infinity"):
-        export_model("timm", {"model": str(huge), "check": "mnist"}, out / "model")
-    large = changed_copy(run, tmp_path / "large", 3e38)
-    with pytest.raises(MapetError, match="differs from the model by up to nan on 100 images"):
-        export_model("timm", {"model": str(large), "check": "mnist"}, out / "model")
-    assert list(out.iterdir()) == []
+    for form, name, values, says in (
+        ("onnx", run, {"tolerance": 1e-12}, "differs from the model by up to .* more than the tolerance 1e-12"),
+        ("timm", run, {"tolerance": 1e-12, "dtype": "float16"}, "more than the tolerance 1e-12"),
+        ("timm", tmp_path / "large", {"dtype": "float16"}, "differs from the model by up to nan on 100 images"),
+        ("timm", tmp_path / "larger", {}, "differs from the model by up to nan"),
+        ("timm", tmp_path / "infinite", {}, "contain NaN or infinity"),
+    ):
+        with pytest.raises(MapetError, match=says):
+            export_model(form, {"model": str(name), "check": "mnist", **values}, out / OUTPUTS[form])
+        assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -291,9 +285,7 @@ def test_an_export_that_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
         ("timm", "there", {}, "is there already"),
         ("onnx", "there/model.onnx", {}, "is there already"),
         ("timm", "x", {"check": "/no/images"}, "'/no/images' is neither a folder of images"),
-        ("timm", "x", {"model": "/no/model"}, "model folder '/no/model' does not exist"),
-        ("timm", "x", {"image_size": 30}, "30 is not divisible by its patch size 7"),
-        ("timm", "x", {"license": "Mine, all mine"}, "license = 'Mine, all mine'"),
+        ("timm", "x", {"license": "Mine, all mine"}, "license = Mine, all mine"),
         ("onnx", "x.onnx", {"license": "mit"}, "unknown key 'license'"),
         ("timm", "x", {"check_images": 0}, "check_images = 0"),
         ("tim", "x", {}, "unknown format 'tim'; did you mean 'timm'"),
@@ -312,7 +304,7 @@ def test_wrong_input_is_refused(
 
 @pytest.mark.parametrize(("form", "name"), [("timm", "vit"), ("torch", "vit.pt2")])
 def test_a_full_disk_is_reported_in_one_sentence(form: str, name: str, run: Path, digits: Path, tmp_path: Path) -> None:
-    """In a process of its own: torch's archive writer would take it down."""
+    """In a process of its own: torch's archive writer could end the process."""
     command = [sys.executable, "-m", "mapet", "export", form, str(run), "--check", str(digits), "--out"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
     failed = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, preexec_fn=limit)

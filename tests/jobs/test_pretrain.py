@@ -1,14 +1,13 @@
+"""Pre-training: the run folder, resuming, damaged input, several processes."""
+
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,407 +15,283 @@ import pytest
 import timm
 import torch
 import yaml
-from rich.console import Console
-from safetensors.torch import load_file
-from tests.conftest import TINY
+from tests.conftest import (
+    QUIET,
+    TINY,
+    assert_same_run,
+    checkpoint,
+    checkpoint_state,
+    curve,
+    kill_after,
+    mapet_command,
+    pretrain_tiny,
+    records,
+    resume_pretraining,
+    under_torchrun,
+    wait_for_records,
+)
 
 from mapet import MapetError
-from mapet.config.base import StrictConfig, make_config, read_recipe
-from mapet.config.recipes import find_recipe
-from mapet.data.open import open_images
-from mapet.jobs.finetune.config import FinetuneConfig
-from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.run import pretrain
-from mapet.jobs.segment.config import SegmentConfig
-from mapet.jobs.tokenizer.config import FitConfig
 
-QUIET = Console(quiet=True)
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(out: Path) -> list[tuple[Any, ...]]:
-    """What must not differ between two runs: everything but the clock."""
-    return [tuple(line[key] for key in ("step", "epoch", "loss", "accuracy", "lr", "grad_norm")) for line in lines(out)]
+FILES = {
+    *(".lock", "config.yaml", "log.txt", "metrics.jsonl", "baseline.json"),
+    *("tokenizer/tokenizer.json", "tokenizer/tokenizer.safetensors"),
+    *(f"checkpoints/last/{name}" for name in ("task.safetensors", "optimizer.safetensors", "state.json")),
+    *("exported/config.json", "exported/model.safetensors"),
+    *("figures/curve.png", "figures/layout.png", "figures/tokens.png"),
+}
+ENTRIES = {"step", "epoch", "images", "loss", "accuracy", "lr", "grad_norm", "images_per_s", "data_wait", "damaged"}
 
 
-def run(data: Path, out: Path, **values: Any) -> Any:
-    return pretrain({**TINY, "data": str(data), **values}, out, console=QUIET)
+def command(data: Path, out: Path, *flags: str, **values: Any) -> list[str]:
+    return mapet_command("pretrain", {**TINY, "data": str(data), **values}, out, *flags)
 
 
-def command(data: Path, out: Path, *more: str, **values: Any) -> list[str]:
-    recipe = out.parent / f"{out.name}.yaml"
-    recipe.write_text(yaml.safe_dump({**TINY, **values}))
-    return [sys.executable, "-m", "mapet", "pretrain", str(data), "--out", str(out), "--config", str(recipe), *more]
-
-
-def test_a_run_folder_holds_everything(digits: Path, tmp_path: Path) -> None:
+def test_run_folder(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = run(digits, out, steps=9, eval_data=str(digits), eval_every=1)
+    result = pretrain_tiny(digits, out, steps=9, eval_data=str(digits), eval_every=1)
     assert (result.steps, result.total_steps, result.stopped_by) == (9, 9, None)
-    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
-    names = {name for name in files if not name.startswith("tensorboard/events")}
-    assert names == {
-        ".lock",
-        "config.yaml",
-        "log.txt",
-        "metrics.jsonl",
-        "baseline.json",
-        "tokenizer/tokenizer.json",
-        "tokenizer/tokenizer.safetensors",
-        "checkpoints/last/objective.safetensors",
-        "checkpoints/last/optimizer.safetensors",
-        "checkpoints/last/state.json",
-        "exported/config.json",
-        "exported/model.safetensors",
-        "figures/curve.png",
-        "figures/layout.png",
-        "figures/tokens.png",
-    }
-    assert len(files) == len(names) + 1
-    # Where the last checkpoint is, its export is too: nothing is left to do for a run that is killed here.
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    events = {name for name in files if name.startswith("tensorboard/events")}
+    assert len(events) == 1
+    assert files - events == FILES
+    # The export is written before the checkpoint: a run that is killed between them exports again.
     assert (out / "exported").stat().st_mtime_ns <= (out / "checkpoints" / "last").stat().st_mtime_ns
-    assert [line["step"] for line in lines(out)] == list(range(9))
-    first, last = lines(out)[0], lines(out)[-1]
-    assert set(first) == {
-        "step",
-        "epoch",
-        "images",
-        "loss",
-        "accuracy",
-        "lr",
-        "grad_norm",
-        "images_per_s",
-        "data_wait",
-        "damaged",
-    }
-    assert set(last) - set(first) == {"eval_knn", "eval_linear"}
-    assert ["eval_knn" in line for line in lines(out)] == [False] * 6 + [True, False, True]
+    assert [record["step"] for record in records(out)] == list(range(9))
+    measured = {"eval_knn", "eval_linear"}
+    assert [set(record) - ENTRIES for record in records(out)] == [set()] * 6 + [measured, set(), measured]
+    assert result.measured == {name: records(out)[-1][name] for name in measured}
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert (config["context_tokens"], config["order"], config["patch_size"], config["lr"]) == (5, "random", 7, 1e-3)
+    assert (config["mask_ratio"], config["masking"], config["patch_size"], config["lr"]) == (0.75, "random", 7, 1e-3)
     assert config["precision"] != "auto"
+    exported = timm.create_model(f"local-dir:{out / 'exported'}", pretrained=True).eval()
+    assert exported.pretrained_cfg["tag"] == "mapet"
+    images = torch.randn(2, 1, 28, 28)
+    assert torch.equal(exported(images), result.task.outcome().eval()(images))
 
 
-def test_few_images_need_no_batch_size_and_a_resumed_run_keeps_its_own(digits: Path, tmp_path: Path) -> None:
+def test_default_batch_size_of_few_images(digits: Path, tmp_path: Path) -> None:
     values = {key: value for key, value in TINY.items() if key not in ("batch_size", "lr")}
     result = pretrain({**values, "data": str(digits), "steps": 1}, tmp_path / "run", console=QUIET)
     assert (result.config.batch_size, result.config.lr) == (4, pytest.approx(1.875e-4))
-    assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).config == result.config
+    assert resume_pretraining(tmp_path / "run").config == result.config
 
 
-def test_the_exported_backbone_is_the_trained_one(digits: Path, tmp_path: Path) -> None:
-    result = run(digits, tmp_path / "run", steps=3)
-    exported = timm.create_model(f"local-dir:{tmp_path / 'run' / 'exported'}", pretrained=True).eval()
-    images = torch.randn(2, 1, 28, 28)
-    assert torch.equal(exported(images), result.objective.backbone.eval()(images))
-    assert exported.pretrained_cfg["tag"] == "mapet", "the weights are not timm's"
-
-
-@pytest.mark.parametrize("objective", ["pim", "mim", "raster"])
-def test_every_objective_trains(objective: str, digits: Path, tmp_path: Path) -> None:
-    run(digits, tmp_path / "run", objective=objective, steps=60, lr=3e-3, crop_min=1.0, flip=0.0)
-    losses = [line["loss"] for line in lines(tmp_path / "run")]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-
-
-def test_a_killed_run_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
-    """SIGKILL twice, wherever it strikes; with files decoded by workers, stochastic depth and micro-batches."""
+def test_killed_run_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
+    """SIGKILL twice, at any point of a step; with loading workers, stochastic depth and micro-batches."""
     options = {"steps": 60, "checkpoint_every": 5, "workers": 1, "accumulate": 2, "color_jitter": 0.4}
-    run(digits, tmp_path / "whole", **options)
+    pretrain_tiny(digits, tmp_path / "whole", **options)
     out = tmp_path / "killed"
-    for kill_after in (8, 27, None):
-        process = subprocess.Popen(command(digits, out, "--resume", **options), stderr=subprocess.DEVNULL)
-        while kill_after and process.poll() is None:
-            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_bytes().split(b"\n")) > kill_after:
-                process.kill()
-            time.sleep(0.005)
-        assert process.wait() == (-signal.SIGKILL if kill_after else 0)
-    assert curve(out) == curve(tmp_path / "whole")
-    same = [(path / "exported" / "model.safetensors").read_bytes() for path in (out, tmp_path / "whole")]
-    assert same[0] == same[1]
+    kill_after(8, command(digits, out, **options), out)
+    kill_after(27, command(digits, out, "--resume", **options), out)
+    resume_pretraining(out)
+    assert_same_run(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_polite_stop_is_saved_and_resumed(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
-    """As SLURM and a terminal send it: to the whole process group, the loading workers included."""
+def test_polite_stop_saves(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
+    """The signal goes to the whole process group, loading workers included, as SLURM and a terminal send it."""
     out = tmp_path / "run"
-    options = {"steps": 2000, "workers": 1, "checkpoint_every": 1500}
-    process = subprocess.Popen(
-        command(digits, out, **options), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (out / "metrics.jsonl").exists() or len(lines(out)) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
+    arguments = command(digits, out, steps=2000, workers=1, checkpoint_every=1500)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_records(out, 3, process)
     os.killpg(process.pid, number)
     said = process.communicate()[1]
     assert process.returncode == 128 + number
     assert f"{number.name}: stopping" in said
     assert "--resume continues" in said
     assert "Traceback" not in said
-    done = len(lines(out))
-    assert json.loads((out / "checkpoints" / "last" / "state.json").read_text())["step"] == done
-    values = {**TINY, "data": str(digits), **options}
-    with pytest.raises(MapetError, match="'steps' is 5, but the run .* began with 2000"):
-        pretrain({**values, "steps": 5}, out, resume=True, console=QUIET)
+    assert checkpoint_state(out)["step"] == len(records(out))
 
 
-def test_resume_without_a_checkpoint_begins(digits: Path, tmp_path: Path) -> None:
+def test_resume_without_checkpoint_begins(digits: Path, tmp_path: Path) -> None:
     values = {**TINY, "data": str(digits), "steps": 3}
     pretrain(values, tmp_path / "a", resume=True, console=QUIET)
     pretrain(values, tmp_path / "b", console=QUIET)
     shutil.rmtree(tmp_path / "b" / "checkpoints")
     pretrain(values, tmp_path / "b", resume=True, console=QUIET)
-    assert curve(tmp_path / "a") == curve(tmp_path / "b")
-    assert len(lines(tmp_path / "b")) == 3
-    # A finished run has nothing left to do, and says so by doing nothing.
+    assert_same_run(tmp_path / "a", tmp_path / "b")
     assert pretrain(values, tmp_path / "b", resume=True, console=QUIET).steps == 3
-    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    for one, other in ("ab", "ba"):
+        log = (tmp_path / one / "log.txt").read_text()
+        assert f"{tmp_path / one}: 60 images, steps 0 to 3 of 8 images" in log
+        assert str(tmp_path / other) not in log
 
 
-def test_resuming_with_another_configuration_is_refused(digits: Path, tmp_path: Path) -> None:
-    run(digits, tmp_path / "run", steps=2)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    values = {**TINY, "data": str(digits), "steps": 2}
-    with pytest.raises(MapetError, match=r"'lr' is 0.1, but the run in .*run began with 0.001"):
-        pretrain({**values, "lr": 0.1}, tmp_path / "run", resume=True, console=QUIET)
+def test_resume_needs_the_same_configuration(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain_tiny(digits, out, steps=2)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for key, value, began in (("lr", 0.1, 0.001), ("steps", 5, 2)):
+        with pytest.raises(MapetError, match=f"'{key}' is {value}, but the run in .*run began with {began}"):
+            resume_pretraining(out, **{key: value})
     with pytest.raises(MapetError, match="already holds a run"):
-        pretrain(values, tmp_path / "run", console=QUIET)
+        pretrain_tiny(digits, out, steps=2)
     assert {path: path.read_bytes() for path in before} == before
-    free = {"log_every": 2, "checkpoint_every": 1, "epochs": None, "context_tokens": None, "precision": "auto"}
-    free |= {"mean": [0.449], "max_damaged": 0.5}
-    assert pretrain({**values, **free}, tmp_path / "run", resume=True, console=QUIET).config.context_tokens == 5
+    same = {**TINY, "data": str(digits), "steps": 2, "mean": [0.449]}
+    not_given = {"epochs": None, "mask_ratio": None, "views": None, "precision": "auto"}
+    free = {"log_every": 2, "checkpoint_every": 1, "max_damaged": 0.5}
+    config = resume_pretraining(out, **same, **not_given, **free).config
+    assert (config.mask_ratio, config.log_every) == (0.75, 2)
 
 
-@pytest.mark.parametrize(
-    ("file", "damage", "says"),
-    [
-        ("config.yaml", "data: x\n", "config.yaml lacks '.+', so it was cut short or edited"),
-        ("checkpoints/last/state.json", "{}", "cannot be read"),
-        ("baseline.json", '{"unigram', None),
-        (
-            "checkpoints/last/state.json",
-            '{"step": 2, "total_steps": 4, "made_from": {}}',
-            "state.json lacks 'made_from.images'",
-        ),
-        ("metrics.jsonl", 'rubbish\n5\n{"step": "1"}\n{"step": 0}\n', None),
-    ],
-)
-def test_damaged_files_of_a_run(file: str, damage: str, says: str | None, digits: Path, tmp_path: Path) -> None:
-    run(digits, tmp_path / "run", steps=2)
-    (tmp_path / "run" / file).write_text(damage)
-    if says is None:
-        assert pretrain({}, tmp_path / "run", resume=True, console=QUIET).baseline.entropy > 1
-        return
-    with pytest.raises(MapetError, match=says):
-        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
-
-
-def test_a_step_beyond_the_end_is_refused(digits: Path, tmp_path: Path) -> None:
-    run(digits, tmp_path / "run", steps=2)
-    file = tmp_path / "run" / "checkpoints" / "last" / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 3}))
-    with pytest.raises(MapetError, match="checkpoints/last cannot be read .state.json says step 3 of 2"):
-        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
-
-
-def test_a_measurement_that_fails_loses_no_step(digits: Path, tmp_path: Path) -> None:
-    shutil.copytree(digits, tmp_path / "labelled" / "train")
-    shutil.copytree(digits, tmp_path / "labelled" / "test")
-    for file in (tmp_path / "labelled" / "test").rglob("*.png"):
-        file.write_bytes(b"cut")
-    with pytest.raises(MapetError, match="cannot be read"):
-        run(digits, tmp_path / "run", steps=3, eval_data=str(tmp_path / "labelled"))
-    assert json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())["step"] == 3
-    assert pretrain({"eval_data": None}, tmp_path / "run", resume=True, console=QUIET).config.eval_data is None
-
-
-def test_changed_images_are_refused_on_resume(digits: Path, tmp_path: Path) -> None:
+def test_resume_needs_the_same_images(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "images")
-    run(tmp_path / "images", tmp_path / "run", steps=2)
-    (tmp_path / "images").rename(tmp_path / "moved")
-    values = {**TINY, "data": str(tmp_path / "moved"), "steps": 2}
-    pretrain(values, tmp_path / "run", resume=True, console=QUIET)
-    (tmp_path / "moved" / "class 3" / "1.png").unlink()
+    pretrain_tiny(tmp_path / "images", tmp_path / "run", steps=2)
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    resume_pretraining(tmp_path / "run", data=str(moved))
+    (moved / "class 3" / "1.png").unlink()
     with pytest.raises(MapetError, match="'data' changed.*it had 60 images, now there are 59"):
-        pretrain(values, tmp_path / "run", resume=True, console=QUIET)
+        resume_pretraining(tmp_path / "run", data=str(moved))
 
 
-def test_another_tokenizer_is_refused_on_resume(digits: Path, tmp_path: Path) -> None:
-    run(digits, tmp_path / "run", steps=2)
-    run(digits, tmp_path / "other", steps=2, seed=1)
+def test_resume_needs_the_same_tokenizer(digits: Path, tmp_path: Path) -> None:
+    pretrain_tiny(digits, tmp_path / "run", steps=2)
+    pretrain_tiny(digits, tmp_path / "other", steps=2, seed=1)
     shutil.rmtree(tmp_path / "run" / "tokenizer")
     shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "run" / "tokenizer")
     with pytest.raises(MapetError, match="the tokenizer or token store is not what the run in"):
-        pretrain({}, tmp_path / "run", resume=True, console=QUIET)
+        resume_pretraining(tmp_path / "run")
 
 
-def test_file_names_that_are_no_unicode(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(digits, tmp_path / "images")
-    Path(os.fsdecode(os.fsencode(tmp_path / "images") + b"/caf\xe9.png")).write_bytes(b"cut")
-    run(tmp_path / "images", tmp_path / "run", epochs=1, batch_size=61)
-    assert r"skipped damaged image caf\udce9.png" in (tmp_path / "run" / "log.txt").read_text()
-    assert "Logging error" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.yaml", "data: x\n", "config.yaml lacks '.+', so it was cut short or edited"),
+        ("checkpoints/last/state.json", "{}", "checkpoints/last is damaged"),
+        (
+            "checkpoints/last/state.json",
+            '{"step": 2, "total_steps": 4, "made_from": {}}',
+            "checkpoints/last is damaged",
+        ),
+        ("checkpoints/last/task.safetensors", "cut", "checkpoints/last is damaged"),
+        ("baseline.json", '{"unigram', None),
+        ("metrics.jsonl", 'rubbish\n5\n{"step": "1"}\n{"step": 0}\n', None),
+    ],
+)
+def test_damaged_files(file: str, content: str, says: str | None, pretrained_run: Path, tmp_path: Path) -> None:
+    """A run with a damaged configuration or checkpoint is refused; damaged records stop no run."""
+    run = Path(shutil.copytree(pretrained_run, tmp_path / "run"))
+    (run / file).write_text(content)
+    if says is not None:
+        with pytest.raises(MapetError, match=says):
+            resume_pretraining(run)
+    else:
+        resume_pretraining(run)
+        assert json.loads((run / "baseline.json").read_text())["entropy"] > 1
 
 
-def test_damaged_images_are_logged_and_the_run_goes_on(
-    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_failed_measurement_loses_no_step(digits: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(digits, tmp_path / "labelled" / part)
+    for file in (tmp_path / "labelled" / "test").rglob("*.png"):
+        file.write_bytes(b"cut")
+    with pytest.raises(MapetError, match="cannot be read"):
+        pretrain_tiny(digits, tmp_path / "run", steps=3, eval_data=str(tmp_path / "labelled"))
+    assert checkpoint_state(tmp_path / "run")["step"] == 3
+    assert resume_pretraining(tmp_path / "run", eval_data=None).config.eval_data is None
+
+
+def test_damaged_images_are_skipped_and_logged(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(digits, tmp_path / "images")
-    (tmp_path / "images" / "class 5" / "2.png").write_bytes(b"cut")
-    run(tmp_path / "images", tmp_path / "run", epochs=1, batch_size=20)
-    assert lines(tmp_path / "run")[-1]["damaged"] == 1
-    assert "skipped damaged image class 5/2.png" in (tmp_path / "run" / "log.txt").read_text()
-    with pytest.raises(MapetError, match="1 of 60 images cannot be read.*--max-damaged"):
-        run(tmp_path / "images", tmp_path / "strict", epochs=1, batch_size=20, max_damaged=0.01)
+    images = Path(shutil.copytree(digits, tmp_path / "images"))
+    (images / "class 5" / "2.png").write_bytes(b"cut")
+    Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")).write_bytes(b"cut")  # a name that is not Unicode
+    options = {"epochs": 1, "batch_size": 61}
+    pretrain_tiny(images, tmp_path / "run", **options)
+    assert records(tmp_path / "run")[-1]["damaged"] == 2
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "skipped damaged image class 5/2.png" in log
+    assert r"skipped damaged image caf\udce9.png" in log
+    assert "Logging error" not in capsys.readouterr().err
+    with pytest.raises(MapetError, match="2 of 61 images cannot be read.*--max-damaged"):
+        pretrain_tiny(images, tmp_path / "strict", **options, max_damaged=0.01)
     assert not (tmp_path / "strict" / "config.yaml").exists()
 
 
-def test_an_output_folder_among_the_images_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_output_folder_among_the_images_is_refused(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "images")
     with pytest.raises(MapetError, match="lies inside the image folder"):
-        run(tmp_path / "images", tmp_path / "images" / "run", steps=2)
+        pretrain_tiny(tmp_path / "images", tmp_path / "images" / "run", steps=2)
     assert not (tmp_path / "images" / "run").exists()
 
 
-def test_a_folder_called_as_a_tokenizer_is_does_not_take_its_place(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "pixels").mkdir()
-    monkeypatch.chdir(tmp_path)
-    run(digits, tmp_path / "run", steps=1)
-    with pytest.raises(MapetError, match="holds neither a tokenizer nor an exported backbone"):
-        run(digits, tmp_path / "other", steps=1, tokenizer="./pixels")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a scaler")
-def test_half_precision_needs_a_scaler(digits: Path, tmp_path: Path) -> None:
-    said = subprocess.run(command(digits, tmp_path / "run", precision="fp16"), capture_output=True, text=True)
-    assert said.returncode == 2
-    assert "precision 'fp16' needs a GPU" in said.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_half_precision_needs_a_gpu(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(MapetError, match="precision 'fp16' needs a GPU"):
+        pretrain_tiny(digits, tmp_path / "run", precision="fp16")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fitted_tokenizer_is_taken_from_its_folder(digits: Path, tmp_path: Path) -> None:
-    first = run(digits, tmp_path / "first", steps=2)
-    again = run(digits, tmp_path / "again", steps=2, tokenizer=str(tmp_path / "first" / "tokenizer"))
-    assert curve(tmp_path / "first") == curve(tmp_path / "again")
-    with pytest.raises(MapetError, match=r"gives 4 x 4 ids an image, but the model has 7 x 7 patches"):
-        run(digits, tmp_path / "other", steps=2, patch_size=4, tokenizer=str(tmp_path / "first" / "tokenizer"))
-    with pytest.raises(MapetError, match=r"images have shape \(3, 28, 28\), but this tokenizer reads \(1, 28, 28\)"):
-        run(digits, tmp_path / "other", steps=2, channels=3, tokenizer=str(tmp_path / "first" / "tokenizer"))
-    with pytest.raises(MapetError, match="is fitted and has 16 ids; leave --vocab-size out"):
-        run(digits, tmp_path / "other", steps=2, vocab_size=9, tokenizer=str(tmp_path / "first" / "tokenizer"))
-    assert not (tmp_path / "other" / "config.yaml").exists()
-    assert first.objective.vocab_size == again.objective.vocab_size == 16
+def test_fitted_tokenizer(pretrained_run: Path, digits: Path, tmp_path: Path) -> None:
+    tokenizer = str(pretrained_run / "tokenizer")
+    pretrain_tiny(digits, tmp_path / "again", steps=2, tokenizer=tokenizer)
+    assert curve(tmp_path / "again") == curve(pretrained_run)
+    for change, says in (
+        ({"patch_size": 4}, r"gives 4 x 4 ids an image, but the model has 7 x 7 patches"),
+        ({"channels": 3}, r"images have shape \(3, 28, 28\), but this tokenizer reads \(1, 28, 28\)"),
+        ({"vocab_size": 9}, "is fitted and has 16 ids; leave --vocab-size out"),
+        ({"tokenizer": str(digits)}, "holds neither a tokenizer nor an exported backbone"),
+    ):
+        with pytest.raises(MapetError, match=says):
+            pretrain_tiny(digits, tmp_path / "other", **{"steps": 2, "tokenizer": tokenizer, **change})
+        assert not (tmp_path / "other" / "config.yaml").exists()
 
 
-def test_a_run_that_diverges_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
+def test_divergence_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
+    wild = {"lr": 1e3, "weight_decay": 1e3, "clip_grad": 1e30, "warmup": 0.0}
     with pytest.raises(MapetError, match=r"step \d+: loss .*the gradients overflowed.*lower --lr"):
-        run(
-            digits,
-            tmp_path / "run",
-            steps=200,
-            lr=1e3,
-            weight_decay=1e3,
-            clip_grad=1e30,
-            warmup=0.0,
-            checkpoint_every=1,
-        )
-    weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "objective.safetensors")
-    assert all(tensor.isfinite().all() for tensor in weights.values())
+        pretrain_tiny(digits, tmp_path / "run", steps=200, checkpoint_every=1, **wild)
+    assert all(tensor.isfinite().all() for tensor in checkpoint(tmp_path / "run").values())
 
 
-def _small_files() -> None:
+def _limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(digits: Path, tmp_path: Path) -> None:
-    """A limit on file sizes makes the same writes fail that a full disk does."""
+def test_full_disk(digits: Path, tmp_path: Path) -> None:
+    """A limit on the size of files makes the same writes fail that a full disk does."""
     out = tmp_path / "run"
-    arguments = command(digits, out, steps=4, checkpoint_every=2)
-    failed = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=_small_files)
+    options = {"steps": 4, "checkpoint_every": 2}
+    failed = subprocess.run(
+        command(digits, out, **options), capture_output=True, text=True, preexec_fn=_limit_file_size
+    )
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
     assert f"cannot write to {out}: a file grew over the size limit" in " ".join(failed.stderr.split())
     assert not (out / "checkpoints" / "last").exists()
-    assert subprocess.run([*arguments, "--resume"], capture_output=True).returncode == 0
-    run(digits, tmp_path / "whole", steps=4, checkpoint_every=2)
-    assert curve(out) == curve(tmp_path / "whole")
+    resume_pretraining(out)
+    pretrain_tiny(digits, tmp_path / "whole", **options)
+    assert_same_run(out, tmp_path / "whole")
 
 
-def test_two_processes_see_what_one_sees(digits: Path, tmp_path: Path) -> None:
-    """Real processes under torchrun: the same images a step, so nearly the same curve, and one run folder."""
+def test_two_processes_equal_one(digits: Path, tmp_path: Path) -> None:
+    """Processes of torchrun see the same images in a step, so they have nearly the same curve, and one run folder."""
     options: dict[str, Any] = {"objective": "raster", "steps": 4, "drop_path": 0.0, "batch_size": 16}
-    run(digits, tmp_path / "one", **options)
-    arguments = command(digits, tmp_path / "two", **options)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([arguments[0], *launcher, *arguments[1:]], capture_output=True, text=True)
+    pretrain_tiny(digits, tmp_path / "one", **options)
+    done = subprocess.run(under_torchrun(command(digits, tmp_path / "two", **options)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    state = json.loads((tmp_path / "two" / "checkpoints" / "last" / "state.json").read_text())
-    assert state["made_from"]["processes"] == 2
+    assert checkpoint_state(tmp_path / "two")["made_from"]["processes"] == 2
     assert done.stderr.count("done: ") == 1
-    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [line["step"] for line in two] == [0, 1, 2, 3]
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [record["step"] for record in two] == [0, 1, 2, 3]
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
-def test_real_photographs_through_real_features(photographs: Path, mobilenet_weights: Path, tmp_path: Path) -> None:
-    """20 ImageNet photographs at 224 px, ids of MobileNetV2's features: a ViT-Tiny/16 learns its small set."""
-    result = pretrain(
-        {
-            "data": str(photographs),
-            "model": "vit_tiny_patch16_224",
-            "image_size": 224,
-            "vocab_size": 32,
-            "tokenizer": "mobilenet_v2",
-            "teacher_stage": "features.13",
-            "teacher_weights": str(mobilenet_weights),
-            "batch_size": 4,
-            "steps": 30,
-            "lr": 1e-3,
-            "crop_min": 1.0,
-            "flip": 0.0,
-            "color_jitter": 0.0,
-            "drop_path": 0.0,
-            "layer_scale": None,
-            "warmup": 0.1,
-            "beta2": 0.98,
-        },
-        tmp_path / "run",
-        console=QUIET,
-    )
-    losses = [line["loss"] for line in lines(tmp_path / "run")]
-    assert losses[0] > result.baseline.entropy
-    assert sum(losses[-4:]) / 4 < result.baseline.entropy
-
-
-@pytest.mark.parametrize("path", sorted(find_recipe("demo").parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_valid_and_begin_with_their_command(path: Path) -> None:
-    if path.stem.startswith("compare"):
-        pytest.skip("a plan is made of it in test_compare_plan.py")
-    first = path.read_text().splitlines()[0]
-    kinds: dict[str, type[StrictConfig]] = {
-        "demo": PretrainConfig,
-        "eval": SegmentConfig,
-        "finetune": FinetuneConfig,
-        "pretrain": PretrainConfig,
-        "tokenizer": FitConfig,
-    }
-    values = read_recipe(path)
-    if "data" in values:
-        assert open_images(values["data"])
-    kind = kinds[first.removeprefix("# mapet ").split()[0]]
-    make_config(kind, {key: "x" for key, field in kind.model_fields.items() if field.is_required()} | values)
-
-
-def test_the_log_says_what_is_run(digits: Path, tmp_path: Path) -> None:
-    run(digits, tmp_path / "a", steps=1)
-    run(digits, tmp_path / "b", steps=1)
-    for name in ("a", "b"):
-        text = (tmp_path / name / "log.txt").read_text()
-        assert f"{tmp_path / name}: 60 images, steps 0 to 1 of 8 images" in text
-    assert sum(isinstance(h, logging.FileHandler) for h in logging.getLogger("mapet").handlers) <= 1
+def test_photographs_with_ids_of_real_features(photographs: Path, mobilenet_weights: Path, tmp_path: Path) -> None:
+    """A ViT-Tiny/16 learns 20 ImageNet photographs of 224 pixels, whose ids are clustered MobileNetV2 features."""
+    student = {"model": "vit_tiny_patch16_224", "image_size": 224, "drop_path": 0.0, "layer_scale": None}
+    teacher = {"tokenizer": "mobilenet_v2", "teacher_stage": "features.13", "teacher_weights": str(mobilenet_weights)}
+    views = {"crop_min": 1.0, "flip": 0.0, "color_jitter": 0.0}
+    training = {"steps": 30, "batch_size": 4, "lr": 1e-3, "warmup": 0.1, "beta2": 0.98}
+    values = {"data": str(photographs), "vocab_size": 32, **student, **teacher, **views, **training}
+    pretrain(values, tmp_path / "run", console=QUIET)
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    unigram = json.loads((tmp_path / "run" / "baseline.json").read_text())["entropy"]
+    assert losses[0] > unigram
+    assert sum(losses[-4:]) / 4 < unigram

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tests.conftest import TINY
+from tests.conftest import TINY, StoppingFile
 
 from mapet import MapetError
 from mapet.jobs.pretrain.run import pretrain
@@ -44,15 +42,6 @@ def test_features_are_regressed(objective: str, feature_loss: str, digits: Path,
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
-class StoppingFile(io.StringIO):
-    """Asks the process to stop when the first line of progress is written."""
-
-    def write(self, text: str) -> int:
-        if not self.getvalue():
-            signal.raise_signal(signal.SIGTERM)
-        return super().write(text)
-
-
 def test_a_resumed_run_on_features_equals_the_whole_run(digits: Path, exported_vit: Path, tmp_path: Path) -> None:
     shutil.copytree(exported_vit, tmp_path / "teacher")
     values = {**FEATURES, "data": str(digits), "steps": 4, "teacher": str(tmp_path / "teacher")}
@@ -77,8 +66,11 @@ def test_a_resumed_run_on_features_equals_the_whole_run(digits: Path, exported_v
         ({"tokenizer": "pixels"}, "leave out tokenizer"),
         ({"tokens": "store"}, "leave out tokens"),
         ({"vocab_size": 16}, "leave out vocab_size"),
-        ({"targets": "pixels", "teacher": None, "tokenizer": "pixels"}, "targets is 'pixels'.*leave out tokenizer"),
-        ({"targets": "pixels", "teacher": None, "teacher_stage": 1}, "targets is 'pixels'.*leave out teacher_stage"),
+        ({"targets": "pixels", "teacher": None, "tokenizer": "pixels"}, "'mapet' predicts pixels.*leave out tokenizer"),
+        (
+            {"targets": "pixels", "teacher": None, "teacher_stage": 1},
+            "'mapet' predicts pixels.*leave out teacher_stage",
+        ),
     ],
 )
 def test_targets_that_do_not_go_together_are_refused(

@@ -1,150 +1,118 @@
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from sklearn.metrics import accuracy_score, jaccard_score
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mapet import MapetError
-from mapet.data.batches import DamageTally, StepSampler, ViewDataset, in_order, load_batches
-from mapet.data.seeds import Draws
-from mapet.inference.models import OpenModel, open_model
+from mapet.data.batches import StepSampler, in_order
+from mapet.inference.models import open_model
 from mapet.inference.tokens import read_tokens
-from mapet.jobs.segment.heads import (
-    HEADS,
-    Confusion,
-    HeadRecipe,
-    build_head,
-    masked_cross_entropy,
-    patch_maps,
-    predict_classes,
-    train_head,
-)
+from mapet.jobs.segment.config import SegmentConfig
+from mapet.jobs.segment.dataset import MaskedViews, SegmentationDataset
+from mapet.jobs.segment.heads import Segmenter, build_head, masked_cross_entropy, train_head
 from mapet.jobs.segment.masks import IGNORED, open_masked
-from mapet.jobs.segment.views import MaskedCrop, MaskedWhole
+from mapet.jobs.segment.metrics import Confusion
+from mapet.jobs.segment.windows import predict_classes
+from mapet.report.progress import Meter
 
 
-def predictions(opened: OpenModel, head: nn.Module, data: Path, short_side: int | None, **options: Any) -> list[Any]:
-    _, test = open_masked(str(data))
-    view = MaskedWhole(opened.view.size, short_side, opened.view.mean, opened.view.std)
-    batches = load_batches(ViewDataset(test, view, opened.channels + 1), in_order(len(test), 1), 0)
-    return list(predict_classes(opened, head, batches, DamageTally(test, 0.0), **options))
+def make_segmenter(
+    model: Path, data: Path, size: int = 28, *, kind: str = "linear", classes: int = 4, seed: int = 0, **changes: Any
+) -> Segmenter:
+    config = SegmentConfig(model=str(model), data=str(data), **changes)
+    opened = open_model(model, image_size=(size, size))
+    return Segmenter(opened, build_head(kind, 32, classes, seed).eval(), config)
 
 
-def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+def predict(segmenter: Segmenter) -> list[tuple[int, Tensor, Tensor]]:
+    test = open_masked(segmenter.config)[1]
+    dataset = SegmentationDataset(test, MaskedViews(segmenter.opened.view, segmenter.config).whole_image, 1)
+    return list(predict_classes(segmenter, DataLoader(dataset, batch_sampler=in_order(len(test), 1))))
 
 
-def test_figures_are_those_of_scikit_learn() -> None:
+def train(segmenter: Segmenter, seed: int = 0) -> dict[str, Tensor]:
+    images = open_masked(segmenter.config)[0]
+    dataset = SegmentationDataset(images, MaskedViews(segmenter.opened.view, segmenter.config).random_crop, 1, seed)
+    loader = DataLoader(dataset, batch_sampler=StepSampler(len(images), 8, seed, 0, 3))
+    train_head(segmenter, loader, 3, Meter(Console(quiet=True), "training", 3))
+    return segmenter.head.state_dict()
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
-    truth = torch.randint(-1, 5, (4, 30, 40), generator=generator)
-    prediction = torch.where(torch.rand(truth.shape, generator=generator) < 0.6, truth.clamp(min=0), 2)
-    prediction[prediction == 4] = 6  # 4 is never predicted, 6 never true, 5 and 7 are neither
-    confusion = Confusion(8)
-    for one, other in zip(truth, prediction, strict=True):
-        confusion.add(one, other)
+    truth = torch.randint(-1, 5, (2, 30, 40), generator=generator)
+    prediction = torch.where(torch.rand(truth.shape, generator=generator) < 0.6, truth.clamp(min=0), 5)
+    confusion = Confusion(7)  # class 5 is never true, class 6 is neither true nor predicted
+    for pair in zip(truth, prediction, strict=True):
+        confusion.add(*pair)
     known = truth != IGNORED
-    true, found = truth[known].numpy(), prediction[known].numpy()
-    present = sorted(set(true) | set(found))
-    assert confusion.pixel_accuracy == pytest.approx(accuracy_score(true, found))
-    assert confusion.miou == pytest.approx(jaccard_score(true, found, labels=present, average="macro"))
-    assert [number for number, iou in enumerate(confusion.iou_per_class) if iou is None] == [5, 7]
-    own = [iou for iou in confusion.iou_per_class if iou is not None]
-    assert own == pytest.approx(jaccard_score(true, found, labels=present, average=None).tolist())
+    expected = jaccard_score(truth[known], prediction[known], average=None).tolist()
+    assert confusion.iou_per_class == [*map(pytest.approx, expected), None]
+    assert confusion.miou == pytest.approx(sum(expected) / 6)
+    assert confusion.pixel_accuracy == pytest.approx(accuracy_score(truth[known], prediction[known]))
 
 
-def test_the_loss_is_over_labelled_pixels() -> None:
+def test_loss_is_the_mean_over_labelled_pixels() -> None:
     torch.manual_seed(0)
-    logits, classes = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
-    classes[0, :2] = IGNORED
-    expected = F.cross_entropy(logits, classes, ignore_index=IGNORED)
-    assert torch.allclose(masked_cross_entropy(logits, classes), expected)
-    assert masked_cross_entropy(logits, torch.full_like(classes, IGNORED)) == 0
+    logits, masks = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    masks[0, :2] = IGNORED
+    assert torch.allclose(masked_cross_entropy(logits, masks), F.cross_entropy(logits, masks, ignore_index=IGNORED))
+    assert masked_cross_entropy(logits, torch.full_like(masks, IGNORED)) == 0
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_mambaout", "test_vit"])
-def test_maps_of_any_timm_network_lie_as_its_features_do(name: str) -> None:
-    """ConvNeXt's features are channels first, MambaOut's channels last, a ViT's a sequence."""
-    opened = open_model(name, reinit=True, image_size=(96, 64))
-    images = torch.randn(2, 3, 96, 64)
-    maps = patch_maps(opened, images)
-    with torch.no_grad():
-        features = opened.network.forward_features(images)
-    if name == "test_vit":
-        prefix = opened.network.num_prefix_tokens
-        features = features[:, prefix:].reshape(2, *maps.shape[-2:], -1).permute(0, 3, 1, 2)
-    elif name == "test_mambaout":
-        features = features.permute(0, 3, 1, 2)
-    assert torch.allclose(maps, features)
-    assert maps.shape[-2] * 2 == maps.shape[-1] * 3
-    assert build_head("conv", opened, 5, 0).eval()(maps).shape == (2, 5, *maps.shape[-2:])
-
-
-def test_an_image_of_a_windows_size_is_predicted_whole(exported_vit: Path, mosaics: Path) -> None:
-    opened = open_model(exported_vit, image_size=(56, 56))
-    head = build_head("conv", opened, 40, 0).eval()  # more classes than are enlarged at a time
-    test = open_masked(str(mosaics))[1]
-    slid = predictions(opened, head, mosaics, 56, batch_size=5)
-    whole = predictions(opened, head, mosaics, None)
-    assert [index for index, *_ in slid] == list(range(12))
-    for (index, truth, one), (_, _, other) in zip(slid, whole, strict=True):
-        assert torch.equal(one, other)
-        assert torch.equal(truth, test.mask(index))
-        image = (test.load(index, 2)[:-1] - 0.1) / 0.3
-        with torch.no_grad():
-            logits = enlarged(head(patch_maps(opened, image[None])), (56, 56))
-        assert torch.equal(one, logits[0].argmax(dim=0))
-
-
-def test_overlapping_windows_are_averaged(exported_vit: Path, mosaics: Path) -> None:
-    """Windows of 28 pixels, 18 apart at most, on 56: at 0, 18 and, to end at the edge, 28."""
-    opened = open_model(exported_vit)
-    head = build_head("linear", opened, 4, 0).eval()
-    test = open_masked(str(mosaics))[1]
-    for index, _, prediction in predictions(opened, head, mosaics, 56, overlap=1 / 3, batch_size=7)[:3]:
-        image = (test.load(index, 2)[:-1] - 0.1) / 0.3
-        total, count = torch.zeros(4, 56, 56), torch.zeros(56, 56)
-        for top in (0, 18, 28):
-            for left in (0, 18, 28):
-                window = image[None, :, top : top + 28, left : left + 28]
-                with torch.no_grad():
-                    patches = read_tokens(opened.network, window).patches[0].T.reshape(1, 32, 4, 4)
-                    total[:, top : top + 28, left : left + 28] += enlarged(head(patches), (28, 28))[0]
-                count[top : top + 28, left : left + 28] += 1
-        same = (prediction == (total / count).argmax(dim=0)).float().mean()
-        assert same > 0.999  # a tie may fall either way when sums are rounded
-
-
-def trained(opened: OpenModel, data: Path, kind: str, seed: int, lr: float = 1e-2) -> nn.Module:
-    train, _ = open_masked(str(data))
-    head = build_head(kind, opened, 4, seed)
-    crop = MaskedCrop(opened.view.size, 56, 0.5, 0.0, opened.view.mean, opened.view.std)
-    sampler = StepSampler(len(train), 8, seed, 0, 3)
-    batches = load_batches(ViewDataset(train, crop, 2, Draws(seed, seed)), sampler, 0)
-    train_head(opened, head, batches, HeadRecipe(3, lr, 1e-4, 0.0), DamageTally(train, 0.0))
-    return head
-
-
-@pytest.mark.parametrize("kind", list(HEADS))
-def test_a_head_is_its_seeds_alone_and_the_model_is_left_as_it_was(
-    kind: str, exported_vit: Path, mosaics: Path
+@pytest.mark.parametrize(
+    ("size", "options", "starts"),
+    [(56, {}, (0,)), (56, {"mode": "whole"}, (0,)), (28, {"short_side": 56, "overlap": 1 / 3}, (0, 18, 28))],
+)
+def test_overlapping_windows_are_averaged(
+    size: int, options: dict[str, Any], starts: tuple[int, ...], exported_vit: Path, mosaics: Path
 ) -> None:
-    opened = open_model(exported_vit)
-    before = {key: value.clone() for key, value in opened.network.state_dict().items()}
-    first = trained(opened, mosaics, kind, seed=0).state_dict()
-    torch.rand(7)  # whatever happened before
-    again = trained(opened, mosaics, kind, seed=0).state_dict()
-    other = trained(opened, mosaics, kind, seed=1).state_dict()
+    """Windows of 28 pixels, at most 18 apart, on 56 pixels begin at 0, 18 and, to end at the edge, 28."""
+    segmenter = make_segmenter(exported_vit, mosaics, size, classes=40, batch_size=5, **options)
+    test = open_masked(segmenter.config)[1]
+    predicted = predict(segmenter)
+    assert [index for index, *_ in predicted] == list(range(12))
+    for index, truth, prediction in predicted[:3]:
+        image = (test.load(index, 1)[None] / 255 - 0.1) / 0.3
+        total, count = torch.zeros(40, 56, 56), torch.zeros(56, 56)
+        for top, left in product(starts, starts):
+            here = (..., slice(top, top + size), slice(left, left + size))
+            with torch.no_grad():
+                patches = read_tokens(segmenter.opened.network, image[here]).patches
+                logits = segmenter.head(patches.transpose(1, 2).unflatten(2, (size // 7, size // 7)))
+            total[here] += F.interpolate(logits, (size, size), mode="bilinear")[0]
+            count[here] += 1
+        assert torch.equal(truth, test.load_mask(index))
+        agreement = (prediction == (total / count).argmax(dim=0)).float().mean()
+        assert agreement > 0.999, "rounding may decide ties"
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_training_depends_on_the_seed_alone_and_leaves_the_model(kind: str, exported_vit: Path, mosaics: Path) -> None:
+    segmenter = make_segmenter(exported_vit, mosaics, kind=kind)
+    before = {key: value.clone() for key, value in segmenter.opened.network.state_dict().items()}
+    first = train(segmenter)
+    torch.rand(7)  # changes the global random state
+    again = train(make_segmenter(exported_vit, mosaics, kind=kind))
+    other = train(make_segmenter(exported_vit, mosaics, kind=kind, seed=1), seed=1)
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["1.weight"], other["1.weight"])
-    assert not opened.network.training
-    assert all(torch.equal(before[key], value) for key, value in opened.network.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in segmenter.opened.network.state_dict().items())
+    assert not segmenter.opened.network.training
+    assert not segmenter.head.training
 
 
 def test_a_loss_that_is_not_finite_is_refused(exported_vit: Path, mosaics: Path) -> None:
+    segmenter = make_segmenter(exported_vit, mosaics)
+    config = segmenter.config.model_copy(update={"lr": 1e30, "warmup": 0.0})
     with pytest.raises(MapetError, match=r"the loss became (nan|inf) at step \d; take a lower --lr"):
-        trained(open_model(exported_vit), mosaics, "linear", seed=0, lr=1e30)
+        train(Segmenter(segmenter.opened, segmenter.head, config))

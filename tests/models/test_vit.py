@@ -25,7 +25,6 @@ def test_the_pooled_feature_is_the_mean_of_the_normalised_patches() -> None:
         ("vit_tiny_patch16_224", {"dept": 3}, "cannot build .*dept"),
         ("vit_tiny_patch16_224", {"embed_dim": 100, "num_heads": 3}, "cannot build"),
         ("vit_tiny_patch16_224", {"depth": 0}, "would have no block; take a depth of at least 1"),
-        ("vit_tiny_patch16_224", {"in_chans": 1}, "'in_chans' has a flag of its own: use --channels"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(name: str, arguments: dict[str, Any], says: str) -> None:

@@ -1,4 +1,4 @@
-"""What holds for every objective."""
+"""What every objective has in common."""
 
 from __future__ import annotations
 
@@ -7,151 +7,159 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch.nn.functional as F
 
-from mapet import MapetError
-from mapet.models.vit import build_vit
-from mapet.objectives.registry import OBJECTIVES, build_objective
+from mapet import Ids, MapetError, Mask
+from mapet.config.base import settle
+from mapet.config.keys import TrainKeys
+from mapet.engine.optimizer import build_optimizer
+from mapet.objectives.base import Objective
+from mapet.objectives.registry import OBJECTIVES, build_objective, build_target
+from mapet.objectives.targets import TARGETS
 
 SMALL: dict[str, dict[str, int]] = {
     "mae": {"decoder_depth": 1, "decoder_dim": 8, "decoder_heads": 2},
     "cae": {"regressor_depth": 1, "decoder_depth": 1},
 }
+EVERY_OBJECTIVE = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    name=st.sampled_from(sorted(OBJECTIVES)),
-    side=st.integers(2, 5),
-    patch=st.sampled_from([4, 7]),
-    channels=st.sampled_from([1, 2, 3, 5]),
-    registers=st.integers(0, 3),
-    class_token=st.booleans(),
-    no_embed_class=st.booleans(),
-    share=st.floats(0, 1),
-)
-def test_any_size_works(
-    name: str,
-    side: int,
-    patch: int,
-    channels: int,
-    registers: int,
-    class_token: bool,
-    no_embed_class: bool,
-    share: float,
-) -> None:
-    backbone = build_vit(
-        "vit_tiny_patch16_224",
-        image_size=side * patch,
-        patch_size=patch,
-        channels=channels,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        reg_tokens=registers,
-        class_token=class_token,
-        no_embed_class=no_embed_class,
-    )
-    prefix = registers + class_token
-    tokens = prefix + side * side
-    least = prefix + 1 if name == "cae" else max(1, prefix)
-    context = min(tokens - 1, least + int(share * (tokens - least)))
-    objective = build_objective(name, backbone, 9, context, args=SMALL.get(name))
-    images = torch.randn(3, channels, side * patch, side * patch)
-    if objective.needs_ids:
-        output = objective(images, torch.randint(0, 9, (3, side * side)))
-        assert output["logits"].shape == (3, tokens - context, 9)
-    else:
-        output = objective(images)
-        assert output["prediction"].shape == (3, tokens - context, patch * patch * channels)
-    output["loss"].backward()
-    unused = [name for name, parameter in objective.named_parameters() if parameter.grad is None]
-    assert not unused
+def make(name: str, backbone: Any, targets: str = "ids", **changes: Any) -> Objective:
+    """Return a small objective that predicts 9 ids, 9 features or pixels."""
+    target = build_target(name, targets, backbone, 9, "cosine")
+    return build_objective(name, backbone, target, **{"args": SMALL.get(name), **changes})
 
 
-def test_unknown_names_are_refused_with_the_nearest(tiny_vit: Callable[..., Any]) -> None:
-    with pytest.raises(MapetError, match="did you mean 'mapet'"):
-        build_objective("mapett", tiny_vit(), 9)
-    with pytest.raises(MapetError, match="did you mean 'random'"):
-        build_objective("mapet", tiny_vit(), 9, order="randm")
-
-
+@EVERY_OBJECTIVE
+@pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize(
-    ("name", "args", "says"),
+    ("changes", "mask_ratio"),
     [
-        ("mae", {"decoder_dept": 2}, "'mae' has no argument 'decoder_dept'; did you mean 'decoder_depth'"),
-        ("simmim", {"vocab_size": 2}, "'simmim' has no argument 'vocab_size'; it takes mask_cell"),
-        ("mapet", {"backbone": 2}, "'mapet' has no argument 'backbone'; it takes targets_per_image"),
-        ("mae", {"decoder_depth": 0}, "decoder_depth is 0; it must be a whole number of at least 1"),
-        ("mae", {"decoder_dim": "wide"}, "decoder_dim is 'wide'; it must be a whole number"),
-        ("mae", {"decoder_dim": 12, "decoder_heads": 5}, "decoder_dim 12 is not divisible among 5 decoder_heads"),
-        ("mae", {"decoder_dim": 10, "decoder_heads": 5}, "need a width divisible by 4, not 10"),
-        ("simmim", {"mask_cell": 1.5}, "mask_cell is 1.5"),
-        ("cae", {"regressor_depth": True}, "regressor_depth is True"),
-        ("cae", {"alignment_weight": -1.0}, "alignment_weight is -1.0; it must be a number from 0"),
-        ("cae", {"alignment_weight": "two"}, "alignment_weight is 'two'"),
+        ({"channels": 1}, 1 / 16),
+        ({"reg_tokens": 2}, 15 / 16),
+        ({"class_token": False}, 0.5),
+        ({"no_embed_class": True, "reg_tokens": 1, "image_size": 14}, 0.5),
     ],
 )
-def test_arguments_that_cannot_work_are_refused(
-    name: str, args: dict[str, Any], says: str, tiny_vit: Callable[..., Any]
+def test_every_objective_predicts_every_target(
+    name: str, targets: str, changes: dict[str, Any], mask_ratio: float, tiny_vit: Callable[..., Any]
 ) -> None:
-    with pytest.raises(MapetError, match=says):
-        build_objective(name, tiny_vit(), 9, args=args)
+    objective = make(name, tiny_vit(**changes), targets, mask_ratio=mask_ratio, masking="random")
+    channels, side, patches = changes.get("channels", 3), changes.get("image_size", 28), objective.patches
+    given = {"ids": torch.randint(0, 9, (3, patches)), "features": torch.randn(3, patches, 9)}.get(targets)
+    output = objective(torch.randn(3, channels, side, side), given)
+    width = 49 * channels if targets == "pixels" else 9
+    assert output["prediction"].shape == (3, objective.targets, width)
+    assert output["loss"].isfinite()
+    output["loss"].backward()
+    assert not [key for key, parameter in objective.named_parameters() if parameter.grad is None]
 
 
-def test_other_refusals(tiny_vit: Callable[..., Any]) -> None:
-    with pytest.raises(MapetError, match="mask_cell is given, but the order 'random' has no cells"):
-        build_objective("simmim", tiny_vit(), order="random", args={"mask_cell": 2})
-    with pytest.raises(MapetError, match="context_tokens is 1, so no patch is visible .* take at least 2"):
-        build_objective("cae", tiny_vit(), 9, context_tokens=1)
-    with pytest.raises(MapetError, match="patches of one pixel"):
-        build_objective("mae", tiny_vit(image_size=4, patch_size=1, channels=1))
+@EVERY_OBJECTIVE
+def test_context_and_targets_may_overlap(name: str, tiny_vit: Callable[..., Any]) -> None:
+    """In a mask made by hand; some patches are in neither part."""
+    objective = make(name, tiny_vit(), mask_ratio=0.5, masking="random").eval()
+    mask = Mask(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]] * 2), torch.tensor([[4, 5, 6, 7, 12, 8, 9, 10]] * 2))
+    images, ids = torch.randn(2, 3, 28, 28), torch.randint(0, 9, (2, 16))
+    output = objective(images, ids, mask)
+    expected = F.cross_entropy(output["prediction"].flatten(0, 1), ids.gather(1, mask.target).flatten())
+    assert torch.allclose(output.get("target_loss", output["loss"]), expected)
+    output["loss"].backward()
 
 
-def test_published_numbers_of_targets_at_224(tiny_vit: Callable[..., Any]) -> None:
-    backbone = tiny_vit(image_size=224, patch_size=16, depth=1)
-    found = {name: build_objective(name, backbone, 9).targets for name in OBJECTIVES}
-    assert found == {"mapet": 147, "pim": 147, "mim": 75, "raster": 147, "mae": 147, "simmim": 120, "cae": 98}
+@EVERY_OBJECTIVE
+def test_the_outcome_is_the_backbone_and_matrices_alone_are_decayed(name: str, tiny_vit: Callable[..., Any]) -> None:
+    objective = make(name, backbone := tiny_vit(reg_tokens=2))
+    assert objective.outcome() is backbone
+    config = settle(TrainKeys, {"data": "d"}, images=100)
+    decayed = {
+        id(p)
+        for group in build_optimizer(objective, config).param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
+    names = {name for name, parameter in objective.named_parameters() if id(parameter) in decayed}
+    assert not names & {"mask_token", "backbone.pos_embed", "backbone.cls_token", "backbone.reg_token"}
+    assert {name for name, p in objective.named_parameters() if p.ndim == 2} <= names
+    assert all(name.endswith("weight") and "norm" not in name for name in names)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@EVERY_OBJECTIVE
 def test_masks_come_from_the_seed_alone(name: str, tiny_vit: Callable[..., Any]) -> None:
-    """As the engine seeds a step: the same seed, the same loss; another seed, other targets."""
-    objective = build_objective(name, tiny_vit(), 9, args=SMALL.get(name)).eval()
+    objective = make(name, tiny_vit()).eval()
     images, ids = torch.randn(4, 3, 28, 28), torch.randint(0, 9, (4, 16))
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        losses.append((objective(images, ids) if objective.needs_ids else objective(images))["loss"].item())
+        losses.append(objective(images, ids)["loss"].item())
     assert losses[0] == losses[1]
     assert (losses[0] == losses[2]) == (name == "raster")
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_mixed_precision(name: str, tiny_vit: Callable[..., Any]) -> None:
-    objective = build_objective(name, tiny_vit(), 9, args=SMALL.get(name))
+@EVERY_OBJECTIVE
+def test_mixed_precision_gives_the_same_loss(name: str, tiny_vit: Callable[..., Any]) -> None:
+    objective = make(name, tiny_vit())
     images, ids = torch.randn(4, 3, 28, 28), torch.randint(0, 9, (4, 16))
-    order = objective.draw_order(4, images.device)
-    given = (images, ids) if objective.needs_ids else (images,)
-    whole = objective(*given, order=order)["loss"]
+    mask = objective.draw_mask(4, images.device)
+    whole = objective(images, ids, mask)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = objective(*given, order=order)["loss"]
+        mixed = objective(images, ids, mask)["loss"]
     assert mixed.dtype == torch.float32
     mixed.backward()
     assert mixed.item() == pytest.approx(whole.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_position_embeddings_and_lone_vectors_are_not_decayed(name: str, tiny_vit: Callable[..., Any]) -> None:
-    from mapet.engine.optimizer import build_optimizer
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@EVERY_OBJECTIVE
+def test_masks_are_drawn_on_the_device(name: str, tiny_vit: Callable[..., Any]) -> None:
+    objective = make(name, tiny_vit()).cuda()
+    output = objective(torch.randn(2, 3, 28, 28).cuda(), torch.zeros(2, 16, dtype=torch.long).cuda())
+    assert output["prediction"].is_cuda
+    assert all(part.is_cuda for part in objective.draw_mask(2, torch.device("cuda")))
 
-    objective = build_objective(name, tiny_vit(reg_tokens=2), 9, args=SMALL.get(name))
-    groups = build_optimizer(objective, 1e-3, 0.1, 0.99).param_groups
-    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
-    names = {key for key, parameter in objective.named_parameters() if id(parameter) in decayed}
-    assert not names & {"mask_token", "backbone.pos_embed", "backbone.cls_token", "backbone.reg_token"}
-    matrices = {
-        key for key, parameter in objective.named_parameters() if key.endswith("weight") and parameter.ndim == 2
+
+def test_published_defaults(tiny_vit: Callable[..., Any]) -> None:
+    backbone = tiny_vit(image_size=224, patch_size=16, depth=1)
+    built = {name: make(name, backbone) for name in OBJECTIVES}
+    assert {name: (each.targets, each.masking, each.default_targets) for name, each in built.items()} == {
+        "mapet": (147, "random", "ids"),
+        "pim": (147, "random", "ids"),
+        "mim": (75, "blockwise", "ids"),
+        "raster": (147, "raster", "ids"),
+        "mae": (147, "random", "pixels"),
+        "simmim": (120, "cells", "pixels"),
+        "cae": (98, "blockwise", "ids"),
     }
-    assert matrices <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("mapett", {}, "unknown objective 'mapett'; did you mean 'mapet'"),
+        ("mapet", {"masking": "randm"}, "unknown masking 'randm'; did you mean 'random'"),
+        ("mapet", {"mask_ratio": 0.01}, "mask_ratio 0.01 of 16 patches leaves no target; take 0.0625 to 0.938"),
+        ("cae", {"mask_ratio": 1.0}, "mask_ratio is 1, so no patch is visible to regress from; take less"),
+        ("simmim", {"masking": "random", "args": {"mask_cell": 2}}, "the masking 'random' has no cells"),
+        ("mae", {"args": {"decoder_dept": 2}}, "has no argument 'decoder_dept'; did you mean 'decoder_depth'"),
+        ("mapet", {"args": {"backbone": 2}}, "'mapet' has no argument 'backbone'; it takes targets_per_image"),
+        ("mim", {"args": {"targets_per_image": 2}}, "'mim' has no argument 'targets_per_image'; it takes none"),
+        ("mae", {"args": {"decoder_depth": 0}}, "decoder_depth is 0; it must be a whole number of at least 1"),
+        ("mae", {"args": {"decoder_heads": 5}}, "decoder_dim 512 is not divisible by decoder_heads 5"),
+        ("mae", {"args": {"decoder_dim": 10, "decoder_heads": 5}}, "need a width divisible by 4, not 10"),
+        ("cae", {"args": {"regressor_depth": True}}, "regressor_depth is True"),
+        ("cae", {"args": {"alignment_weight": "two"}}, "alignment_weight is 'two'"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    name: str, changes: dict[str, Any], says: str, tiny_vit: Callable[..., Any]
+) -> None:
+    with pytest.raises(MapetError, match=says):
+        build_objective(name, tiny_vit(), Ids(9), **changes)
+
+
+@EVERY_OBJECTIVE
+def test_targets_of_another_grid_are_refused(name: str, tiny_vit: Callable[..., Any]) -> None:
+    objective = make(name, tiny_vit())
+    with pytest.raises(MapetError, match=r"shape \(2, 9\), but 2 images of 4 x 4 patches need \(2, 16, \.\.\.\)"):
+        objective(torch.zeros(2, 3, 28, 28), torch.zeros(2, 9, dtype=torch.long))

@@ -9,10 +9,35 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mapet import MaPeT, MapetError, load_upstream
+from mapet import MaPeT, MapetError, Mask, load_upstream
 
 
-def test_finetuned_features_and_logits_are_the_authors(oracle: Callable[..., Any], tmp_path: Path) -> None:
+def test_pretraining_equals_the_authors(oracle: Callable[..., Any], tmp_path: Path) -> None:
+    """Predictions and loss within 1e-5 in float32, gradients within 1e-4."""
+    recorded = oracle("pretrain")
+    state = {f"module.{name}": tensor for name, tensor in recorded.state_dict.items()}
+    torch.save({"state_dict": state, "epoch": 300, "arch": "mapet_tiny"}, tmp_path / "checkpoint.tar")
+    objective = load_upstream(
+        tmp_path / "checkpoint.tar", {key: value for key, value in recorded.config.items() if key != "vocab_size"}
+    )
+    assert isinstance(objective, MaPeT)
+    tensors = recorded.tensors
+    mask = Mask.split(tensors["order"][:, 1:] - 1, objective.targets)
+    output = objective(tensors["images"], tensors["token_ids"], mask)
+    assert (output["prediction"] - tensors["logits"]).abs().max() <= 1e-5
+    assert (output["loss"] - tensors["loss"]).abs() <= 1e-5
+    output["loss"].backward()
+    names = {"mask_token": "mask_positional_token", "head.weight": "decoder.weight", "head.bias": "decoder.bias"}
+    checked = set()
+    for name, parameter in objective.named_parameters():
+        theirs = names.get(name, name.removeprefix("backbone."))
+        parts = [f"grad.{theirs.replace('qkv', part)}" for part in (("q", "kv") if "qkv" in name else ("",))]
+        checked |= set(parts)
+        assert (parameter.grad - torch.cat([tensors[part] for part in parts])).abs().max() <= 1e-4, name
+    assert checked == {name for name in tensors if name.startswith("grad.")}
+
+
+def test_finetuned_features_and_logits_equal_the_authors(oracle: Callable[..., Any], tmp_path: Path) -> None:
     recorded = oracle("finetuned")
     save_file(recorded.state_dict, tmp_path / "model.safetensors")
     images = recorded.tensors["images"]
@@ -20,17 +45,6 @@ def test_finetuned_features_and_logits_are_the_authors(oracle: Callable[..., Any
         model = load_upstream(source, recorded.config).eval()
         assert (model.forward_features(images) - recorded.tensors["features"]).abs().max() <= 1e-5
         assert (model(images) - recorded.tensors["logits"]).abs().max() <= 1e-5
-
-
-def test_a_pretraining_checkpoint_is_an_objective(oracle: Callable[..., Any], tmp_path: Path) -> None:
-    recorded = oracle("pretrain")
-    state = {f"module.{name}": tensor for name, tensor in recorded.state_dict.items()}
-    torch.save({"state_dict": state, "epoch": 300, "arch": "mapet_tiny"}, tmp_path / "checkpoint.tar")
-    objective = load_upstream(tmp_path / "checkpoint.tar", recorded.config)
-    assert isinstance(objective, MaPeT)
-    tensors = recorded.tensors
-    output = objective(tensors["images"], tensors["token_ids"], tensors["order"])
-    assert (output["logits"] - tensors["logits"]).abs().max() <= 1e-5
 
 
 def test_published_shapes_need_no_config(oracle: Callable[..., Any]) -> None:
@@ -61,22 +75,16 @@ def test_published_shapes_need_no_config(oracle: Callable[..., Any]) -> None:
     ("changes", "config", "says"),
     [
         ({"pos_embed": None}, {}, "holds no model of MaPeT's authors .*'pos_embed' is missing"),
-        ({"decoder.bias": None}, {}, "'decoder.bias' is missing"),
         ({"blocks.0.attn.kv.weight": None}, {}, "'blocks.0.attn.kv.weight' is missing"),
         ({"blocks.0.attn.q.weight": torch.tensor(1.0)}, {}, "holds no model of MaPeT's authors"),
-        ({"pos_embed": torch.tensor(1.0)}, {}, "holds no model of MaPeT's authors"),
         ({"pos_embed": torch.zeros(1, 13, 48)}, {}, "size mismatch for pos_embed"),
         ({"strange": torch.zeros(1)}, {}, "does not fit its architecture.*strange"),
         ({"norm.bias": None}, {}, r"does not fit its architecture.*norm\.bias"),
-        ({"norm.bias": torch.tensor(1.0)}, {}, r"size mismatch for norm\.bias"),
         ({"norm.bias": torch.full((48,), torch.nan)}, {}, "'norm.bias' in .* does not hold finite floats"),
-        ({"norm.bias": torch.zeros(48, dtype=torch.long)}, {}, "'norm.bias' in .* does not hold finite floats"),
         ({"blocks.99999.norm1.weight": torch.zeros(48)}, {}, r"Missing key\(s\).*blocks\.3"),
         ({"decoder.bias": torch.zeros(96)}, {}, "mask vector or head .* does not fit .*size mismatch for head"),
-        ({"mask_positional_token": torch.zeros(1, 1, 17)}, {}, "size mismatch for mask_token"),
         ({}, {"depth": 4}, r"Missing key\(s\).*blocks\.3"),
         ({}, {"num_head": 3}, "timm cannot build .*num_head"),
-        ({}, {"num_heads": 5}, "timm cannot build .*divisible"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from mapet import MapetError
 from mapet.data.labelled import few_per_class, open_labelled
 from mapet.data.views import PlainView
-from mapet.jobs.evaluate.config import KNN_TEMPERATURE, KNNConfig
+from mapet.jobs.evaluate.config import KNNConfig
 from mapet.probes.features import Features, extract_features
 from mapet.probes.knn import classify, evaluate_knn
 
@@ -22,7 +23,7 @@ Parts = tuple[Features, Features]
 
 
 def measure(read: Any, train: int, test: int) -> Parts:
-    seen, unseen = open_labelled("fashion-mnist")
+    seen, unseen = open_labelled("mnist")
     parts = few_per_class(seen, train, seed=0), few_per_class(unseen, test, seed=0)
     found = [extract_features(read, part, VIEW, 1, device=torch.device("cpu")) for part in parts]
     return found[0], found[1]
@@ -33,8 +34,8 @@ def pixels() -> Parts:
     return measure(nn.Flatten(), 200, 50)
 
 
-def reference(known: Any, labels: Any, asked: Any, k: int, temperature: float = KNN_TEMPERATURE) -> Any:
-    """scikit-learn's predictions, in its own float64."""
+def reference(known: Any, labels: Any, asked: Any, k: int, temperature: float = 0.07) -> Any:
+    """The predictions of scikit-learn, in float64."""
     weights = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
     classifier = KNeighborsClassifier(k, metric="cosine", weights=weights)
     return classifier.fit(known.astype(np.float64), labels).predict(asked.astype(np.float64))
@@ -42,67 +43,58 @@ def reference(known: Any, labels: Any, asked: Any, k: int, temperature: float = 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 @pytest.mark.parametrize("network", ["pixels", "vit"])
-def test_predictions_are_scikit_learns(
+def test_predictions_equal_those_of_scikit_learn(
     network: str, temperature: float, pixels: Parts, tiny_vit: Callable[..., Any]
 ) -> None:
-    """Also on the features of an untrained network, which are nearly the same for all images."""
+    """The features of an untrained network are nearly the same for all images."""
     train, test = pixels if network == "pixels" else measure(tiny_vit(channels=1).eval(), 200, 50)
     found = classify(train.x, train.y, test.x, NEIGHBOURS, temperature, 10)
     for k in NEIGHBOURS:
         assert np.array_equal(found[k][:, 0], reference(train.x, train.y, test.x, k, temperature)), k
-        assert found[k].shape == (500, 5)
 
 
-def test_duplicates_and_equal_votes_are_settled_as_by_scikit_learn(pixels: Parts) -> None:
+def test_duplicates_and_equal_votes_are_resolved_as_in_scikit_learn(pixels: Parts) -> None:
     train, test = pixels
     twice, labels = np.concatenate([train.x, train.x]), np.concatenate([train.y, train.y])
-    found = classify(twice, labels, test.x, [1, 2, 10], KNN_TEMPERATURE, 10)
+    found = classify(twice, labels, test.x, [1, 2, 10], 0.07, 10)
     for k in (2, 10):
         assert np.array_equal(found[k][:, 0], reference(twice, labels, test.x, k))
-    assert np.array_equal(found[1], classify(train.x, train.y, test.x, [1], KNN_TEMPERATURE, 10)[1])
-    # The same image under two labels: equal votes go to the first class.
+    assert np.array_equal(found[1], classify(train.x, train.y, test.x, [1], 0.07, 10)[1])
     pair = np.stack([test.x[0], test.x[0]])
     for order in ([7, 3], [3, 7]):
-        assert classify(pair, np.array(order), test.x[:1], [2], KNN_TEMPERATURE, 10)[2][0, 0] == 3
+        assert classify(pair, np.array(order), test.x[:1], [2], 0.07, 10)[2][0, 0] == 3
         assert reference(pair, np.array(order), test.x[:1], 2) == [3]
 
 
-def test_of_neighbours_equally_near_the_first_counts(pixels: Parts) -> None:
+def test_of_equally_near_neighbours_the_first_counts(pixels: Parts) -> None:
     train, test = pixels
     copies = np.repeat(train.x[:1], 400, axis=0)
-    labels = np.arange(400)
     for start in (0, 250):
-        found = classify(np.roll(copies, start), np.roll(labels, start), test.x[:3], [1], KNN_TEMPERATURE, 400)[1]
-        assert (found[:, 0] == np.roll(labels, start)[0]).all()
+        labels = np.roll(np.arange(400), start)
+        assert (classify(copies, labels, test.x[:3], [1], 0.07, 400)[1][:, 0] == labels[0]).all()
 
 
-def test_a_small_temperature_leaves_the_nearest_alone(pixels: Parts) -> None:
+@pytest.mark.parametrize("temperature", [1e-5, 1e-9])
+def test_a_low_temperature_gives_the_nearest_neighbour(temperature: float, pixels: Parts) -> None:
     train, test = pixels
-    found = classify(train.x, train.y, test.x, [1, 50], 1e-5, 10)
-    assert np.array_equal(found[1][:, 0], found[50][:, 0])
+    nearest = classify(train.x, train.y, test.x, [1], 0.07, 10)[1]
+    assert np.array_equal(classify(train.x, train.y, test.x, [50], temperature, 10)[50][:, 0], nearest[:, 0])
 
 
-def test_k_is_chosen_without_the_test_images(pixels: Parts) -> None:
+def test_k_is_chosen_on_held_out_training_images(pixels: Parts) -> None:
     train, test = pixels
-    result = evaluate_knn(train, test, NEIGHBOURS, KNN_TEMPERATURE, seed=1)
+    result = evaluate_knn(train, test, NEIGHBOURS, 0.07, seed=1)
     assert result.k == max(sorted(result.held_out), key=lambda k: result.held_out[k])
     assert list(result.held_out) == list(result.test) == list(NEIGHBOURS)
     assert result.scores.accuracy == result.test[result.k] > 0.7
-    shuffled = Features(test.store, test.rows, np.roll(test.y, 1), test.classes)
-    other = evaluate_knn(train, shuffled, NEIGHBOURS, KNN_TEMPERATURE, seed=1)
-    assert (other.k, other.held_out) == (result.k, result.held_out)
-    assert other.scores.accuracy < 0.3
+    wrong_test = evaluate_knn(train, replace(test, y=(test.y + 1) % 10), NEIGHBOURS, 0.07, seed=1)
+    assert (wrong_test.k, wrong_test.held_out) == (result.k, result.held_out)
+    assert wrong_test.scores.accuracy < 0.3
 
 
-def test_more_neighbours_than_images(pixels: Parts) -> None:
+def test_more_neighbours_than_training_images(pixels: Parts) -> None:
     train, test = pixels
-    few = train.subset(np.concatenate([np.flatnonzero(train.y == c)[:5] for c in range(10)]))
-    assert list(evaluate_knn(few, test, NEIGHBOURS, KNN_TEMPERATURE, seed=0).test) == [1, 5, 10, 20]
-    with pytest.raises(MapetError, match=r"k = 60 .* there are 40 besides those held out.*--k 40 or less"):
-        evaluate_knn(few, test, [60], KNN_TEMPERATURE, seed=0)
-
-
-def test_a_small_temperature_leaves_the_nearest(pixels: Parts) -> None:
-    train, test = pixels
-    nearest = classify(train.x, train.y, test.x, [1], KNN_TEMPERATURE, 10)[1][:, 0]
-    assert np.array_equal(classify(train.x, train.y, test.x, [20], 1e-9, 10)[20][:, 0], nearest)
+    few = train.subset(np.concatenate([np.flatnonzero(train.y == label)[:5] for label in range(10)]))
+    assert list(evaluate_knn(few, test, NEIGHBOURS, 0.07, seed=0).test) == [1, 5, 10, 20]
+    with pytest.raises(MapetError, match=r"k = 60 .* there are 40 besides .* held out.*--k 40 or less"):
+        evaluate_knn(few, test, [60], 0.07, seed=0)

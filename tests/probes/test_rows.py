@@ -7,28 +7,26 @@ from torch import nn
 
 from mapet.data.labelled import few_per_class, open_labelled
 from mapet.data.views import PlainView
-from mapet.probes.during import probe_evaluator
-from mapet.probes.rows import probe_row
+from mapet.probes.rows import probe_evaluator, probe_row
 
 VIEW = PlainView((28, 28), (0.13,), (0.31,))
 
 
-def test_a_row_of_raw_pixels_and_of_a_network_that_keeps_its_mode(tiny_vit: Callable[..., Any]) -> None:
+def test_row_of_raw_pixels_and_evaluator_of_a_network(tiny_vit: Callable[..., Any]) -> None:
     parts = [few_per_class(part, count, seed=0) for part, count in zip(open_labelled("mnist"), (50, 20), strict=True)]
     pixels = probe_row(nn.Flatten(), *parts, VIEW, channels=1)
     assert 0.8 < pixels["knn"] < 1
     assert 0.75 < pixels["linear"] < 1
-    objective = nn.Module()
-    objective.backbone = tiny_vit(channels=1, drop_path=0.5).train()
+    network = tiny_vit(channels=1, drop_path=0.5).train()
     evaluator = probe_evaluator(*parts, VIEW, channels=1)
-    found, again = dict(evaluator(objective)), dict(evaluator(objective))
-    assert found == again, "stochastic depth must be off"
+    found = dict(evaluator(network))
     assert set(found) == {"eval_knn", "eval_linear"}
-    assert objective.backbone.training
+    assert found == dict(evaluator(network)), "stochastic depth must be off"
+    assert network.training
     assert 0.1 < found["eval_knn"] < pixels["knn"]
 
 
-def test_fewer_images_than_neighbours() -> None:
+def test_row_with_fewer_images_than_neighbours() -> None:
     train, test = (few_per_class(part, 1, seed=0).subset(range(6)) for part in open_labelled("mnist"))
     row = probe_row(nn.Flatten(), train, test, VIEW, channels=1)
     assert all(0 <= accuracy <= 1 for accuracy in row.values())

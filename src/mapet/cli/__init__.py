@@ -1,7 +1,5 @@
 """The command line: ``mapet VERB``. Finds the command, parses its flags, turns errors into sentences."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -21,6 +19,7 @@ from mapet.errors import MapetError, nearest
 VERBS = {
     "pretrain": "pretrain.verb:PRETRAIN",
     "compare": "compare.verb:COMPARE",
+    "table": "compare.verb:TABLE",
     "finetune": "finetune.verb:FINETUNE",
     "eval knn": "evaluate.verb:KNN",
     "eval linear": "evaluate.verb:LINEAR",

@@ -1,6 +1,4 @@
-"""How the command line talks."""
-
-from __future__ import annotations
+"""Logging of the command line."""
 
 import logging
 
@@ -9,28 +7,28 @@ from rich.text import Text
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records above a progress bar; a record stays one line, whatever the width of the terminal."""
+    """Prints log records above a progress bar; a record stays one line on terminals of any width."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record; warnings and errors say that they are."""
+        """Print a record; warnings and errors begin with their level."""
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         style = "" if record.levelno < logging.WARNING else "yellow"
         self._console.print(Text(prefix + record.getMessage(), style), soft_wrap=True)
 
 
 class Once(logging.Filter):
-    """Lets each message pass once."""
+    """Lets each message pass only once."""
 
     def __init__(self) -> None:
         super().__init__()
         self._said: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether it is new."""
+        """Return whether the message is new."""
         message = record.getMessage()
         new = message not in self._said
         self._said.add(message)
@@ -44,6 +42,6 @@ def set_up_logging() -> Console:
     package.handlers[:] = [ConsoleHandler(console)]
     package.setLevel(logging.INFO)
     package.propagate = False
-    # Where damaged images are named: each pass over the images meets them again.
+    # This logger names damaged images, and each pass over the images meets them again.
     logging.getLogger("mapet.data.batches").filters[:] = [Once()]
     return console

@@ -1,7 +1,5 @@
 """Flags made from the configuration: one per key, with its name and text."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

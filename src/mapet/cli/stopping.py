@@ -1,6 +1,4 @@
-"""SIGTERM and SIGHUP unwind a command as Ctrl-C does: what is temporary is removed, nothing stays half-written."""
-
-from __future__ import annotations
+"""SIGTERM and SIGHUP end a command like Ctrl-C: temporary files are removed, nothing stays half-written."""
 
 import os
 import signal
@@ -10,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows knows no terminal that hangs up
+SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end. Like KeyboardInterrupt not an Exception, lest it be taken for a failure."""
+    """A signal asked the process to end. Like KeyboardInterrupt it is no Exception: it is not a failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,22 +23,22 @@ class Stopped(BaseException):
 def stopped_by_signals() -> Iterator[None]:
     """While entered, a signal that would kill the process raises ``Stopped`` in its main thread instead.
 
-    A signal that is ignored, as under nohup, or that has a handler stays as it is. Training has its own handlers in
-    the meantime, see ``mapet.engine.StopRequest``.
+    A signal that is ignored (under nohup) or has another handler keeps it. Training has its own handlers, see
+    ``mapet.engine.stop.StopRequest``.
 
     Raises:
         Stopped: in the body.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
     owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a loading process inherits the handler, but has nothing to clear up
+        if os.getpid() != owner:  # a loading process inherits the handler and has nothing to clean up
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        # Launchers and terminals send it twice; the second must not interrupt the clearing up after the first.
+        # Launchers and terminals send signals twice; the second must not interrupt the cleaning up.
         elif not _unwinding(sys.exception()):
             raise Stopped(number)
 
@@ -55,7 +53,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def _unwinding(error: BaseException | None) -> bool:
-    """Whether an exception, or one during whose handling it was raised, is ``Stopped``."""
+    """Return whether an exception or one of its contexts is ``Stopped``."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error is not None

@@ -6,8 +6,6 @@ adds what is left open: defaults, and for keys whose default is ``CHOSEN`` what 
 data, the network or the machine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from mapet.errors import MapetError, nearest
 
-CHOSEN: Any = ...  # the default of a key that ``choose`` fills in
+CHOSEN: Any = object()  # the default of a key that ``choose`` fills in
 
 
 class Config(BaseModel):
@@ -74,7 +72,8 @@ def key(
         bounds: pydantic's constraints, such as ``ge=0``.
     """
     marks: dict[str, JsonValue] = {"common": common, "free": free, "single": single, "instead_of": instead_of}
-    return Field(default, description=text, json_schema_extra={"marks": marks}, **bounds)
+    marks["required"] = default is ...
+    return Field(... if default is CHOSEN else default, description=text, json_schema_extra={"marks": marks}, **bounds)
 
 
 def marked(config_class: type[Config], mark: str) -> frozenset[str]:
@@ -122,10 +121,18 @@ def _partial(config_class: type[AnyConfig]) -> type[AnyConfig]:
     return create_model(config_class.__name__, __base__=config_class, **fields)
 
 
-def parse(config_class: type[Config], values: Mapping[str, Any], origin: str = "the configuration") -> dict[str, Any]:
+def parse(
+    config_class: type[Config], values: Mapping[str, Any], origin: str = "the configuration", *, complete: bool = False
+) -> dict[str, Any]:
     """Check the values that a user gave; return them as their types have them.
 
     None stands for "not given", unless it is a value of the key.
+
+    Args:
+        config_class: of the job.
+        values: by key.
+        origin: of the values, for messages.
+        complete: the keys that a user must give must be there.
 
     Raises:
         MapetError: naming the first wrong key, what is wrong, and for an unknown key the nearest valid one.
@@ -136,6 +143,9 @@ def parse(config_class: type[Config], values: Mapping[str, Any], origin: str = "
         for name in config_class.model_fields
         if name in checked.model_fields_set and (getattr(checked, name) is not None or admits_none(config_class, name))
     }
+    for name in marked(config_class, "required") if complete else ():
+        if given.get(name) is None:
+            raise MapetError(f"{origin} lacks {name!r}: {config_class.model_fields[name].description}")
     try:
         config_class.check_together(given)
     except ValueError as error:
@@ -175,7 +185,9 @@ def _first_error(error: ValidationError, config_class: type[Config], origin: str
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_unicode":
         message = "not valid UTF-8; rename it, or link to it by another name"
-    return f"{origin} is wrong: {name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    value = first["input"]
+    shown = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return f"{origin} is wrong: {name} = {shown}: {message[0].lower()}{message[1:]}"
 
 
 def continued(

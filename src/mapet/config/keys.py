@@ -1,14 +1,12 @@
 """Types of keys, and groups of keys that several configurations share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from mapet.config.base import CHOSEN, Config, key
+from mapet.config.base import CHOSEN, Config, from_text, key
 from mapet.errors import MapetError
 
 # Upper bounds are far above what is of use, and below what would fail late, or overflow.
@@ -22,6 +20,7 @@ LeastRate = Annotated[float, Field(ge=0, le=1e3)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+OneOrThree = Annotated[Literal[1, 3], BeforeValidator(from_text)]
 # YAML reads a bare no as false.
 NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
@@ -50,12 +49,7 @@ class DataKeys(Config):
 class InputKeys(DataKeys):
     """What the networks get."""
 
-    channels: Literal[1, 3] = key(3, "1 (grey) or 3 (RGB): what images are converted to")
-
-    @field_validator("channels", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        return int(value) if isinstance(value, str) and value.isdecimal() else value
+    channels: OneOrThree = key(3, "1 (grey) or 3 (RGB): what images are converted to")
 
 
 class NetworkKeys(Config):
@@ -120,11 +114,9 @@ class TokenizerKeys(DataKeys):
 
     tokenizer: Text = key(..., "the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", common=True)
     teacher_weights: str | None = key(None, "of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE")
-    channels: Literal[1, 3] | None = key(
+    channels: OneOrThree | None = key(
         None, "1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
     )
-
-    _number = field_validator("channels", mode="before")(InputKeys._number.__func__)  # type: ignore[attr-defined]
 
 
 class TeacherKeys(Config):

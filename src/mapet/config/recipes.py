@@ -1,7 +1,5 @@
 """Recipes: YAML files of values, the user's or the package's; a recipe may extend another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

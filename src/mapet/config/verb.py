@@ -1,7 +1,5 @@
 """What a command is: its configuration, what it says of itself, and its work."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -31,6 +29,19 @@ class Call:
     def say(self, text: str) -> None:
         """Print a remark on standard error, as it is and on lines of any length."""
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def unfinished(self, result: Any) -> int | None:
+        """Return the exit status of a run that a signal stopped, or that another process reports; None of others.
+
+        Args:
+            result: the trainer's ``Result``.
+        """
+        if not result.is_main:
+            return 0
+        if result.finished:
+            return None
+        self.say(f"stopped and saved after step {result.steps}; --resume continues {result.folder.root}")
+        return 128 + (result.stopped_by or 0)
 
 
 @dataclass(frozen=True)

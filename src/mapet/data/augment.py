@@ -1,7 +1,5 @@
 """Augmentation for supervised training: timm's transforms, with all randomness from a seed."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Batches as pure functions of the step: a run that starts at any step sees the same images from there on."""
 
-from __future__ import annotations
-
 import logging
 import random
 from collections.abc import Iterator, Sequence

@@ -8,8 +8,6 @@
 - The EXIF orientation is applied.
 """
 
-from __future__ import annotations
-
 import warnings
 from io import BytesIO
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small real data sets for demos and tests: MNIST digits and Fashion-MNIST."""
 
-from __future__ import annotations
-
 import gzip
 from functools import cache
 from pathlib import Path
@@ -44,7 +42,7 @@ def _read_mnist() -> ImageSet:
 
 
 def _read_fashion_mnist(part: str) -> ImageSet:
-    if DEBIAN_FASHION_MNIST.is_dir():
+    if (DEBIAN_FASHION_MNIST / "train-images-idx3-ubyte.gz").is_file():
         pixels = _read_idx(f"{part}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
         labels = _read_idx(f"{part}-labels-idx1-ubyte.gz", header=8)
     else:

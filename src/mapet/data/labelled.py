@@ -1,7 +1,5 @@
 """Labelled images: folders with one subfolder per class, their parts, and random choices by class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Names of image sets as users give them, checked without importing torch or NumPy."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

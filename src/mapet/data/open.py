@@ -1,7 +1,5 @@
 """Opening of images by the name that the user gives."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mapet.data.labelled import open_labelled

@@ -1,7 +1,5 @@
 """Seeds as pure functions of (seed, purpose, ...), and the random choices of a view."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from enum import IntEnum

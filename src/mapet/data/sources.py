@@ -3,8 +3,6 @@
 A new storage format is a new class with the methods of ``Source`` and a function that returns an ``ImageSet`` of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """View functions: a decoded image becomes the tokenizer's image and the network's input."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

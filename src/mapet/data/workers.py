@@ -1,7 +1,5 @@
 """Loading processes: how they start, and how they end."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing.util
 import os

@@ -4,8 +4,6 @@ A checkpoint is a folder of ``task.safetensors``, ``optimizer.safetensors`` and 
 in it: all randomness is a function of the seed and the step.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

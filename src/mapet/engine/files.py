@@ -1,6 +1,4 @@
-"""Files and folders replaced so that a kill at any moment leaves a whole one, the old or the new."""
-
-from __future__ import annotations
+"""Replacing files and folders so that a kill at any moment leaves the old or the new one, whole."""
 
 import os
 import shutil
@@ -14,7 +12,7 @@ from mapet.errors import MapetError
 
 
 def replace_file(target: Path, text: str) -> None:
-    """Replace the file ``target`` by one that holds ``text``."""
+    """Replace the file ``target`` by one with the content ``text``."""
     fresh = target.with_name(f".{target.name}.new")
     try:
         fresh.write_text(text)
@@ -26,10 +24,10 @@ def replace_file(target: Path, text: str) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Replace the folder ``target`` by one that ``write`` fills; a kill at any moment leaves a whole one.
+    """Replace the folder ``target`` by one that ``write`` fills.
 
-    The new content is written and flushed beside it, then the two are renamed. Between the renames the old
-    content is found under ``.NAME.old``, from where ``recover_folder`` takes it back.
+    The new folder is written and flushed beside the old one, then both are renamed. Between the renames the old folder
+    is called ``.NAME.old``; ``recover_folder`` restores it.
     """
     fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     recover_folder(target)
@@ -37,7 +35,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         write(fresh)
         for file in fresh.iterdir():
-            file.chmod(fresh.stat().st_mode & 0o666)  # safetensors' are its writer's alone, whatever the umask says
+            file.chmod(fresh.stat().st_mode & 0o666)  # safetensors ignores the umask
             _flush(file)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -51,10 +49,10 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def claimed_folder(target: Path) -> Iterator[None]:
-    """Hold a folder that is yet to be made by ``replace_folder``, for this process.
+    """Hold the name of a new folder, to be made by ``replace_folder``, for this process.
 
     Raises:
-        MapetError: if there is something there already, another process is at it, or it cannot be written to.
+        MapetError: if it exists and is not empty, another process is making it, or it cannot be written.
     """
     with _claimed(
         target, lambda: target.exists() and (not target.is_dir() or any(target.iterdir())), " and is not empty"
@@ -64,12 +62,12 @@ def claimed_folder(target: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Give a path beside ``target`` to write to; when all went well, what is there becomes ``target``.
+    """Give a path beside ``target`` to write to; it is renamed to ``target`` at the end.
 
-    After an error nothing is left, after a kill nothing under the final name.
+    An error leaves no file, a kill no file of the final name.
 
     Raises:
-        MapetError: if there is something there already, another process is at it, or it cannot be written to.
+        MapetError: if ``target`` exists, another process is making it, or it cannot be written.
     """
     fresh = target.with_name(f".{target.name}.new")
     with _claimed(target, target.exists):
@@ -87,10 +85,10 @@ def new_file(target: Path) -> Iterator[Path]:
 def _claimed(target: Path, taken: Callable[[], bool], how: str = "") -> Iterator[None]:
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
-        if taken() or target.is_symlink():  # one that leads nowhere is not there by itself
+        if taken() or target.is_symlink():  # a link to nothing does not exist()
             raise MapetError(f"output {target} is there already{how}; choose another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
-        Path(lock.lock_file).touch()  # where nothing can be written, the lock would seem to be taken
+        Path(lock.lock_file).touch()  # without permission to write, the lock would seem taken
         lock.acquire(timeout=0)
     except Timeout:
         raise MapetError(
@@ -106,7 +104,7 @@ def _claimed(target: Path, taken: Callable[[], bool], how: str = "") -> Iterator
 
 
 def find_folder(target: Path) -> Path | None:
-    """Return where the content of ``target`` is, be it not yet taken back by ``recover_folder``; None if nowhere."""
+    """Return the folder with the content of ``target``, which may still be ``.NAME.old``; None if there is none."""
     old = target.with_name(f".{target.name}.old")
     return next((folder for folder in (target, old) if folder.exists()), None)
 

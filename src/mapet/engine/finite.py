@@ -1,7 +1,5 @@
 """When a loss or gradient is NaN or infinite: say why before any weight is touched."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

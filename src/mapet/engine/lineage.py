@@ -1,7 +1,5 @@
 """Records of a run, and of the runs that its weights come from; kept in ``origin.json`` and shown by model cards."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

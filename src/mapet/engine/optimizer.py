@@ -1,7 +1,5 @@
 """The optimizer of the paper's recipes, and its learning rate as a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay

@@ -4,8 +4,6 @@ The task and its network know nothing of this. Compilation, sharding (FSDP) or a
 ``wrap``.
 """
 
-from __future__ import annotations
-
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState

@@ -3,8 +3,6 @@
 Accelerate's ``PartialState`` is one object per process, so nothing here needs to be told who its peers are.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 from collections.abc import Callable

@@ -13,8 +13,6 @@ figures/             pictures
 results.json         results of an evaluation
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -57,21 +55,21 @@ class RunFolder:
         self.lock: FileLock | None = None
 
     def check(self) -> None:
-        """Refuse a folder that is neither absent, nor empty, nor a run's.
+        """Accept a folder that does not exist, is empty, or holds a run.
 
         Raises:
-            MapetError: for a file, or a folder of other things.
+            MapetError: for a file, or a folder with other contents.
         """
         if not self.root.exists():
             return
         if not self.root.is_dir():
             raise MapetError(f"output {self.root} is a file; choose a folder with --out")
-        # What a run that was refused may leave, and what a launcher writes there before the run begins, as SLURM does.
+        # Left by a run that was refused, or written by a launcher such as SLURM before the run begins.
         left = {".lock", ".writable", self.log.name}
         foreign = sorted(
             path.name for path in self.root.iterdir() if path.name not in left and path.suffix not in LAUNCHERS_LOGS
         )
-        # Looked for last, for another process of this run may be making it.
+        # Checked last, because another process of this run may be writing it.
         if foreign and not self.config.exists():
             raise MapetError(
                 f"output folder {self.root} holds {foreign[0]!r}, but no run; choose a new or empty folder with --out"
@@ -103,11 +101,11 @@ class RunFolder:
         log_to(self.log)
 
     def holds_checkpoint(self) -> bool:
-        """Whether there is a checkpoint, be it under the name that a kill left it with."""
+        """Return whether there is a checkpoint; it may have the temporary name that a kill left it with."""
         return find_folder(self.checkpoint) is not None
 
     def find_export(self) -> Path | None:
-        """Return where the exported network is, be it under the name that a kill left it with; None without one."""
+        """Return the folder of the exported network, under its temporary name after a kill; None without one."""
         return find_folder(self.exported)
 
     def write_config(self, config: Config) -> None:
@@ -116,28 +114,27 @@ class RunFolder:
             replace_file(self.config, config_to_yaml(config))
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder for other processes."""
         if self.lock is not None:
             self.lock.release()
 
     def metric_lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the whole lines of metrics.jsonl, numbers by name; a last line cut short by a kill is passed over."""
+        """Yield the records of metrics.jsonl; a last line that a kill cut short is skipped."""
         if not self.metrics.exists():
             return
         with self.metrics.open(errors="replace") as lines:
             for number, line in enumerate(lines, 1):
-                if line.endswith("\n"):
-                    try:
-                        record = json.loads(line)
-                    except ValueError:
-                        record = None
-                    if _is_record(record):
-                        yield record
-                    else:
-                        logger.warning("passed over line %d of %s, which is damaged", number, self.metrics)
+                if not line.endswith("\n"):
+                    continue
+                try:
+                    record = json.loads(line)
+                    record["step"] + 1
+                    yield record
+                except (ValueError, TypeError, KeyError):
+                    logger.warning("skipped line %d of %s, which is damaged", number, self.metrics)
 
     def forget_metrics_from(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run will compute again."""
+        """Remove the records of steps that a resumed run computes again."""
         kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
         replace_file(self.metrics, "".join(kept))
 
@@ -184,15 +181,15 @@ def log_to(file: Path) -> None:
 
 
 def lock_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> FileLock:
-    """Hold a folder for this process; the system lets go of it however the process ends.
+    """Hold a folder for this process; the system releases it when the process ends.
 
     Args:
         root: the folder.
-        name: of the file in it that stands for what is held.
-        patience_s: how long to wait for another process, in seconds; -1 for ever.
+        name: of the lock file in it.
+        patience_s: how long to wait for another process, in seconds; -1 waits for ever.
 
     Raises:
-        MapetError: if another process holds it. Where nothing can be locked that is said, and the folder taken.
+        MapetError: if another process holds it. A file system without locks gives a warning.
     """
     lock = FileLock(root / name)
     try:
@@ -208,7 +205,7 @@ def lock_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> Fi
 
 @contextmanager
 def held_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> Iterator[None]:
-    """Hold a folder as ``lock_folder`` does, as long as the ``with`` statement lasts."""
+    """Hold a folder while the ``with`` statement lasts; see ``lock_folder``."""
     lock = lock_folder(root, name, patience_s=patience_s)
     try:
         yield
@@ -216,17 +213,8 @@ def held_folder(root: Path, name: str = ".lock", *, patience_s: float = 0) -> It
         lock.release()
 
 
-def _is_record(content: object) -> bool:
-    """Whether a line of metrics.jsonl is a step's numbers by name."""
-    return (
-        isinstance(content, dict)
-        and isinstance(content.get("step"), int)
-        and all(isinstance(value, int | float | None) for value in content.values())
-    )
-
-
 def run_of(model: str | Path) -> RunFolder | None:
-    """Return the run that a model is: its folder, or the one whose ``exported/`` is named; None if it is of no run."""
+    """Return the run folder that a model is or lies in (its ``exported/``); None for other models."""
     folder = Path(str(model).removeprefix("local-dir:"))
     places = [folder, folder.parent] if folder.name == "exported" else [folder]
     return next((run for run in map(RunFolder, places) if run.config.is_file()), None)
@@ -234,7 +222,7 @@ def run_of(model: str | Path) -> RunFolder | None:
 
 @contextmanager
 def explain_disk_errors(root: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write below ``root`` into one clear sentence."""
+    """Turn the operating system's errors about files below ``root`` into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -260,7 +248,7 @@ def explain_disk_errors(root: Path) -> Iterator[None]:
 
 
 def _errno(error: Exception) -> int | None:
-    """The system's error number; safetensors tells it only in words: "... (os error 28)"."""
+    """Return the system's error number; safetensors writes it into its message: "... (os error 28)"."""
     if isinstance(error, OSError):
         return error.errno
     told = re.search(r"os error (\d+)", str(error))

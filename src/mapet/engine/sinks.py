@@ -3,8 +3,6 @@
 To add one (Weights & Biases, say), write a class with these three methods and name it in ``SINKS``.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

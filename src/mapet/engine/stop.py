@@ -1,4 +1,4 @@
-"""Stopping politely: on SIGTERM, SIGINT or SIGHUP the step in progress ends and is saved."""
+"""Stopping on SIGTERM, SIGINT or SIGHUP: the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """While entered, the first SIGTERM, SIGINT or SIGHUP sets ``signal``; a second one acts as it always does.
+    """While entered, the first SIGTERM, SIGINT or SIGHUP sets ``signal``; a second one has its usual effect.
 
-    A signal that the process ignores stays ignored. Outside the main thread, where Python delivers no signals, it is
-    never requested.
+    A signal that the process ignores stays ignored. Outside the main thread Python delivers no signals, so nothing is
+    ever requested there.
     """
 
     SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)))
@@ -26,7 +26,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether somebody asked to stop."""
+        """Whether a signal asked to stop."""
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:

@@ -1,7 +1,5 @@
 """The trainer: set up, fetch, forward, backward, step, log, measure, save. It knows no objective and no metric."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """The check that what a network computes is finite."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A model on its device and the options of ``inference.stream``, from a configuration."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mapet.config.keys import InferenceKeys

@@ -1,7 +1,5 @@
 """``mapet.load``: a model and the transform that makes its input, for use in Python."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Trained models, opened with the view that makes their input."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

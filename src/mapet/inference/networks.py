@@ -1,7 +1,5 @@
 """timm networks, found by a run folder, an exported folder or a name, and built with their weights."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

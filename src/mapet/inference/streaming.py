@@ -1,7 +1,5 @@
 """Run a network over images, in order, batch by batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar

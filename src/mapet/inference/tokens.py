@@ -1,7 +1,5 @@
 """Features of an image: pooled, of the class token, and of each patch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Vision Transformers: timm's, with attention that takes a mask of rows and keys."""
+"""timm Vision Transformers with rectangular attention masks, and their files."""

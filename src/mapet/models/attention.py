@@ -1,10 +1,8 @@
-"""timm's attention and block, taught to take a layout; parameters and state-dict keys stay timm's.
+"""timm's attention and block with rectangular masks; parameters and state-dict keys stay timm's.
 
-Both classes read everything they need from the shape of the mask: an ``(R, K)`` mask asks for the
-outputs of the *last* ``R`` rows, which look at the *first* ``K`` rows. Without a mask they are timm's.
+The shape of the mask tells which rows are computed: with an ``(R, K)`` mask the *last* ``R`` rows are the queries and
+the *first* ``K`` rows the keys. Without a mask the computation is timm's.
 """
-
-from __future__ import annotations
 
 from functools import cache
 
@@ -20,18 +18,18 @@ from mapet.errors import MapetError
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies matrices in bfloat16 by itself (AVX512-bf16 or AMX)."""
+    """Whether the CPU has instructions for matrix products in bfloat16 (AVX512-bf16 or AMX)."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
-    """Scaled dot-product attention, in whichever form is faster on the device and type at hand.
+    """Return scaled dot-product attention, computed in the form that is faster on the device and for the type.
 
     Args:
         query: ``(B, heads, R, d)``.
         key: ``(B, heads, K, d)``; ``value`` likewise.
-        mask: ``(R, K)`` boolean, true where a row may look.
+        mask: ``(R, K)`` boolean, true where a row may attend to a key.
         dropout: probability of dropping an attention weight.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bfloat16():
@@ -45,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: flo
 
 
 class LayoutAttention(Attention):  # type: ignore[misc]
-    """timm's ``Attention`` whose mask may be rectangular: last ``R`` rows look at the first ``K``."""
+    """timm's ``Attention`` with rectangular masks: the last ``R`` rows attend to the first ``K`` rows."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map ``(B, N, D)`` to ``(B, R, D)``; without a mask, R is N and the computation is timm's."""
@@ -53,7 +51,7 @@ class LayoutAttention(Attention):  # type: ignore[misc]
             return super().forward(x, is_causal=is_causal)  # type: ignore[no-any-return]
         rows, keys = attn_mask.shape
         x_rows = x[:, -rows:]
-        # One projection each for rows and keys: a row that is never a key needs no key and no value.
+        # Rows and keys are projected separately: a row that is never a key needs no key and no value.
         q_weight, kv_weight = self.qkv.weight.tensor_split([self.attn_dim])
         q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([self.attn_dim])
         q = F.linear(x_rows, q_weight, q_bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
@@ -68,7 +66,7 @@ class LayoutAttention(Attention):  # type: ignore[misc]
 
 
 class LayoutBlock(Block):  # type: ignore[misc]
-    """timm's ``Block`` that returns only the rows its mask asks for."""
+    """timm's ``Block`` that returns only the rows of its mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map ``(B, N, D)`` to ``(B, R, D)``, with R the rows of the mask."""
@@ -80,10 +78,10 @@ class LayoutBlock(Block):  # type: ignore[misc]
 
 
 def use_layouts(backbone: VisionTransformer) -> VisionTransformer:
-    """Let the blocks of a timm ViT take layouts, in place.
+    """Let the blocks of a timm ViT take rectangular masks, in place.
 
-    The blocks and their attention change class and nothing else, so parameters, hooks, state-dict keys and
-    the result of an ordinary forward pass stay what they were.
+    Only the classes of the blocks and of their attention change. Parameters, hooks, state-dict keys and the result of
+    an ordinary forward pass stay the same.
 
     Raises:
         MapetError: for a backbone that is not a plain timm ViT with learned position embeddings.

@@ -1,6 +1,4 @@
-"""Export of a network as a folder that timm loads by itself."""
-
-from __future__ import annotations
+"""Export of a network as a folder that timm loads."""
 
 import copy
 from collections.abc import Sequence
@@ -26,19 +24,19 @@ def export_network(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json`` into an existing folder.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the identical output, if the
-    weights are kept in float32. The layout is that of Hugging Face's hub, so the folder can be pushed as it is.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` then gives the identical output, if the weights are
+    stored in float32. The layout is that of the Hugging Face hub, to which the folder can be pushed as it is.
 
     Args:
-        network: made by ``timm.create_model``, whose arguments timm has recorded.
-        folder: where.
-        mean, std: the input normalisation the network was trained with.
-        crop_pct: share of the resized image's side that the network is to see.
-        interpolation: how images are resized.
+        network: made by ``timm.create_model``, which has recorded its arguments.
+        folder: where to write.
+        mean, std: the input normalisation of training.
+        crop_pct: share of the resized image's side that the network sees.
+        interpolation: of the resizing.
         classes: names of a classifier's outputs.
-        license: of these weights, as the hub names it; timm would write that of the weights it has itself.
-        tag: what timm calls these weights, after the architecture and a dot; None: as the network says.
-        dtype: that weights are kept in; what reads them computes in its own.
+        license: of these weights, as the hub names it; timm would write the licence of its own weights.
+        tag: of these weights, which timm writes after the architecture and a dot; None: the network's own.
+        dtype: of the stored weights.
     """
     save_for_hf(
         network if dtype == torch.float32 else copy.deepcopy(network).to(dtype),

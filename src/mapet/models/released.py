@@ -1,7 +1,5 @@
 """Backbones that come with the package."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

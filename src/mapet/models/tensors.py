@@ -1,7 +1,5 @@
 """Tensors in files made by others: read without running code in them, and compared with the tensors that are wanted."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping
@@ -49,7 +47,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         else:
             reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
             advice = "the file may be cut short or no checkpoint, pass a state dict as torch or safetensors saves it"
-        raise MapetError(f"weights {path} cannot be read as tensors ({reason}); {advice}") from error
+        raise MapetError(f"weights {path} cannot be read as tensors: {reason}; {advice}") from error
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise MapetError(f"weights {path} hold a {kind}, not a state dict; pass a state dict as torch saves it")
@@ -95,13 +93,22 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: s
     Raises:
         MapetError: naming the first tensor that is missing or different.
     """
-    for name, tensor in wanted.items():
-        if name not in found:
-            problem = f"{name!r} is missing"
-        elif found[name].shape != tensor.shape:
-            problem = f"{name!r} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        elif tensor.is_floating_point() and not found[name].is_floating_point():
-            problem = f"{name!r} is of type {str(found[name].dtype).removeprefix('torch.')}, not of floats"
-        else:
-            continue
-        raise MapetError(f"weights {path} do not fit {what}: {problem}; pass the weights of that network")
+    missing = [name for name in wanted if name not in found]
+    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    integers = [name for name in wanted if name in found and _is_integer(found[name]) and not _is_integer(wanted[name])]
+    if missing:
+        problem = f"{missing[0]!r} is missing"
+    elif wrong:
+        problem = f"{wrong[0]!r} has shape {tuple(found[wrong[0]].shape)} instead of {tuple(wanted[wrong[0]].shape)}"
+    elif integers:
+        problem = f"{integers[0]!r} is of type {found[integers[0]].dtype}, not of floats"
+    else:
+        return
+    raise MapetError(
+        f"weights {path} do not fit {what}: {problem} ({len(missing)} missing, {len(wrong)} of wrong shape of "
+        f"{len(wanted)}); pass the weights of that network"
+    )
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point()

@@ -4,8 +4,6 @@ Their files are written by ``torch.save`` and hold ``{"state_dict": ..., "epoch"
 has separate ``q`` and ``kv`` projections; stacked, they are timm's ``qkv``.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

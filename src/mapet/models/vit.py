@@ -1,7 +1,5 @@
 """Build a timm Vision Transformer for pre-training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm

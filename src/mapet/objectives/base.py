@@ -1,7 +1,5 @@
 """What every pre-training objective has: a backbone, a target, and masking that chooses the predicted patches."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

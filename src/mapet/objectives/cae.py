@@ -1,7 +1,5 @@
 """CAE: context autoencoder (Chen et al., 2202.03026)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """MAE: masked autoencoders (He et al., 2111.06377)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

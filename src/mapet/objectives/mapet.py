@@ -20,8 +20,6 @@ Tokens are gathered into visiting order first, and positions travel with them. S
 the same for every image, head and block: a function of the numbers of context tokens and targets alone.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Patches as rows: their pixels, their fixed positions, picking some of them."""
 
-from __future__ import annotations
-
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor
 

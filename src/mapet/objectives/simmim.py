@@ -1,7 +1,5 @@
 """SimMIM: a simple framework for masked image modelling (Xie et al., 2111.09886)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """What the trainer trains: one contract for pre-training, fine-tuning and tokenizers."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

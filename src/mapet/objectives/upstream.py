@@ -1,7 +1,5 @@
 """``mapet.load_upstream``: the authors' checkpoints as an objective or a classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

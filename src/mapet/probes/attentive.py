@@ -1,7 +1,5 @@
 """Attentive probe: one learned query attends to the patches, then a linear classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Accuracy of a network that has a classifier."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from mapet.data.sources import ImageSet
@@ -114,14 +113,15 @@ def extract_features(
     for labels, output in stream_labelled(network, images, view, channels, dtype=dtype, **options):
         if not done:
             shape = (len(images), *output.shape[1:])
-            store = np.empty(shape, np.float32) if file is None else _allocate_on_disk(file, shape)
+            store = np.empty(shape, np.float32) if file is None else allocate_on_disk(file, shape)
         batch = slice(done, done + len(labels))
         store[batch], y[batch] = output.cpu().numpy(), labels
         done += len(labels)
     return Features(store, np.arange(done), y[:done], images.classes)
 
 
-def _allocate_on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
+def allocate_on_disk(file: Path, shape: tuple[int, ...]) -> FloatArray:
+    """Return a float16 array in a new file; raise MapetError if the disk has no room for it."""
     size = 2 * int(np.prod(shape))
     # A full disk kills a process that writes to a mapped file, without a message: allocate the space before.
     try:
@@ -148,6 +148,8 @@ def hold_out(y: IntArray, seed: int) -> tuple[IntArray, IntArray]:
     Raises:
         MapetError: if there is only one class, or a single image of every class.
     """
+    from sklearn.model_selection import StratifiedKFold  # imported here: it takes as long as torch
+
     counts = np.bincount(y)
     if np.count_nonzero(counts) < 2:
         raise MapetError(f"the {len(y)} training images that can be read are of one class; repair or add images")

@@ -1,7 +1,5 @@
 """Probes: heads with different settings, trained together on frozen features; the best setting is tested."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Weighted k-NN classifier of Wu et al. (2018, 1805.01978, section 3.4), as DINO reports it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

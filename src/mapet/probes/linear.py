@@ -1,7 +1,5 @@
 """Linear probe: softmax regression on standardised features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

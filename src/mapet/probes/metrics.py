@@ -1,14 +1,11 @@
 """Accuracy, top-5 accuracy and confusion matrix of predicted classes."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
 
 MOST_GUESSES = 5
 
@@ -40,6 +37,8 @@ def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
         guesses: ``(n, min(5, C))`` class indices, the most probable first.
         classes: names of the ``C`` classes.
     """
+    from sklearn.metrics import confusion_matrix  # imported here: it takes as long as torch
+
     right = guesses == truth[:, None]
     return Scores(
         tuple(classes),

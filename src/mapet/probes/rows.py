@@ -1,7 +1,5 @@
 """k-NN and linear-probe accuracy with fixed settings, as one row of a table or during training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

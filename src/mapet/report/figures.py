@@ -1,7 +1,5 @@
 """Figures of a run, as PNG files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path

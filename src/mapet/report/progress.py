@@ -1,7 +1,5 @@
 """Progress of commands on the terminal or in a log file."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tables, written once for every place where people read them: terminal, Markdown, CSV, HTML."""
 
-from __future__ import annotations
-
 import csv
 import html
 import io

@@ -1,7 +1,5 @@
 """The baseline of a run: what a model reaches that ignores the images. A run that learns is better."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable

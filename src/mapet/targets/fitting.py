@@ -1,7 +1,5 @@
 """Fit a codebook by k-means: all processes sample patches, the main process clusters them."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -3,8 +3,6 @@
 A source is called with a batch and returns the arguments of the objective besides the images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -64,13 +62,13 @@ class OnlineIds:
     needs_digests = False
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device, seed: int) -> None:
-        self._tokenizer, self._device = tokenizer.to(device), device
+        self.tokenizer, self._device = tokenizer.to(device), device
         self.width, self.view_size, self.view_seed = tokenizer.vocab_size, tokenizer.input_size, seed
         self.content_hash = self.tokenizer_hash = tokenizer.content_hash
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the ids of a batch of views, ``(B, P)`` int64."""
-        return (self._tokenizer.encode(batch["tokenizer_images"].to(self._device, non_blocking=True)),)
+        return (self.tokenizer.encode(batch["tokenizer_images"].to(self._device, non_blocking=True)),)
 
 
 class StoredIds:

@@ -1,7 +1,5 @@
 """Choose a tokenizer by name: ready or to be fitted, its number of ids, and whether it fits the student."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

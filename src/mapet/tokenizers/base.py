@@ -1,7 +1,5 @@
 """The base class of all visual tokenizers, and that of the tokenizers fitted by k-means."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The tokenizer of DALL-E, a discrete VAE, which BEiT and its successors predict. It needs transformers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 

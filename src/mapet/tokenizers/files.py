@@ -1,7 +1,5 @@
 """Tokenizers as folders: ``tokenizer.json`` and ``tokenizer.safetensors``."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

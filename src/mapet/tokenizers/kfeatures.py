@@ -1,7 +1,5 @@
 """k-features: k-means over the feature map of a pre-trained network. With CLIP it is the paper's k-CLIP."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """k-means: centroids are fitted with faiss; the nearest centroid is found with torch, on the device of the images."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """k-pixels: k-means over the pixels of patches. It needs no download and is the default tokenizer."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

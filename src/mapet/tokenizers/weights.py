@@ -1,7 +1,5 @@
 """Weights trained by others: read from a file, a URL or the Hugging Face hub, and identified by their SHA-256."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

@@ -1,61 +1,47 @@
 """What the ids of a token store were made with: its ``header.json``."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mapet.errors import MapetError
 
-FORMAT = 1
-FOR_THE_RECORD = ("tokenizer", "kind")  # the tokenizer's hash says more than its name
+FORMAT = 2
+NOT_COMPARED = {"format", "tokenizer"}  # tokenizer_hash identifies the tokenizer wherever it lies
 
 
-@dataclass(frozen=True)
-class Header:
-    """What decides the ids of a store, and what they look like.
+class Header(BaseModel):
+    """Everything that decides the ids of a store, and their shape and type.
 
     Args:
-        tokenizer, kind: where the tokenizer lay and what it is, for the record.
-        tokenizer_hash: its ``content_hash``.
+        tokenizer: path or name of the tokenizer, for information only.
+        tokenizer_hash: ``content_hash`` of the tokenizer.
         grid: rows and columns of patches; ``P`` is their product.
         vocab_size: ``V``; ids are in ``[0, V)``.
-        view: settings of the views that were tokenized, JSON-able; a store compares them and does not read them.
-        views: ``K``, how many views of each image are stored.
-        seed: of the views.
-
-    Raises:
-        MapetError: if a number is out of range.
+        view: settings of the tokenized views; a store compares these settings but does not interpret them.
+        views: ``K``, the number of stored views per image.
+        seed: seed of the views.
+        format: number of the store's file format.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     tokenizer: str
-    kind: str
     tokenizer_hash: str
     grid: tuple[int, int]
     vocab_size: int
-    view: Mapping[str, Any]
+    view: dict[str, Any]
     views: int
     seed: int
-
-    def __post_init__(self) -> None:
-        # As JSON gives them back: equal headers stay equal when one of them comes from a file.
-        object.__setattr__(self, "grid", tuple(self.grid))
-        object.__setattr__(self, "view", json.loads(json.dumps(self.view)))
-        if min(*self.grid, self.vocab_size, self.views) < 1 or self.vocab_size > 1 << 32 or self.views > 1 << 16:
-            raise MapetError(
-                f"a token store cannot hold {self.views} views an image of {self.grid} patches with {self.vocab_size} "
-                "ids; each must be at least 1, views at most 2**16 and ids at most 2**32"
-            )
+    format: int = FORMAT
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(K, P)``: what is stored for an image."""
+        """Shape ``(K, P)`` of the ids of one image."""
         return self.views, self.grid[0] * self.grid[1]
 
     @property
@@ -65,54 +51,29 @@ class Header:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of all entries; the index repeats it, so that neither can be exchanged alone."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
-
-    def write(self, file: Path) -> None:
-        """Write it as JSON, with the number of the store's format."""
-        file.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        """SHA-256 of all entries."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).digest()
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Read what ``write`` wrote.
+        """Read a ``header.json``.
 
         Raises:
-            MapetError: if there is no header, it is no JSON, of another format, or lacks an entry.
+            MapetError: if the file is missing or damaged, or the store has another format.
         """
         try:
-            content = json.loads(file.read_text())
+            header = cls.model_validate_json(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            raise MapetError(
-                f"{file.parent} holds no token store ({file.name} is missing); make one with: mapet tokenizer encode"
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise MapetError(f"{file} cannot be read ({error}); put the original back or encode again") from error
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise MapetError(
-                f"{file} is not of format {FORMAT}, the one that this version of mapet reads; use the version that "
-                "made it, or encode again"
-            )
-        try:
-            return cls(**content)
-        except (TypeError, ValueError, MapetError) as error:
-            raise changed(file) from error
+            raise MapetError(f"{file.parent} is not a token store; make one with: mapet tokenizer encode") from None
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise MapetError(f"{file} is damaged ({reason}); restore it or encode into another folder") from error
+        if header.format != FORMAT:
+            raise MapetError(f"{file} has format {header.format}, not {FORMAT}; remove the store and encode again")
+        return header
 
-    def first_difference(self, other: Header) -> tuple[str, Any, Any] | None:
-        """Name the first entry that makes other ids, with both values; None if the ids are the same."""
-        ours, theirs = self._entries(), other._entries()
-        for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
-                return name, ours.get(name), theirs.get(name)
-        return None
-
-    def _entries(self) -> dict[str, Any]:
-        entries = {name: value for name, value in asdict(self).items() if name not in FOR_THE_RECORD}
-        # The views' settings first: they say more than the number that follows from them.
+    def compared_entries(self) -> dict[str, Any]:
+        """Return the entries that change the ids, by name."""
+        entries = self.model_dump(exclude=NOT_COMPARED)
+        # The settings of the views come first because the number of stored views follows from them.
         return {f"view {name}": value for name, value in entries.pop("view").items()} | entries
-
-
-def changed(file: Path) -> MapetError:
-    """Return the error for a header that is not the one that the store was made with."""
-    return MapetError(
-        f"{file} was changed after the store was made, or is another store's; put the original back or encode again"
-    )

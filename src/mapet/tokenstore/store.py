@@ -1,403 +1,204 @@
-"""Token stores: folders of ids that cannot be read for any other image than they were made from.
+"""Token stores: folders of arrays with the ids of images.
 
 header.json    what the ids were made with, see ``Header``
-index.bin      how many rows there are, then a record per row: which image, in which state, see ``records``
-ids.bin        per row the ids of K views of P patches
-.lock          held by the process that appends
+ids.npy        (rows, K, P) ids, in the smallest unsigned integer type
+images.npy     (rows,) records of ``IMAGE``: which image a row belongs to, and its state
 """
 
-from __future__ import annotations
-
-import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, from_numpy
 
+from mapet.data.seeds import name_number
 from mapet.errors import MapetError
-from mapet.tokenstore.header import Header, changed
-from mapet.tokenstore.records import MAGIC, PREAMBLE, State, as_digests, checksums, find, key_digests, record_type
+from mapet.tokenstore.arrays import GrowingArray
+from mapet.tokenstore.header import Header
 
-logger = logging.getLogger(__name__)
+HEADER_FILE, IDS_FILE, IMAGES_FILE = "header.json", "ids.npy", "images.npy"
 
-HEADER_FILE, INDEX_FILE, IDS_FILE, LOCK_FILE = "header.json", "index.bin", "ids.bin", ".lock"
-CHUNK_BYTES = 4 << 20  # of rows looked at together
+# 64 bits of a key's hash suffice: if two images had the same ones, their content digests would still differ.
+IMAGE = np.dtype([("key", "<u8"), ("content", "u1", 32), ("state", "u1"), ("checksum", "<u4")])
 
 Rows = NDArray[np.int64]
-Digests = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Report:
-    """What ``verify`` found: how many rows there are of each kind, and which are corrupt."""
+class State(IntEnum):
+    """State of a row. ``CORRUPT`` is never stored: it is found by the checksum."""
 
-    rows: int
-    written: int
-    damaged: int
-    empty: int
-    corrupt: Rows
+    EMPTY = 0
+    WRITTEN = 1
+    DAMAGED = 2  # the image could not be decoded
+    CORRUPT = 3
 
 
 class TokenStore:
-    """Ids of images, a row per image, found by the image's key and held to its content.
+    """Ids of images, one row per image, found by the image's key and compared with its content.
 
-    One process appends rows with ``plan``; it and others may then ``write`` rows, each its own. A kill at any moment
-    leaves rows that are whole or ``pending``.
+    One process appends rows with ``append``; then several processes may ``write``, each its own rows. After a kill at
+    any moment every row is whole, ``EMPTY`` or ``CORRUPT``.
 
-    Rows are read through memory maps, of which the system keeps in memory what it has to spare; a store holds nothing
-    itself. Looking keys up takes 40 bytes a key and 24 a row while it lasts, appending 200 a row; 8 bytes a key remain,
-    the rows.
+    Digests are SHA-256 of the images' content, ``(b, 32)`` uint8. The arrays are memory-mapped; looking up keys takes
+    about 200 bytes per key while it lasts.
 
-    Digests are SHA-256, ``(b, 32)`` uint8. Of an image's content, they are over whatever the caller decodes.
+    Attributes:
+        header: what the ids were made with.
+        ids: array of the ids, ``(rows, K, P)``.
     """
 
-    def __init__(self, folder: Path, writable: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.header = Header.read(folder / HEADER_FILE)
-        self._lock = FileLock(folder / LOCK_FILE)
-        self._record_type = record_type(self.header.views)
-        self._row_bytes = self.header.shape[0] * self.header.shape[1] * self.header.dtype.itemsize
-        self._files: tuple[int, int] | None = None
-        with self._explain("opened"):
-            self._map()
-            if writable:
-                self._files = os.open(folder / INDEX_FILE, os.O_RDWR), os.open(folder / IDS_FILE, os.O_RDWR)
+        self._seed = zlib.crc32(self.header.digest)
+        self._images = GrowingArray(folder / IMAGES_FILE, IMAGE, ())
+        # A kill inside of append() may leave more rows of ids than of images.
+        self.ids = GrowingArray(folder / IDS_FILE, self.header.dtype, self.header.shape, least_rows=len(self))
 
     @classmethod
-    def create(cls, folder: str | Path, header: Header) -> Self:
-        """Make an empty store and open it for writing.
+    def create(cls, folder: Path, header: Header) -> Self:
+        """Make an empty store in an empty folder; hidden files do not count.
 
         Raises:
-            MapetError: if the folder exists and is not empty, or cannot be made.
+            MapetError: if the folder is not empty.
+            OSError: if the files cannot be written.
         """
-        folder = Path(folder).absolute()
-        # Renamed when it is whole, so that a kill leaves none by halves.
-        fresh = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            fresh.mkdir(parents=True)
-            header.write(fresh / HEADER_FILE)
-            (fresh / INDEX_FILE).write_bytes(PREAMBLE.pack(MAGIC, 0, header.digest))
-            (fresh / IDS_FILE).touch()
-            fresh.rename(folder)
-        except OSError as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise MapetError(
-                f"token store {folder} cannot be made ({error.strerror}); name a folder that is new or empty"
-            ) from error
-        return cls.open(folder, writable=True)
+        # The header gets its name last, so that a folder with a header is a whole store.
+        unnamed = folder / f".{HEADER_FILE}.new"
+        if not unnamed.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise MapetError(f"output folder {folder} is not empty and holds no token store; choose another --out")
+        unnamed.write_text(header.model_dump_json(indent=2) + "\n")
+        np.save(folder / IDS_FILE, np.empty((0, *header.shape), header.dtype))
+        np.save(folder / IMAGES_FILE, np.empty(0, IMAGE))
+        unnamed.rename(folder / HEADER_FILE)
+        return cls(folder)
 
     @classmethod
-    def open(cls, folder: str | Path, writable: bool = False) -> Self:
-        """Open a store to read it, or also to write.
+    def open(cls, folder: str | Path) -> Self:
+        """Open a store.
 
         Raises:
-            MapetError: if there is none, its files do not belong together, or one is cut short.
+            MapetError: if there is none, or a file is damaged, cut short or belongs to another store.
         """
-        return cls(Path(folder), writable)
-
-    def close(self) -> None:
-        """Flush what was written, and let others append."""
-        with self._explain("written"):
-            for file in self._files or ():
-                os.fsync(file)
-                os.close(file)
-        self._files = None
-        self._lock.release(force=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return cls(Path(folder))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._images.rows)
 
     def check_header(self, wanted: Header) -> None:
         """Refuse a store whose ids are not those that ``wanted`` describes.
 
-        The tokenizer's path and kind are not compared: its hash is.
-
         Raises:
             MapetError: naming the first entry that differs.
         """
-        difference = self.header.first_difference(wanted)
-        if difference:
-            name, stored, asked = difference
-            raise MapetError(
-                f"token store {self.folder} was made with {name} {stored!r}, but {asked!r} is asked for; ask for "
-                "the same, or encode into another folder"
-            )
+        stored, asked = self.header.compared_entries(), wanted.compared_entries()
+        for name in stored | asked:
+            if stored.get(name) != asked.get(name):
+                raise MapetError(
+                    f"token store {self.folder} was made with {name} {stored.get(name)!r}, but {asked.get(name)!r} is "
+                    "asked for; ask for the same, or encode into another folder"
+                )
 
-    def plan(self, keys: Sequence[str]) -> Rows:
-        """Return the row of each key, ``(n,)``; keys that are new get empty rows at the end, in their order.
-
-        From now until ``close`` no other process can append.
+    def append(self, keys: Sequence[str]) -> None:
+        """Append an empty row for each key that has no row. Only one process may do this at a time.
 
         Raises:
-            MapetError: if another process appends, or there is no room.
+            OSError: if the files cannot be written.
         """
-        files = self._writable_files()
-        self._acquire()
-        with self._explain("written"):
-            self._map()  # another process may have appended since this one opened it
-            digests = key_digests(keys)
-            rows = find(self._records["key"], digests)
-            new = rows < 0
-            _, first, number = np.unique(digests[new], return_index=True, return_inverse=True)
-            # A key that comes twice has one row; np.unique sorts, but rows are in order of first appearance.
-            rows[new] = len(self) + np.argsort(np.argsort(first))[number]
-            self._append(*files, digests[new][np.sort(first)])
-        return rows
+        known = dict.fromkeys(self._images.rows["key"].tolist())
+        new = [number for number in dict.fromkeys(map(name_number, keys)) if number not in known]
+        images = np.zeros(len(new), IMAGE)
+        images["key"] = new
+        self.ids.grow(len(self) + len(new))
+        self._images.grow(len(self) + len(new), images.tobytes())
 
     def find(self, keys: Sequence[str]) -> Rows:
-        """Return the row of each key, ``(n,)``; -1 for one that has none, or an empty one."""
-        rows = find(self._records["key"], key_digests(keys))
-        known = rows >= 0
-        rows[known] = np.where(self._records["state"][rows[known]] == State.EMPTY, -1, rows[known])
-        return rows
+        """Return the row of each key, ``(n,)``, which may be empty; -1 if the key has no row."""
+        row_of = {number: row for row, number in enumerate(self._images.rows["key"].tolist())}
+        return np.array([row_of.get(name_number(key), -1) for key in keys], np.int64)
 
     def rows(self, keys: Sequence[str]) -> Rows:
         """Return the row of each key, ``(n,)``.
 
         Raises:
-            MapetError: if keys have no row, or an empty one.
+            MapetError: if a key has no row or an empty one.
         """
         rows = self.find(keys)
-        missing = rows < 0
-        if missing.any():
+        states = self._images.rows["state"]
+        missing = [key for key, row in zip(keys, rows, strict=True) if row < 0 or states[row] == State.EMPTY]
+        if missing:
             raise MapetError(
-                f"{missing.sum()} of {len(keys)} images have no tokens in {self.folder}, the first being "
-                f"{keys[int(missing.argmax())]!r}; append them with: mapet tokenizer encode"
+                f"{len(missing)} of {len(keys)} images have no tokens in {self.folder}, the first being "
+                f"{missing[0]!r}; append them with: mapet tokenizer encode"
             )
         return rows
 
-    def pending(self, rows: Rows, digests: Digests | None = None) -> NDArray[np.bool_]:
-        """Return, as ``(b,)``, which rows are to be written: empty or corrupt ones, and those of changed images.
+    def states(self, rows: Rows) -> NDArray[np.uint8]:
+        """Return the ``State`` of each row, ``(b,)``, after verifying its checksum."""
+        images = self._images.rows[rows]
+        sums = self._checksums(images, (self.ids.rows[row] for row in rows.tolist()))
+        corrupt = (images["state"] != State.EMPTY) & (images["checksum"] != sums)
+        return np.where(corrupt, np.uint8(State.CORRUPT), images["state"])
 
-        Rows of images that could not be decoded are not, until the image changes.
+    def unchanged(self, rows: Rows, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Return for each row, ``(b,)``, whether it was made from the content with this digest."""
+        return np.asarray((self._images.rows["content"][rows] == digests).all(1))
 
-        Args:
-            rows: ``(b,)``.
-            digests: of the images' content; without them changes are not looked for.
-        """
-        pending = np.empty(len(rows), np.bool_)
-        for part in self._parts(len(rows)):
-            records = self._records[rows[part]]
-            pending[part] = ~self._whole(records, self._ids[rows[part]])
-            if digests is not None:
-                pending[part] |= records["content"] != as_digests(digests[part])
-        return pending
-
-    def damaged(self, rows: Rows) -> NDArray[np.bool_]:
-        """Return, as ``(b,)``, which rows are of images that could not be decoded."""
-        return np.asarray(self._records["state"][rows] == State.DAMAGED)
-
-    def write(self, rows: Rows, digests: Digests, ids: Tensor) -> None:
+    def write(self, rows: Rows, digests: NDArray[np.uint8], ids: Tensor, decoded: NDArray[np.bool_]) -> None:
         """Write the ids of images.
 
         Args:
             rows: ``(b,)``; no other process may write them at the same time.
             digests: of the images' content.
-            ids: ``(b, K, P)`` integers in ``[0, V)``.
+            ids: ``(b, K, P)`` integers in ``[0, V)`` on the CPU.
+            decoded: ``(b,)``, false for images that could not be decoded; their ids are ignored.
 
         Raises:
-            MapetError: if the ids are not such, or cannot be written.
+            OSError: if the files cannot be written.
         """
-        values = ids.cpu().numpy()
-        if values.shape != (len(rows), *self.header.shape):
-            raise MapetError(
-                f"ids of shape {values.shape} do not fit {len(rows)} rows of token store {self.folder}, which holds "
-                f"{self.header.shape[0]} views of {self.header.shape[1]} patches"
-            )
-        if values.size and not 0 <= values.min() <= values.max() < self.header.vocab_size:
-            raise MapetError(
-                f"ids from {values.min()} to {values.max()} do not fit token store {self.folder}, made for a tokenizer "
-                f"of {self.header.vocab_size}; encode with that one"
-            )
-        self._put(rows, digests, State.WRITTEN, values.astype(self.header.dtype))
+        assert ids.shape == (len(rows), *self.header.shape), ids.shape
+        assert 0 <= ids.numpy().min() <= ids.numpy().max() < self.header.vocab_size
+        values = np.ascontiguousarray(ids.numpy(), self.header.dtype)
+        values[~decoded] = 0
+        images = self._images.rows[rows]
+        images["content"], images["state"] = digests, np.where(decoded, State.WRITTEN, State.DAMAGED)
+        images["checksum"] = self._checksums(images, values)
+        self.ids.write(rows, values)
+        self._images.write(rows, images)
 
-    def mark_damaged(self, rows: Rows, digests: Digests) -> None:
-        """Write down that images, by rows and digests as for ``write``, cannot be decoded."""
-        self._put(rows, digests, State.DAMAGED, np.zeros((len(rows), *self.header.shape), self.header.dtype))
-
-    def read(self, rows: Rows, views: NDArray[np.int64], digests: Digests, keys: Sequence[str]) -> Tensor:
-        """Return the ids of a view of each image, ``(b, P)`` int64.
+    def read(self, rows: Rows, views: NDArray[np.int64], digests: NDArray[np.uint8], keys: Sequence[str]) -> Tensor:
+        """Return the ids of one view of each image, ``(b, P)`` int64.
 
         Args:
             rows: ``(b,)``.
             views: which of the K views, ``(b,)``.
             digests: of the content that the images have now.
-            keys: of the images, for the message.
+            keys: of the images, for the error message.
 
         Raises:
-            MapetError: naming an image that changed since its ids were made, or whose row is not whole.
+            MapetError: naming an image without ids, with corrupt ids, or that changed since its ids were made.
         """
-        records, ids = self._records[rows], self._ids[rows, views]
-        fits = checksums(records, ids[:, None])[:, 0] == records["crc"][np.arange(len(rows)), views]
-        same = records["content"] == as_digests(digests)
-        good = fits & same & (records["state"] == State.WRITTEN)
+        states = self.states(rows)
+        good = self.unchanged(rows, digests) & (states == State.WRITTEN)
         if not good.all():
             bad = int(good.argmin())
-            if records["state"][bad] == State.EMPTY:
-                reason = "has no tokens yet"
-            elif not fits[bad]:
-                reason = "has tokens that fail their checksum"
-            elif not same[bad]:
-                reason = "changed since its tokens were made"
-            else:
-                reason = "could not be decoded when its tokens were to be made"
-            raise MapetError(
-                f"image {keys[bad]!r} {reason} (token store {self.folder}); bring it up to date with: "
-                "mapet tokenizer encode"
-            )
-        return torch.from_numpy(ids.astype(np.int64))
+            reason = {
+                State.EMPTY: "has no tokens yet",
+                State.WRITTEN: "changed since its tokens were made",
+                State.DAMAGED: "could not be decoded when its tokens were to be made",
+                State.CORRUPT: "has tokens that fail their checksum",
+            }[State(states[bad])]
+            raise MapetError(f"image {keys[bad]!r} {reason} (token store {self.folder}); run: mapet tokenizer encode")
+        return from_numpy(self.ids.rows[rows, views].astype(np.int64))
 
-    def verify(self) -> Report:
-        """Look at every row's state and checksums, from the disk and not from the maps, a chunk at a time."""
-        found = np.zeros(len(State), np.int64)
-        corrupt = [np.empty(0, np.int64)]
-        with self._explain("read"):
-            for part in self._parts(len(self)):
-                records, ids = self._from_disk(part)
-                whole, empty = self._whole(records, ids), records["state"] == State.EMPTY
-                found += np.bincount(records["state"][whole | empty], minlength=len(State))
-                corrupt.append(np.flatnonzero(~whole & ~empty) + part.start)
-        return Report(
-            rows=len(self),
-            written=int(found[State.WRITTEN]),
-            damaged=int(found[State.DAMAGED]),
-            empty=int(found[State.EMPTY]),
-            corrupt=np.concatenate(corrupt),
-        )
-
-    def _map(self) -> None:
-        """Map as many rows as the index says there are; what lies behind them is left from a killed ``plan``."""
-        index, ids = self.folder / INDEX_FILE, self.folder / IDS_FILE
-        with index.open("rb") as file:
-            preamble = file.read(PREAMBLE.size)
-        if len(preamble) < PREAMBLE.size:
-            raise self._cut_short(index, len(preamble), PREAMBLE.size)
-        magic, rows, digest = PREAMBLE.unpack(preamble)
-        if magic != MAGIC:
-            raise MapetError(f"{index} is not the index of a token store; put the original back or encode again")
-        if digest != self.header.digest:
-            raise changed(self.folder / HEADER_FILE)
-        for path, needed in ((index, PREAMBLE.size + rows * self._record_type.itemsize), (ids, rows * self._row_bytes)):
-            if path.stat().st_size < needed:
-                raise self._cut_short(path, path.stat().st_size, needed)
-        self._records = _mapped(index, self._record_type, (rows,), PREAMBLE.size)
-        self._ids = _mapped(ids, self.header.dtype, (rows, *self.header.shape), 0)
-
-    def _cut_short(self, path: Path, size: int, needed: int) -> MapetError:
-        return MapetError(
-            f"token store {self.folder} was cut short: {path.name} has {size} bytes instead of {needed}; copy it again "
-            "or encode into another folder"
-        )
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise MapetError(
-                f"token store {self.folder} is being written by another process; wait for it or choose another folder"
-            ) from None
-        except (NotImplementedError, OSError) as error:
-            logger.warning("token store %s cannot be locked (%s); let no other process append", self.folder, error)
-
-    def _append(self, index: int, ids: int, digests: NDArray[Any]) -> None:
-        """Add empty rows for keys' digests.
-
-        The number of rows in the index is written last: until then there are none of them.
-        """
-        rows, total = len(self), len(self) + len(digests)
-        records = np.zeros(len(digests), self._record_type)
-        records["key"] = digests
-        end = PREAMBLE.size + rows * self._record_type.itemsize
-        os.ftruncate(index, end)
-        os.ftruncate(ids, total * self._row_bytes)
-        _write_at(index, records.view(np.uint8).data, end)
-        for file in (index, ids):
-            os.fsync(file)
-        _write_at(index, PREAMBLE.pack(MAGIC, total, self.header.digest), 0)
-        os.fsync(index)
-        self._map()
-
-    def _put(self, rows: Rows, digests: Digests, state: State, ids: NDArray[Any]) -> None:
-        """Write rows and, once these are on the disk, their records.
-
-        Not through maps, which end the process with SIGBUS when the disk is full.
-        """
-        records = self._records[rows]
-        records["content"], records["state"] = as_digests(digests), state
-        records["crc"] = checksums(records, ids)
-        index_file, ids_file = self._writable_files()
-        with self._explain("written"):
-            for row, values in zip(rows.tolist(), ids, strict=True):
-                _write_at(ids_file, values.tobytes(), row * self._row_bytes)
-            os.fsync(ids_file)
-            for row, record in zip(rows.tolist(), records, strict=True):
-                _write_at(index_file, record.tobytes(), PREAMBLE.size + row * self._record_type.itemsize)
-
-    def _whole(self, records: NDArray[Any], ids: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return, as ``(n,)``, which rows are of written or damaged images and fit their checksums."""
-        known: NDArray[np.bool_] = (records["state"] == State.WRITTEN) | (records["state"] == State.DAMAGED)
-        known &= (checksums(records, ids) == records["crc"]).all(1)
-        return known
-
-    def _parts(self, count: int) -> Iterator[slice]:
-        """Cut ``count`` rows into chunks of about ``CHUNK_BYTES``."""
-        size = max(1, CHUNK_BYTES // (self._row_bytes + self._record_type.itemsize))
-        return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-    def _from_disk(self, part: slice) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Read neighbouring rows' records ``(n,)`` and ids ``(n, K, P)``."""
-        count = part.stop - part.start
-        offset = PREAMBLE.size + part.start * self._record_type.itemsize
-        records = np.fromfile(self.folder / INDEX_FILE, self._record_type, count, offset=offset)
-        values, offset = count * self._row_bytes // self.header.dtype.itemsize, part.start * self._row_bytes
-        ids = np.fromfile(self.folder / IDS_FILE, self.header.dtype, values, offset=offset)
-        return records, ids.reshape(count, *self.header.shape)
-
-    def _writable_files(self) -> tuple[int, int]:
-        """Return the descriptors of the index and the ids."""
-        if self._files is None:
-            raise MapetError(f"token store {self.folder} is open for reading only; open it with writable=True")
-        return self._files
-
-    @contextmanager
-    def _explain(self, what: str) -> Iterator[None]:
-        """Turn the system's refusals into one clear sentence."""
-        try:
-            yield
-        except OSError as error:
-            raise MapetError(
-                f"token store {self.folder} cannot be {what} ({error}); remove the cause and run it again"
-            ) from error
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:
-    if not shape[0]:  # an empty file cannot be mapped
-        return np.empty(shape, dtype)
-    # A plain array over the map: np.memmap does some work of its own at each indexing.
-    return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray)
-
-
-def _write_at(file: int, content: bytes | memoryview, offset: int) -> None:
-    left = memoryview(content)
-    while left:  # the system may take only a part, as when the disk is nearly full
-        written = os.pwrite(file, left, offset)
-        left, offset = left[written:], offset + written
+    def _checksums(self, images: NDArray[Any], ids: Iterable[NDArray[Any]]) -> NDArray[np.uint32]:
+        """Return the CRC-32 of each row: of the store's header, the image's record up to its checksum, and the ids."""
+        content = images.tobytes()
+        starts = range(0, len(content), IMAGE.itemsize)
+        records = (content[start : start + IMAGE.itemsize - IMAGE["checksum"].itemsize] for start in starts)
+        sums = [zlib.crc32(row.data, zlib.crc32(record, self._seed)) for row, record in zip(ids, records, strict=True)]
+        return np.array(sums, np.uint32)

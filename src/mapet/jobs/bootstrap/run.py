@@ -3,8 +3,6 @@
 The idea is that of HuBERT (Hsu et al., 2106.07447) for speech: no foreign teacher is needed.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from mapet.config.base import parse
 from mapet.data.open import open_images
 from mapet.engine.runfolder import check_out
 from mapet.engine.trainer import Result
 from mapet.errors import MapetError
+from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.run import pretrain
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
 
@@ -55,9 +55,9 @@ def bootstrap(
     for key, remedy in (("tokens", "leave --tokens out"), ("init", "leave --init out, or use mapet pretrain")):
         if values.get(key) is not None:
             raise MapetError(f"bootstrapping fits its own tokenizers to a network of random weights; {remedy}")
-    data = str(values.get("data", ""))
-    check_out(data, out)
-    config = settle_run(values, len(open_images(data)))
+    given = parse(PretrainConfig, values, complete=True)
+    check_out(given["data"], out)
+    config = settle_run(given, len(open_images(given["data"])))
     if config.targets != "ids":
         raise MapetError(f"objective {config.objective!r} predicts {config.targets}, not token ids; choose another")
     blocks = len(initial_backbone(config).blocks)

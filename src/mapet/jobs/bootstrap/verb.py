@@ -1,7 +1,5 @@
 """``mapet bootstrap``: pre-train on pixels, then on the network's own features, round after round."""
 
-from __future__ import annotations
-
 import argparse
 import json
 

@@ -1,311 +1,205 @@
-"""What a comparison found: tables (terminal, Markdown, CSV), pictures, and all of it as one page."""
-
-from __future__ import annotations
+"""What a comparison found: tables, pictures, and all of it as one page."""
 
 import base64
-import csv
 import html
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich.table import Table
-from rich.text import Text
 
 from mapet.engine.files import replace_file
+from mapet.jobs.compare.cells import Cell
+from mapet.jobs.compare.plan import Plan
+from mapet.jobs.compare.table import MEASURES, Figures, tabulate
 from mapet.report.figures import FAINT, save_figure
+from mapet.report.tables import Table
 
-TITLES = {"knn": "k-NN", "linear": "linear probe", "attentive": "attentive probe", "finetune": "fine-tuned"}
-COSTS = ("steps", "flops", "seconds", "memory")
+Groups = Mapping[str, Sequence[Figures]]
+
+COSTS = ("steps", "flops", "seconds")
 CURVE_POINTS = 60
-
-
-@dataclass(frozen=True)
-class Row:
-    """One pre-training of a comparison, and what it was worth.
-
-    Attributes:
-        name: arm and tokenizer.
-        arm: what is compared.
-        tokenizer: its name; "" where the objective needs none.
-        seed: of everything random.
-        lr: peak learning rate; None if it was not trained.
-        budgets: the names of those that it was trained under.
-        cost: ``steps`` of the optimiser, ``flops`` and ``seconds`` of all of them, ``memory`` (the peak in bytes).
-        measured: accuracies in 0..1, by kind.
-        curve: (epoch, loss) of the steps.
-    """
-
-    name: str
-    arm: str
-    tokenizer: str
-    seed: int
-    lr: float | None
-    budgets: tuple[str, ...]
-    cost: Mapping[str, float]
-    measured: Mapping[str, float]
-    curve: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The learning rates that were tried by one of those compared.
-
-    Attributes:
-        held_out: accuracy in 0..1 on training images held out, by rate.
-    """
-
-    held_out: Mapping[float, float]
-
-    @property
-    def best(self) -> float:
-        """The one to take: the least of those that did best."""
-        return max(sorted(self.held_out), key=self.held_out.__getitem__)
-
-
-class Lines(NamedTuple):
-    """A table as text: its title, the names of its columns, and its lines; what is first in each names it."""
-
-    title: str
-    header: Sequence[str]
-    lines: Sequence[Sequence[str]]
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem}caption{font-weight:bold}"
+    "th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}img{max-width:100%}"
+    "th:first-child,td:first-child{text-align:left}"
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and what came of it.
+    """What is finished of a comparison, as read from its folder.
 
     Attributes:
-        data: the name of the images.
-        measures: kinds, in the order of the columns.
-        seeds: how many were asked for.
-        budgets: the names of what the arms have equal; a table each.
-        names: arms with their tokenizers, in the order that they were named.
-        rows: of what is finished.
-        failures: why cells failed, by their names.
-        lrs: the learning rates to choose from; () if there is no choice.
-        rates: what came of them, by the names of ``names``.
-        judge: the kind of measure that they were chosen by.
+        plan: of the comparison.
+        rates: accuracy in 0..1 on held-out training images by learning rate, of the arms that have tried all of them.
+        runs: the figures of each measured cell.
+        failures: reasons by the titles of the cells that failed.
     """
 
-    data: str
-    measures: tuple[str, ...]
-    seeds: int
-    budgets: tuple[str, ...]
-    names: tuple[str, ...]
-    rows: tuple[Row, ...]
+    plan: Plan
+    rates: Mapping[str, Mapping[float, float]]
+    runs: Sequence[Figures]
     failures: Mapping[str, str]
-    lrs: tuple[float, ...] = ()
-    rates: Mapping[str, Rates] = field(default_factory=dict)
-    judge: str | None = None
 
-    def under(self, budget: str) -> Iterator[tuple[str, list[Row]]]:
-        """Yield each arm's name and its rows under a budget."""
-        for name in self.names:
-            yield name, [row for row in self.rows if row.name == name and budget in row.budgets]
+    def groups(self, budget: str) -> dict[str, list[Figures]]:
+        """Return the runs under a budget by arm."""
+        runs = [run for run in self.runs if budget in run["budgets"]]
+        return {arm.label: [run for run in runs if run["label"] == arm.label] for arm in self.plan.arms}
 
-    def tables(self) -> Iterator[Lines]:
-        """Yield the tables as text: one per budget, and one of the learning rates that were tried."""
-        measures = [f"{TITLES[kind]} (%)" for kind in self.measures]
-        rate = ["learning rate"] if self.lrs else []
-        header = ["", *measures, *rate, "steps", "TFLOPs", "seconds", "peak GiB"]
-        for budget in self.budgets:
-            yield Lines(f"Equal {budget}, on {self.data}", header, list(self.cells(budget)))
+    def tables(self) -> Iterator[Table]:
+        """Yield a table for each budget, and one of the learning rates that were tried."""
+        config = self.plan.config
+        columns = [*config.measures, *(["lr"] if config.lrs else []), *COSTS]
+        for budget in config.budget:
+            yield tabulate(f"Equal {budget}, on {config.data}", self.groups(budget), columns, config.seeds)
         if self.rates:
-            lines = [[name, *self._tried(name)] for name in self.names if name in self.rates]
-            judge = TITLES[str(self.judge)]
-            title = f"Learning rates: {judge} of training images held out (%), equal {self.budgets[0]}"
-            yield Lines(title, ["", *(f"{rate:g}" for rate in sorted(self.lrs))], lines)
-
-    def _tried(self, name: str) -> Iterator[str]:
-        rates = self.rates[name]
-        for rate in sorted(self.lrs):
-            mark = " *" if rate == rates.best else ""
-            yield f"{100 * rates.held_out[rate]:.1f}{mark}" if rate in rates.held_out else "failed"
-
-    def cells(self, budget: str) -> Iterator[list[str]]:
-        """Yield the lines of a budget's table, as text: means over seeds +- standard deviations."""
-        for name, rows in self.under(budget):
-            measures = [
-                _spread([100 * row.measured[kind] for row in rows if kind in row.measured], self.seeds)
-                for kind in self.measures
-            ]
-            means = {key: statistics.mean(row.cost[key] for row in rows) for key in COSTS} if rows else {}
-            costs = (
-                [
-                    f"{means['steps']:.0f}",
-                    f"{means['flops'] / 1e12:.3g}",
-                    f"{means['seconds']:.0f}",
-                    f"{means['memory'] / 2**30:.2f}",
-                ]
-                if means.get("steps")
-                else ["-"] * len(COSTS)
+            title = (
+                f"Learning rates: {MEASURES[str(config.judge)]} of held-out training images, equal {config.budget[0]}"
             )
-            rate = [f"{self.rates[name].best:g}" if name in self.rates else "-"] if self.lrs else []
-            yield [name, *measures, *rate, *costs]
+            lrs = sorted(config.lrs)
+            rows = [[label, *(_write_rate(lr, tried) for lr in lrs)] for label, tried in self.rates.items()]
+            yield Table(["", *(f"{lr:g}" for lr in lrs)], rows, title)
 
-    @property
-    def remarks(self) -> list[str]:
-        """What a reader of the tables should know."""
-        found = []
-        if self.seeds == 1:
-            found.append("One seed: there is no spread, so small differences mean nothing; take --seeds 3 or more.")
-        elif self.seeds > 1:
-            found.append(
-                f"Mean +- standard deviation of {self.seeds} seeds, which also choose network, batches, crops, "
-                "codebook, and what is held out if there is no test folder; arms of the same seed have these in common."
-            )
-        if self.seeds == 2:
-            found.append("Two seeds say little of the spread; take --seeds 3 or more.")
-        found.append(
+    def remarks(self) -> Iterator[str]:
+        """Yield what a reader of the tables should know."""
+        seeds, lrs = self.plan.config.seeds, self.plan.config.lrs
+        if seeds > 1:
+            yield f"Mean +- standard deviation of {seeds} seeds; arms share network, batches and tokenizer of a seed."
+        if seeds < 3:
+            yield "So few seeds say little about the spread; take --seeds 3 or more."
+        yield (
             "FLOPs are the student's, forward and backward, without the tokenizer's; seconds are those of the steps, "
             "tokenizer and loading included."
         )
         if self.rates:
-            found.append(
-                "Learning rates marked * are those taken: each was tried once, with a seed that is in no other table."
-            )
-            for name, rates in self.rates.items():
-                if rates.best in (min(self.lrs), max(self.lrs)) and len(set(rates.held_out.values())) > 1:
-                    which = "least" if rates.best == min(self.lrs) else "greatest"
-                    found.append(f"The best rate of {name} is the {which} tried; one beyond it may be better.")
-        return found + [f"Failed: {name}: {why}" for name, why in self.failures.items()]
+            yield "Each learning rate was tried once, with a seed that is in no other table; * marks the chosen one."
+        for label, tried in self.rates.items():
+            if best_rate(tried) in (min(lrs), max(lrs)) and len(set(tried.values())) > 1:
+                which = "least" if best_rate(tried) == min(lrs) else "greatest"
+                yield f"The best rate of {label} is the {which} tried; one beyond it may be better."
+        for title, reason in self.failures.items():
+            yield f"Failed: {title}: {reason}"
 
 
-def comparison_tables(comparison: Comparison) -> Iterator[Table]:
-    """Yield the tables for the terminal."""
-    for title, header, lines in comparison.tables():
-        table = Table(title=Text(title))
-        for number, column in enumerate(header):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
-        for cells in lines:
-            table.add_row(*map(Text, cells))
-        yield table
+def best_rate(tried: Mapping[float, float]) -> float:
+    """Return the learning rate with the best accuracy; of several the least."""
+    return max(sorted(tried), key=tried.__getitem__)
+
+
+def _write_rate(lr: float, tried: Mapping[float, float]) -> str:
+    return f"{100 * tried[lr]:.1f}{' *' if lr == best_rate(tried) else ''}" if lr in tried else "failed"
+
+
+def read_comparison(plan: Plan) -> Comparison:
+    """Read what is finished."""
+    trials = plan.trials()
+    rates: dict[str, dict[float, float]] = {}
+    for arm in plan.arms:
+        own = [cell for cell in trials if cell.arm is arm]
+        tried = {cell.values["lr"]: _held_out(cell) for cell in own if cell.is_done}
+        if tried and all(cell.is_done or cell.failure is not None for cell in own):
+            rates[arm.label] = tried
+    cells = plan.cells({label: best_rate(tried) for label, tried in rates.items()})
+    failures = {cell.title: cell.failure for cell in (*trials, *cells) if cell.failure is not None and not cell.is_done}
+    return Comparison(plan, rates, [_read_figures(cell) for cell in cells if cell.results()], failures)
+
+
+def _held_out(trial: Cell) -> float:
+    (results,) = trial.results().values()
+    return max(float(setting["held_out"]) for setting in results["sweep"])
+
+
+def _read_figures(cell: Cell) -> Figures:
+    figures: dict[str, Any] = {"label": cell.arm.label, "budgets": cell.budgets}
+    figures |= {"arm": cell.arm.name, "tokenizer": cell.arm.tokenizer, "seed": cell.seed}
+    figures |= {kind: results["accuracy"] for kind, results in cell.results().items()}
+    if not (records := list(cell.run.metric_lines())):
+        return figures
+    steps = records[-1]["step"] + 1
+    per_step = statistics.median(each["images"] / (each["step"] + 1) / each["images_per_s"] for each in records)
+    return figures | {
+        "lr": cell.values["lr"],
+        "steps": steps,
+        "flops": cell.arm.flops * records[-1]["images"],
+        "seconds": steps * per_step,
+        "curve": [(each["epoch"], each["loss"]) for each in records],
+    }
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write ``results.md``, ``results.csv``, ``comparison.png`` and ``report.html`` into a folder.
-
-    Each is replaced whole, so that a comparison in progress can be looked at.
-    """
-    with (folder / ".results.csv.new").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["budget", "arm", "tokenizer", "seed", "lr", *comparison.measures, *COSTS])
-        for budget in comparison.budgets:
-            for _, rows in comparison.under(budget):
-                for row in rows:
-                    accuracies = [row.measured.get(kind, "") for kind in comparison.measures]
-                    costs = [row.cost[key] for key in COSTS]
-                    writer.writerow([budget, row.arm, row.tokenizer, row.seed, row.lr, *accuracies, *costs])
-    (folder / ".results.csv.new").replace(folder / "results.csv")
-    replace_file(folder / "results.md", comparison_markdown(comparison))
+    """Write ``results.md``, ``results.csv``, ``comparison.png`` and ``report.html``, each replaced as a whole."""
+    config, tables, remarks = comparison.plan.config, list(comparison.tables()), list(comparison.remarks())
+    markdown = [*(table.to_markdown() for table in tables), "".join(f"- {remark}\n" for remark in remarks)]
+    replace_file(folder / "results.md", "\n".join(markdown))
+    columns = ["arm", "tokenizer", "seed", "lr", *config.measures, *COSTS]
+    rows = [
+        [budget, *(str(run.get(name, "")) for name in columns)]
+        for budget in config.budget
+        for runs in comparison.groups(budget).values()
+        for run in runs
+    ]
+    replace_file(folder / "results.csv", Table(["budget", *columns], rows).to_csv())
     plot_comparison(comparison, folder / ".comparison.new.png")
-    (folder / ".comparison.new.png").replace(folder / "comparison.png")
-    replace_file(folder / "report.html", _page(comparison, folder / "comparison.png"))
-
-
-def comparison_markdown(comparison: Comparison) -> str:
-    """Return the tables as Markdown."""
-    written = []
-    for title, header, lines in comparison.tables():
-        written += [f"{title}:", "", f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
-        written += [f"| {' | '.join(_escaped(cell) for cell in cells)} |" for cells in lines]
-        written.append("")
-    return "\n".join([*written, *(f"- {remark}" for remark in comparison.remarks)]) + "\n"
+    picture = (folder / ".comparison.new.png").replace(folder / "comparison.png")
+    image, title = base64.b64encode(picture.read_bytes()).decode(), html.escape(f"Comparison on {config.data}")
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"<h1>{title}</h1>{''.join(table.to_html() for table in tables)}"
+        f'<p><img alt="accuracies by seed, costs and losses" src="data:image/png;base64,{image}"></p>'
+        f"<ul>{''.join(f'<li>{html.escape(remark)}</li>' for remark in remarks)}</ul></html>\n"
+    )
+    replace_file(folder / "report.html", page)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw accuracies by seed, what they cost, and the losses; a line of panels per budget."""
-    measures, budgets = comparison.measures, comparison.budgets
-    colours = dict(zip(comparison.names, colormaps["tab10"](np.arange(len(comparison.names)) % 10), strict=True))
-    width = len(measures) + 2
-    figure = Figure(figsize=(3.4 * width, 0.4 * len(comparison.names) + 2.6 * len(budgets)), layout="constrained")
-    panels = figure.subplots(len(budgets), width, squeeze=False)
-    for line, budget in zip(panels, budgets, strict=True):
-        under = dict(comparison.under(budget))
-        for panel, kind in zip(line, measures, strict=False):
-            for height, (name, rows) in enumerate(under.items()):
-                found = [100 * row.measured[kind] for row in rows if kind in row.measured]
-                panel.plot(found, [height] * len(found), "o", color=colours[name], alpha=0.5, markersize=5)
-                if found:
-                    panel.plot(statistics.mean(found), height, "|", color=colours[name], markersize=18, mew=2)
-            panel.set_yticks(range(len(under)), list(under) if panel is line[0] else [], fontsize=8)
-            panel.set_ylim(len(under) - 0.5, -0.5)
-            panel.set_xlabel(f"{TITLES[kind]}: accuracy (%)", fontsize=8)
-            panel.grid(axis="x", color=FAINT, linewidth=0.4)
+    """Plot accuracies by seed, accuracy over FLOPs, and losses; a row of panels for each budget."""
+    config, arms = comparison.plan.config, comparison.plan.arms
+    colours = {arm.label: colormaps["tab10"](number % 10) for number, arm in enumerate(arms)}
+    width, height = len(config.measures) + 2, len(config.budget)
+    figure = Figure(figsize=(3.4 * width, 0.4 * len(arms) + 2.6 * height), layout="constrained")
+    for line, budget in zip(figure.subplots(height, width, squeeze=False), config.budget, strict=True):
+        groups = comparison.groups(budget)
+        for panel, kind in zip(line, config.measures, strict=False):
+            _plot_accuracies(panel, groups, kind, colours)
+        line[0].set_yticks(range(len(groups)), list(groups))
         line[0].set_title(f"equal {budget}", fontsize=9, loc="left")
-        _plot_costs(line[-2], under, measures[-1], colours)
-        _plot_losses(line[-1], under, colours)
+        _plot_costs(line[-2], groups, config.measures[-1], colours)
+        _plot_losses(line[-1], groups, colours)
         for panel in line:
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=8)
     save_figure(figure, path)
 
 
-def _plot_costs(panel: Any, under: Mapping[str, list[Row]], kind: str, colours: Mapping[str, Any]) -> None:
-    for name, rows in under.items():
-        shown = [row for row in rows if kind in row.measured]
-        panel.plot(
-            [row.cost["flops"] / 1e12 for row in shown],
-            [100 * row.measured[kind] for row in shown],
-            "o",
-            color=colours[name],
-            alpha=0.6,
-            markersize=5,
-        )
-    panel.set_xlabel("TFLOPs of the student", fontsize=8)
-    panel.set_ylabel(f"{TITLES[kind]}: accuracy (%)", fontsize=8)
+def _plot_accuracies(panel: Any, groups: Groups, kind: str, colours: Mapping[str, Any]) -> None:
+    for height, (label, runs) in enumerate(groups.items()):
+        found = [100 * run[kind] for run in runs if kind in run]
+        panel.plot(found, [height] * len(found), "o", color=colours[label], alpha=0.5, markersize=5)
+        if found:
+            panel.plot(statistics.mean(found), height, "|", color=colours[label], markersize=18, mew=2)
+    panel.set_yticks([])
+    panel.set_ylim(len(groups) - 0.5, -0.5)
+    panel.set_xlabel(MEASURES[kind])
+    panel.grid(axis="x", color=FAINT, linewidth=0.4)
 
 
-def _plot_losses(panel: Any, under: Mapping[str, list[Row]], colours: Mapping[str, Any]) -> None:
-    for name, rows in under.items():
-        for row in rows:
-            if row.curve:
-                epochs, losses = np.array(row.curve).T
-                parts = np.array_split(np.arange(len(losses)), min(CURVE_POINTS, len(losses)))
-                means = [losses[part].mean() for part in parts]
-                panel.plot([epochs[part].mean() for part in parts], means, color=colours[name], alpha=0.7, linewidth=1)
-    panel.set_xlabel("epoch", fontsize=8)
-    panel.set_ylabel("loss (of another kind in each arm)", fontsize=8)
+def _plot_costs(panel: Any, groups: Groups, kind: str, colours: Mapping[str, Any]) -> None:
+    for label, runs in groups.items():
+        shown = [run for run in runs if kind in run]
+        flops, accuracies = [run.get("flops", 0) / 1e12 for run in shown], [100 * run[kind] for run in shown]
+        panel.plot(flops, accuracies, "o", color=colours[label], alpha=0.6, markersize=5)
+    panel.set(xlabel="TFLOPs of the student", ylabel=MEASURES[kind])
 
 
-def _page(comparison: Comparison, picture: Path) -> str:
-    """Return a page that needs no other file."""
-    parts = []
-    for title, header, lines in comparison.tables():
-        rows = [
-            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            for cells, tag in zip([header, *lines], ["th", *["td"] * len(lines)], strict=True)
-        ]
-        parts.append(f"<h2>{html.escape(title)}</h2><table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
-    remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in comparison.remarks)
-    image = base64.b64encode(picture.read_bytes()).decode()
-    title = html.escape(f"Comparison on {comparison.data}")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>'
-        "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right;"
-        "font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
-        f"</style><h1>{title}</h1>{''.join(parts)}"
-        f'<p><img alt="accuracies by seed, costs and losses" src="data:image/png;base64,{image}"></p>'
-        f"<ul>{remarks}</ul></html>\n"
-    )
-
-
-def _spread(values: Sequence[float], wanted: int) -> str:
-    """Write mean +- standard deviation, and of how many if some are missing."""
-    if not values:
-        return "-"
-    text = f"{statistics.mean(values):.1f}"
-    if len(values) > 1:
-        text += f" +- {statistics.stdev(values):.1f}"
-    return text if len(values) == wanted else f"{text} ({len(values)} of {wanted})"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+def _plot_losses(panel: Any, groups: Groups, colours: Mapping[str, Any]) -> None:
+    for label, runs in groups.items():
+        for curve in (run["curve"] for run in runs if "curve" in run):
+            parts = np.array_split(np.array(curve), min(CURVE_POINTS, len(curve)))
+            epochs, losses = np.array([part.mean(axis=0) for part in parts]).T
+            panel.plot(epochs, losses, color=colours[label], alpha=0.7, linewidth=1)
+    panel.set(xlabel="epoch", ylabel="loss (not comparable between arms)")

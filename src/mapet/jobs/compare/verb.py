@@ -1,64 +1,83 @@
-"""``mapet compare``: several objectives and tokenizers in one setting, and what each is worth."""
-
-from __future__ import annotations
+"""``mapet compare``: objectives and tokenizers in one setting; ``mapet table``: any runs side by side."""
 
 import argparse
-from typing import Any
+from pathlib import Path
 
 from rich.console import Console
 
-from mapet.cli.console import set_up_logging
-from mapet.cli.flags import add_config_flags, add_out_flag, given_values
-from mapet.cli.stopping import Stopped
+from mapet.config.base import marked
+from mapet.config.verb import Call, Verb
 from mapet.jobs.compare.config import CompareConfig
 from mapet.jobs.pretrain.config import PretrainConfig
 
-# What is said of pre-training by the comparison, or makes no sense for several.
-LEFT_OUT = ("data", "eval_data", "eval_every", "init", "init_parts", "objective", "seed", "tokenizer", "tokens")
+
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a comparison alone."""
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--resume", action="store_true", help="continue the comparison in --out, or extend or begin it")
+    ways.add_argument("--join", action="store_true", help="work on the comparison in --out beside other processes")
 
 
-def add_parser(verbs: Any) -> None:
-    """Declare the verb."""
-    parser = verbs.add_parser(
-        "compare",
-        help="pre-train with several objectives and tokenizers, and measure what each is worth",
-        description="Pre-train with several objectives and tokenizers: the same network, images in the same order, "
-        "optimiser and budget; measure each; and write tables (Markdown, CSV), a picture and a page. What is not said "
-        "here is said as for pretrain, or by its recipe, and holds for all.",
-    )
-    parser.add_argument("data", nargs="?", help=CompareConfig.model_fields["data"].description)
-    add_out_flag(parser, "the comparison's folder, each run below it")
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe: a file, or one of the package's by name")
-    going_on = parser.add_mutually_exclusive_group()
-    going_on.add_argument(
-        "--resume", action="store_true", help="continue the comparison in --out, or extend it, or begin it"
-    )
-    going_on.add_argument(
-        "--join", action="store_true", help="work on the comparison in --out beside the process that began it"
-    )
-    add_config_flags(parser, CompareConfig)
-    add_config_flags(parser, PretrainConfig, LEFT_OUT, "pre-training, ")
-    parser.set_defaults(run=run)
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Compare."""
-    console = set_up_logging()
-    from mapet.jobs.compare.report import comparison_tables
+def run_compare(call: Call) -> int:
+    """Compare; the exit status is 1 if a cell failed."""
     from mapet.jobs.compare.run import compare, join_comparison
 
-    values = given_values(parsed, CompareConfig, PretrainConfig)
     try:
-        if parsed.join:
-            comparison = join_comparison(values, parsed.out)
+        if call.flags.join:
+            comparison = join_comparison(call.values, call.out)
         else:
-            comparison = compare(values, parsed.out, resume=parsed.resume)
-    except (KeyboardInterrupt, Stopped):
-        console.print(f"what is done is saved: --resume continues {parsed.out}", soft_wrap=True)
+            comparison = compare(call.values, call.out, resume=call.flags.resume)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # Ctrl-C or another signal
+            call.say(f"what is done is saved: --resume continues {call.out}")
         raise
-    for table in comparison_tables(comparison):
-        Console().print(table)
-    for remark in comparison.remarks:
-        console.print(remark, soft_wrap=True)
-    console.print(f"tables and picture: {parsed.out}/report.html, results.md, results.csv", soft_wrap=True)
+    Console().print(*(table.to_terminal() for table in comparison.tables()))
+    for remark in comparison.remarks():
+        call.say(remark)
+    call.say(f"tables and picture: {call.out}/report.html, results.md, results.csv")
     return 1 if comparison.failures else 0
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a table."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--csv", action="store_true", help="print comma-separated values")
+
+
+def run_table(call: Call) -> int:
+    """Tabulate runs."""
+    from mapet.jobs.compare.table import tabulate_runs
+
+    table = tabulate_runs(call.flags.runs)
+    if call.out:
+        Path(call.out).mkdir(parents=True, exist_ok=True)
+        (Path(call.out) / "runs.md").write_text(table.to_markdown())
+        (Path(call.out) / "runs.csv").write_text(table.to_csv())
+    if call.flags.csv:
+        print(table.to_csv(), end="")
+    else:
+        Console().print(table.to_terminal())
+    return 0
+
+
+COMPARE = Verb(
+    summary="pre-train with several objectives and tokenizers, and measure the networks",
+    about="Pre-train with several objectives and tokenizers: the same network, images in the same order, optimiser and "
+    "budget. Measure each network, and write tables, a picture and a page. The flags of pretrain hold for every run.",
+    configs=(CompareConfig, PretrainConfig),
+    run=run_compare,
+    positional={"data": None},
+    out="the comparison's folder; the runs are below it",
+    left_out=marked(PretrainConfig, "single"),
+    options=add_compare_options,
+)
+TABLE = Verb(
+    summary="tabulate run folders: objectives, lengths, losses, results, and the keys in which they differ",
+    example="  mapet table runs/a runs/b",
+    configs=(),
+    run=run_table,
+    out="a folder for runs.md and runs.csv",
+    needs_out=False,
+    recipe=False,
+    options=add_table_options,
+)

@@ -1,1 +1,1 @@
-"""Checkpoints of MaPeT's authors, turned into folders that timm loads."""
+"""``mapet convert``: read a checkpoint of MaPeT's authors."""

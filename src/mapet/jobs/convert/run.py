@@ -1,7 +1,5 @@
 """Conversion of a checkpoint of MaPeT's authors into a folder that timm and every command load."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

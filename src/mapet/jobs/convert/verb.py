@@ -1,7 +1,5 @@
 """``mapet convert upstream FILE``: a checkpoint of MaPeT's authors becomes a folder for timm and every command."""
 
-from __future__ import annotations
-
 import json
 
 from mapet.config.verb import Call, Verb

@@ -1,7 +1,5 @@
 """The demo: pre-train on a small real data set, then measure the gain."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """``mapet demo``: pre-train on embedded digits and show the gain."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 from collections.abc import Mapping

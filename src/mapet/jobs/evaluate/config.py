@@ -1,7 +1,5 @@
 """The evaluations by name, and their configurations."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """The results of an evaluation as tables and files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The evaluations of a model: k-NN, linear probe, attentive probe, its own classifier."""
 
-from __future__ import annotations
-
 import logging
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """How many of the evaluated images a fine-tuned model was trained on."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

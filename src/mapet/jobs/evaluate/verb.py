@@ -1,7 +1,5 @@
 """``mapet eval KIND MODEL DATA``: measure a model."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

@@ -1,1 +1,1 @@
-"""A trained model written for others, and checked."""
+"""``mapet export``: write a trained model for others, and check the result."""

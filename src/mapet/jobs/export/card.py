@@ -1,7 +1,5 @@
 """The model card of an export, which the Hugging Face hub shows: written from the record of the run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +13,6 @@ from mapet.engine.lineage import AVERAGED, LAST_RECORDS, RunRecord, strip_paths
 from mapet.inference.models import OpenModel
 from mapet.jobs.export.program import output_name
 
-# Entries of baseline.json, in words.
-BASELINES = {"unigram_entropy": "loss without looking at the image", "chance": "accuracy without looking at the image"}
 CITATION = """@article{baraldi2025mapet,
   title   = {Learning to Mask and Permute Visual Tokens for Vision Transformer Pre-Training},
   author  = {Baraldi, Lorenzo and Amoroso, Roberto and Cornia, Marcella and Baraldi, Lorenzo and Pilzer, Andrea and
@@ -92,9 +88,10 @@ def _run_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     for key, value in run.metrics.items():
         averaged = f", mean of the last {LAST_RECORDS} logged steps" if key in AVERAGED else ""
         yield f"{key}{averaged}", f"{value:.4g}"
-    for key, what in BASELINES.items():
-        if key in run.baseline:
-            yield what, f"{run.baseline[key]:.4g}"
+    if run.baseline.get("entropy") is not None:
+        yield "loss without looking at the image", f"{run.baseline['entropy']:.4g}"
+    if "metric" in run.baseline:
+        yield f"{run.baseline['metric']} without looking at the image", f"{run.baseline['level']:.4g}"
 
 
 def _origins(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

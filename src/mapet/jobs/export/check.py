@@ -1,7 +1,5 @@
 """Compare an export with its model on images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The configuration of an export."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from mapet.config.base import key

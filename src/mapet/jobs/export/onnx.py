@@ -1,7 +1,5 @@
 """Export as an ONNX file, for ONNX Runtime and other engines."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from importlib.util import find_spec

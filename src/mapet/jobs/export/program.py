@@ -1,7 +1,5 @@
 """Export as a ``torch.export`` program, ``.pt2``: runs in PyTorch without the code that defined the model."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

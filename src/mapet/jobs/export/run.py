@@ -1,7 +1,5 @@
 """Export of a model, kept only if the export gives what the model gives."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mapet export FORMAT``: a trained model as a file or folder that others can use."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

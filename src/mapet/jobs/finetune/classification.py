@@ -1,7 +1,5 @@
 """Supervised fine-tuning: mixup and cutmix, smoothed labels, an average of the weights."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup

@@ -1,7 +1,5 @@
 """The configuration of fine-tuning; the defaults are upstream's recipe for ViT-Base."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Fine-tuning a model on labelled images, from values to a run folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -64,10 +62,10 @@ def finetune(
             config = continued(FinetuneConfig, read_recipe(folder.config), values, folder.root)
             given = config.model_dump()
         else:
-            given = parse(FinetuneConfig, values)
-        check_out(str(given.get("data", "")), folder.root)
+            given = parse(FinetuneConfig, values, complete=True)
+        check_out(given["data"], folder.root)
         seed = given.get("seed", 0)
-        whole, test = main_first(lambda: open_labelled(str(given.get("data", "")), seed))
+        whole, test = main_first(lambda: open_labelled(given["data"], seed))
         train = labels_to_use(whole, given.get("label_share"), given.get("labels_per_class"), seed)
         if not begun:
             config = settle(

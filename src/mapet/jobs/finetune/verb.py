@@ -1,7 +1,5 @@
 """``mapet finetune``: a model and labelled images in, a classifier out."""
 
-from __future__ import annotations
-
 import json
 
 from mapet.config.verb import Call, Verb
@@ -14,11 +12,8 @@ def run(call: Call) -> int:
     from mapet.jobs.finetune.run import finetune
 
     result = finetune(call.values, call.out, resume=call.flags.resume, console=call.console)
-    if not result.is_main:
-        return 0
-    if not result.finished:
-        call.say(f"stopped and saved after step {result.steps}; --resume continues {call.out}")
-        return 128 + (result.stopped_by or 0)
+    if (status := call.unfinished(result)) is not None:
+        return status
     if call.flags.json:
         print(json.dumps({**result.measured, "exported": str(result.exported)}))
     call.say(

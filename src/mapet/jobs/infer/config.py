@@ -1,7 +1,5 @@
 """The configurations of ``mapet embed`` and ``mapet predict``."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from mapet.config.base import key

@@ -1,7 +1,5 @@
 """Features or predicted classes of images, written to a file."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

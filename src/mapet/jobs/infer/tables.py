@@ -1,7 +1,5 @@
 """Tables that are written batch by batch: CSV, JSON lines, Parquet."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

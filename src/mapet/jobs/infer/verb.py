@@ -1,7 +1,5 @@
 """``mapet predict`` and ``mapet embed``: predicted classes and features of images, in a file."""
 
-from __future__ import annotations
-
 import codecs
 import sys
 from typing import Any

@@ -1,25 +1,12 @@
 """The configuration of a pre-training run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import field_validator
 
 from mapet.config.base import CHOSEN, Scalar, key
-from mapet.config.keys import (
-    Count,
-    InputKeys,
-    KMeansKeys,
-    Pixels,
-    Share,
-    TeacherKeys,
-    Text,
-    TrainKeys,
-    ViewKeys,
-    check_teacher,
-)
+from mapet.config.keys import Count, InputKeys, KMeansKeys, Pixels, Share, TeacherKeys, Text, TrainKeys, ViewKeys
 from mapet.errors import MapetError
 
 MOST_MODEL_ARGUMENT = 2**14  # a depth or a width
@@ -121,7 +108,6 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
             raise ValueError("init_parts is 'all', but there is no init; name what the run begins with")
         if given.get("mirror") and given.get("views") is None and given.get("tokens") is None:
             raise ValueError("mirror needs views: without a fixed number of views each is drawn anew, flip included")
-        check_targets(given)
 
     @classmethod
     def choose(cls, given: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
@@ -156,18 +142,21 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         }
 
 
-def check_targets(given: Mapping[str, Any]) -> None:
-    """Raise ValueError for keys that do not go with what is predicted."""
-    targets = given.get("targets")
+def check_targets(given: Mapping[str, Any], objective: str, targets: str) -> None:
+    """Refuse keys that do not go with what an objective predicts.
+
+    Raises:
+        MapetError: naming the keys.
+    """
     if targets == "features" and given.get("teacher") is None:
-        raise ValueError("targets is 'features', but there is no teacher; name one with --teacher")
+        raise MapetError("targets is 'features', but there is no teacher; name one with --teacher")
     if targets != "features" and given.get("teacher") is not None:
-        raise ValueError("teacher is for targets 'features'; add --targets features, or name it as --tokenizer")
-    if targets in ("pixels", "features"):
-        of_ids = {"tokenizer", "tokens", *KMeansKeys.model_fields} - set(TeacherKeys.model_fields)
-        of_teacher = set(TeacherKeys.model_fields) if targets == "pixels" else set()
-        said = sorted(name for name in of_ids | of_teacher if given.get(name) is not None)
-        if said:
-            raise ValueError(f"targets is {targets!r}, which needs no token ids; leave out {', '.join(said)}")
-    else:
-        check_teacher(given, given.get("tokenizer"))
+        raise MapetError("teacher is for targets 'features'; add --targets features, or name it as --tokenizer")
+    keys = {"tokenizer", "tokens", *KMeansKeys.model_fields} if targets != "ids" else set()
+    if targets == "features" or given.get("tokenizer") not in (None, "pixels"):
+        keys -= set(TeacherKeys.model_fields)
+    elif targets == "ids" and given.get("tokens") is None:
+        keys = set(TeacherKeys.model_fields)
+    if said := sorted(name for name in keys if given.get(name) is not None):
+        what = "have no teacher" if targets == "ids" else "need no token ids"
+        raise MapetError(f"objective {objective!r} predicts {targets}, which {what}; leave out {', '.join(said)}")

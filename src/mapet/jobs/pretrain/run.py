@@ -1,7 +1,5 @@
 """Pre-training, from values to a run folder."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mapet.config.base import continued, read_recipe
+from mapet.config.base import continued, parse, read_recipe
 from mapet.data.batches import DamageTally, ViewDataset, collate, draw_batches, load_batches
 from mapet.data.labelled import open_labelled
 from mapet.data.open import open_images
@@ -29,7 +27,7 @@ from mapet.engine.sinks import Record
 from mapet.engine.trainer import Evaluator, Result, Trainer
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
-from mapet.jobs.pretrain.start import read_start
+from mapet.jobs.pretrain.start import Start, read_start
 from mapet.models.export import export_network
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, build_target
@@ -39,7 +37,7 @@ from mapet.report.progress import Baseline, ProgressSink
 from mapet.targets.baseline import BASELINE_IMAGES, measure_baseline
 from mapet.targets.fitting import FIT_EPOCH, fit_codebook
 from mapet.targets.sources import NoSource, OnlineIds, StoredIds, TargetSource, TeacherFeatures
-from mapet.targets.tokenizer import check_grid, is_ready, ready_tokenizer, unfitted_tokenizer
+from mapet.targets.tokenizer import is_ready, ready_tokenizer, unfitted_tokenizer
 from mapet.tokenizers.base import Grid
 from mapet.tokenizers.files import load_tokenizer, save_tokenizer
 from mapet.tokenizers.teachers import build_teacher
@@ -71,8 +69,9 @@ def pretrain(
             config = continued(PretrainConfig, read_recipe(folder.config), values, folder.root)
             images = main_first(lambda: open_images(config.data))
         else:
-            images = main_first(lambda: open_images(str(values.get("data", ""))))
-            config = main_first(lambda: settle_run(values, len(images), world.num_processes))
+            given = parse(PretrainConfig, values, complete=True)
+            images = main_first(lambda: open_images(given["data"]))
+            config = main_first(lambda: settle_run(given, len(images), world.num_processes))
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))
 
@@ -98,9 +97,8 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     )
     if start is not None:
         start.load_parts(objective, source)
-        on_main(lambda: record_origin(folder, start.name))
     objective.to(device)
-    on_main(lambda: folder.write_config(config))
+    on_main(lambda: _write_start(config, start, source, folder))
     baseline = on_main(lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(lambda: _plot_start(objective, source, dataset, config, folder))
 
@@ -135,16 +133,14 @@ def _open_source(
     workers: int,
     console: Console,
 ) -> TargetSource:
-    """Return where the targets come from; a tokenizer that is not yet fitted is fitted and kept in the run folder."""
+    """Return where the targets come from; a tokenizer that is not yet fitted is fitted."""
     if config.targets == "pixels":
         return NoSource(config.seed)
     if config.targets == "features":
         teacher = main_first(lambda: build_teacher(str(config.teacher), config.teacher_stage, config.teacher_weights))
         return TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, grid, config.seed)
     if config.tokens is not None:
-        store = TokenStore.open(config.tokens)
-        check_grid(f"token store {config.tokens!r}", store.header.grid, grid)
-        return StoredIds(store, images, device)
+        return StoredIds(TokenStore.open(config.tokens), images, device)
     if agree(folder.tokenizer.exists()):
         return OnlineIds(load_tokenizer(folder.tokenizer), device, config.seed)
     name = str(config.tokenizer)
@@ -165,13 +161,16 @@ def _open_source(
             workers=workers,
             console=console,
         )
-
-    def keep() -> None:
-        folder.write_config(config)
-        replace_folder(folder.tokenizer, partial(save_tokenizer, tokenizer))
-
-    on_main(keep)
     return OnlineIds(tokenizer, device, config.seed)
+
+
+def _write_start(config: PretrainConfig, start: Start | None, source: TargetSource, folder: RunFolder) -> None:
+    """Write what the run begins with; before this, nothing in the folder tells that there is a run."""
+    folder.write_config(config)
+    if start is not None:
+        record_origin(folder, start.name)
+    if isinstance(source, OnlineIds) and not folder.tokenizer.exists():
+        replace_folder(folder.tokenizer, partial(save_tokenizer, source.tokenizer))
 
 
 def _train_view(config: PretrainConfig, view_size: int) -> TrainView:

@@ -1,7 +1,5 @@
 """A pre-training configuration, settled once from what was asked, the data and the network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +9,14 @@ from timm.models.vision_transformer import VisionTransformer
 from mapet.config.base import default_of, parse, settle
 from mapet.data.seeds import Stream, fold_seed
 from mapet.engine.parallel import fast_precision, make_accelerator
-from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.jobs.pretrain.config import PretrainConfig, check_targets
 from mapet.jobs.pretrain.start import inherit
 from mapet.models.vit import build_vit
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, find_objective
 from mapet.objectives.targets import Ids
 from mapet.targets.sources import settle_view
-from mapet.targets.tokenizer import check_fittable, is_ready, settle_vocab_size
+from mapet.targets.tokenizer import check_fittable, check_grid, is_ready, settle_vocab_size
 from mapet.tokenstore.store import TokenStore
 
 
@@ -38,12 +36,15 @@ def settle_run(asked: Mapping[str, Any], images: int, processes: int = 1) -> Pre
     name = given.get("objective", default_of(PretrainConfig, "objective"))
     objective = _skeleton(name, given)
     kind = type(objective)
+    targets = given.get("targets", kind.default_targets)
+    check_targets(given, name, targets)
     published = {"targets": kind.default_targets, "masking": objective.masking, "mask_ratio": kind.default_mask_ratio}
     view, vocab_size = {}, given.get("vocab_size")
     if given.get("tokens") is not None:
         store = TokenStore.open(given["tokens"])
         view, vocab_size = settle_view(store, given), store.header.vocab_size
-    elif given.get("targets", kind.default_targets) == "ids":
+        check_grid(f"token store {str(store.folder)!r}", store.header.grid, objective.backbone.patch_embed.grid_size)
+    elif targets == "ids":
         tokenizer = given.get("tokenizer") or "pixels"
         if not is_ready(tokenizer):
             check_fittable(tokenizer)

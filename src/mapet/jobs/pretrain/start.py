@@ -1,7 +1,5 @@
 """Where continued pre-training begins: an earlier run, an exported or converted folder, or a timm model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from mapet.models.attention import use_layouts
 from mapet.models.tensors import read_tensors
 from mapet.models.upstream import PRETRAINING_FILE
 from mapet.objectives.base import Objective
+from mapet.objectives.registry import find_objective
 from mapet.targets.sources import TargetSource
 from mapet.targets.tokenizer import is_ready
 from mapet.tokenstore.store import TokenStore
@@ -45,6 +44,8 @@ SET_OTHERWISE = {
 }
 # Arguments that change no weight and no output of the exported network, so a new run may choose them.
 DROPOUT = {"attn_drop_rate", "pos_drop_rate", "proj_drop_rate"}
+# Keys that a run's mask vector and head belong to.
+OF_OBJECTIVE = ("objective", "objective_args", "targets", "teacher", "teacher_stage", "teacher_size", "feature_loss")
 # Parts after the last norm of the blocks: they serve a classifier.
 AFTER_NORM = ("fc_norm.", "attn_pool.", "head.", "head_drop.")
 
@@ -101,16 +102,18 @@ def inherit(given: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("channels", opened.channels) == opened.channels:
         inherited |= {"mean": opened.view.mean, "std": opened.view.std}
     values = {**inherited, **values, **source, "model_args": arguments | own}
-    return values if values.get("init_parts") != "all" else _of_run(RunFolder(init)) | values
+    return values if values.get("init_parts") != "all" else _of_run(RunFolder(init), values) | values
 
 
-def _of_run(folder: RunFolder) -> dict[str, Any]:
-    """Return a source run's objective, and where its targets come from."""
-    if not folder.config.is_file():
-        return {}
-    recorded = read_recipe(folder.config)
-    found = {key: recorded[key] for key in ("objective", "objective_args", "targets", "teacher") if recorded.get(key)}
-    if folder.tokenizer.is_dir():
+def _of_run(folder: RunFolder, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a source run's objective, and where its targets come from, as far as nothing else is asked for."""
+    found: dict[str, Any] = {}
+    if "objective" not in given and folder.config.is_file():
+        recorded = read_recipe(folder.config)
+        found = {key: recorded[key] for key in OF_OBJECTIVE if recorded.get(key) and key not in given}
+    name = given.get("objective", found.get("objective", "mapet"))
+    targets = given.get("targets", found.get("targets", find_objective(name).default_targets))
+    if targets == "ids" and not {"tokenizer", "tokens"} & given.keys() and folder.tokenizer.is_dir():
         found["tokenizer"] = str(folder.tokenizer)
     return found
 

@@ -1,7 +1,5 @@
 """``mapet pretrain``: a folder of images in, a backbone out."""
 
-from __future__ import annotations
-
 from mapet.config.verb import Call, Verb
 from mapet.data.names import check_images
 from mapet.jobs.pretrain.config import PretrainConfig
@@ -12,11 +10,8 @@ def run(call: Call) -> int:
     from mapet.jobs.pretrain.run import pretrain
 
     result = pretrain(call.values, call.out, resume=call.flags.resume, console=call.console)
-    if not result.is_main:
-        return 0
-    if not result.finished:
-        call.say(f"stopped and saved after step {result.steps}; --resume continues {call.out}")
-        return 128 + (result.stopped_by or 0)
+    if (status := call.unfinished(result)) is not None:
+        return status
     call.say(f'done: {call.out}\nuse it: timm.create_model("local-dir:{result.exported}", pretrained=True)')
     return 0
 

@@ -1,87 +1,60 @@
 """The configuration of ``mapet eval segment``."""
 
-from __future__ import annotations
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
-
-from mapet.config.base import Common, StrictConfig
-from mapet.config.keys import BatchSize, Count, DataKeys, Epochs, LearningRate, NetworkKeys, PrecisionKeys, WeightDecay
-
-
-class MaskKeys(StrictConfig):
-    """What the values of masks mean."""
-
-    classes: int | None = Field(
-        None,
-        ge=2,
-        le=4096,
-        description="number of classes; default: as the training masks have it, one more than their greatest",
-        json_schema_extra=Common,
-    )
-    ignore_index: int | None = Field(
-        255, ge=0, lt=2**32, description="value of pixels that are of no class; none: there is no such value"
-    )
-    reduce_zero_label: bool | None = Field(
-        None,
-        description="0 is of no class either, and value v is class v - 1; default: true for ADE20K's layout, else "
-        "false",
-    )
+from mapet.config.base import key
+from mapet.config.keys import (
+    BatchSize,
+    Count,
+    DataKeys,
+    Epochs,
+    LearningRate,
+    NetworkKeys,
+    PrecisionKeys,
+    Share,
+    Text,
+    WeightDecay,
+)
 
 
-class SegmentConfig(MaskKeys, NetworkKeys, PrecisionKeys, DataKeys):
-    """A head on frozen patch features, trained and measured on images with masks."""
+class SegmentConfig(NetworkKeys, PrecisionKeys, DataKeys):
+    """A head on frozen patch features, trained and measured on images with masks of class ids."""
 
-    data: str = Field(
-        min_length=1,
-        description="a folder with images/ and masks/, perhaps with train and val in both; or ADE20K's",
-        json_schema_extra=Common,
+    data: Text = key(..., "a folder with images/ and masks/, or ADE20K's", common=True)
+    head: Literal["linear", "conv"] = key(
+        "linear", "linear, or conv (a 3x3 convolution to 256 channels comes first)", common=True
     )
-    head: Literal["linear", "conv"] = Field(
-        "linear",
-        description="linear (of each patch alone) or conv (a 3x3 convolution to 256 channels comes first)",
-        json_schema_extra=Common,
+    classes: int | None = key(None, "default: one more than the greatest id in the masks", common=True, ge=2, le=4096)
+    seeds: int = key(1, "number of heads, with seeds from --seed", common=True, ge=1, le=100)
+    batch_size: BatchSize = key(16, "crops per step; windows at a time", common=True)
+    epochs: Epochs | None = key(None, "passes over the training images; default: 20", common=True, instead_of="steps")
+    steps: Count | None = key(None, "training steps, instead of --epochs", common=True, instead_of="epochs")
+    lr: LearningRate = key(1e-3, "peak learning rate of AdamW", common=True)
+    weight_decay: WeightDecay = key(1e-4, "weight decay of AdamW")
+    warmup: float = key(0.0375, "share of the training steps that warm up", ge=0, lt=1)
+    crop_min: float = key(0.2, "smallest area of a crop, as a share of a test window's area", gt=0, le=1)
+    flip: Share = key(0.5, "probability of a horizontal flip")
+    ignore_index: int | None = key(255, "mask value of pixels without a class, or none", ge=0, lt=2**32)
+    reduce_zero_label: bool | None = key(
+        None, "mask value 0 means no class, and v means class v - 1; default: only for ADE20K's layout"
     )
-    seeds: int = Field(
-        1, ge=1, le=100, description="so many heads, from --seed on: the mean and the spread", json_schema_extra=Common
+    mode: Literal["slide", "whole"] = key(
+        "slide", "test by averaged windows of the input's size (slide) or on the resized image (whole)"
     )
-    batch_size: BatchSize = Field(
-        16, description="crops a training step; in evaluation windows at a time", json_schema_extra=Common
+    short_side: int | None = key(
+        None, "slide: an image's shorter side in pixels; at least and by default the input's", ge=1, le=2**14
     )
-    epochs: Epochs | None = Field(
-        None, description="passes over the training images; default: 20, or see --steps", json_schema_extra=Common
-    )
-    steps: Count | None = Field(None, description="training steps, instead of --epochs", json_schema_extra=Common)
-    lr: LearningRate = Field(1e-3, description="peak learning rate of AdamW", json_schema_extra=Common)
-    weight_decay: WeightDecay = Field(1e-4, description="AdamW's weight decay")
-    warmup: float = Field(0.0375, ge=0, lt=1, description="share of the training that warms up")
-    crop_min: float = Field(
-        0.2, gt=0, le=1, description="least area of a training crop, as a share of what a window shows in evaluation"
-    )
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    mode: Literal["slide", "whole"] = Field(
-        "slide",
-        description="how images are evaluated: slide (overlapping windows of the input's size, averaged) or "
-        "whole (the image is resized to the input)",
-    )
-    short_side: int | None = Field(
-        None,
-        ge=1,
-        le=2**14,
-        description="slide: what an image's shorter side is resized to, in pixels; at least, and by default, the "
-        "input's",
-    )
-    overlap: float = Field(1 / 3, ge=0, lt=1, description="slide: share of a window that the next one shows too")
+    overlap: float = key(1 / 3, "slide: share of a window that the next window shows too", ge=0, lt=1)
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        if self.epochs is not None and self.steps is not None:
+    @classmethod
+    def check_together(cls, given: Mapping[str, Any]) -> None:
+        """Refuse values that do not go together."""
+        if given.get("epochs") is not None and given.get("steps") is not None:
             raise ValueError("give epochs or steps, not both")
-        if self.mode == "whole" and self.short_side is not None:
+        if given.get("mode") == "whole" and given.get("short_side") is not None:
             raise ValueError("short_side is for mode slide; leave it out with whole")
-        return self
 
     def total_steps(self, images: int) -> int:
-        """Training steps on so many images."""
+        """Return the number of training steps for so many training images."""
         return self.steps if self.steps is not None else (self.epochs or 20) * (images // self.batch_size)

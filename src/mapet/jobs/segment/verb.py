@@ -1,49 +1,35 @@
-"""``mapet eval segment``: a head on frozen patch features, for images with masks."""
+"""``mapet eval segment``: semantic segmentation by a head on frozen patch features."""
 
-from __future__ import annotations
-
-import argparse
 import json
-from typing import Any
 
 from rich.console import Console
 
-from mapet.cli.console import set_up_logging
-from mapet.cli.flags import add_job_flags, given_values
+from mapet.config.verb import Call, Verb
 from mapet.jobs.segment.config import SegmentConfig
 
 
-def add_parser(kinds: Any) -> None:
-    """Declare the kind of evaluation."""
-    parser = kinds.add_parser(
-        "segment",
-        help="semantic segmentation by a head on frozen patches: mIoU and pixel accuracy",
-        description="Train a linear or a small convolutional head on the patch features of a frozen model, for images "
-        "with masks of class ids, and measure mIoU and pixel accuracy at full resolution.",
-    )
-    add_job_flags(
-        parser,
-        SegmentConfig,
-        "a new folder for results.json, results.md, head.safetensors and predictions.png",
-        "a folder with images/ and masks/, or ADE20K's; may also stand in the recipe",
-        model=True,
-        needs_out=False,
-    )
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
-    parser.set_defaults(run=run)
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Train the heads and measure them."""
-    console = set_up_logging()
+def run(call: Call) -> int:
+    """Train and measure the heads, and print the results."""
     from mapet.jobs.segment.report import segmentation_table
-    from mapet.jobs.segment.run import evaluate_segmentation
+    from mapet.jobs.segment.run import segment
 
-    result = evaluate_segmentation(given_values(parsed, SegmentConfig), parsed.out, console=console)
-    if parsed.json:
+    result = segment(call.values, call.out, console=call.console)
+    if call.flags.json:
         print(json.dumps(result))
     else:
-        Console().print(segmentation_table(result))
-    if parsed.out is not None:
-        console.print(f"results and pictures: {parsed.out}", soft_wrap=True)
+        Console().print(segmentation_table(result).to_terminal())
+    if call.out is not None:
+        call.say(f"results and pictures: {call.out}")
     return 0
+
+
+SEGMENT = Verb(
+    summary="train a head on the patch features of a frozen model, and measure mIoU on images with masks",
+    example="  mapet eval segment runs/photos ./scenes --out scenes-results",
+    configs=(SegmentConfig,),
+    run=run,
+    positional={"model": None, "data": "a folder with images/ and masks/, or ADE20K's"},
+    out="a new folder for results.json, results.md, head.safetensors and predictions.png",
+    needs_out=False,
+    json="print the results as JSON",
+)

@@ -1,7 +1,5 @@
 """Pictures of a codebook: what its codes look like, and how often they are used."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

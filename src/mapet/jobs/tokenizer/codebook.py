@@ -1,7 +1,5 @@
 """Statistics of a codebook: use of its ids, entropies given neighbours, patches nearest to its codes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,17 +1,14 @@
 """The configurations of the tokenizer commands."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator
-
-from mapet.config.base import Config, from_text, key
+from mapet.config.base import Config, key
 from mapet.config.keys import (
     BatchSize,
     InputKeys,
     KMeansKeys,
+    OneOrThree,
     PatchKeys,
     Share,
     TeacherKeys,
@@ -88,7 +85,7 @@ class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys, InputKeys):
     embed_dim: int = key(768, "width of encoder and decoder; a multiple of 64, or of the heads", ge=1, le=2**14)
     depth: int = key(12, "blocks of the encoder", ge=1, le=1000)
     num_heads: int = key(12, "attention heads", ge=1, le=2**10)
-    decoder_depth: Annotated[Literal[1, 3], BeforeValidator(from_text)] = key(3, "blocks of the decoder: 1 or 3")
+    decoder_depth: OneOrThree = key(3, "blocks of the decoder: 1 or 3")
     ema_decay: float = key(0.99, "how slowly codes follow the patches they stand for", ge=0, lt=1)
     crop_min: float = key(0.2, "least share of the image that a random crop covers", gt=0, le=1)
     flip: Share = key(0.5, "probability of a horizontal flip")

@@ -1,7 +1,5 @@
 """Fit a tokenizer on images, and report on a tokenizer."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

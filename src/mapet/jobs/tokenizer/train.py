@@ -1,7 +1,5 @@
 """Train a VQ-KD tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from mapet.config.base import continued, read_recipe, settle
+from mapet.config.base import continued, parse, read_recipe, settle
 from mapet.data.batches import ViewDataset
 from mapet.data.open import open_images
 from mapet.data.seeds import Draws, Stream, fold_seed
@@ -54,9 +52,10 @@ def train_vqkd(
             config = continued(VQKDConfig, read_recipe(folder.config), values, folder.root)
             images = main_first(lambda: open_images(config.data))
         else:
-            images = main_first(lambda: open_images(str(values.get("data", ""))))
+            given = parse(VQKDConfig, values, complete=True)
+            images = main_first(lambda: open_images(given["data"]))
             config = settle(
-                VQKDConfig, values, images=len(images), processes=world.num_processes, precision=fast_precision()
+                VQKDConfig, given, images=len(images), processes=world.num_processes, precision=fast_precision()
             )
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))

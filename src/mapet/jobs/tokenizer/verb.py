@@ -1,7 +1,5 @@
 """``mapet tokenizer VERB``: visual tokenizers and stores of their ids."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 

@@ -1,7 +1,5 @@
 """Training of a VQ-KD tokenizer: vector-quantised knowledge distillation (BEiT v2, arXiv 2208.06366, section 2.2)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast, gather, reduce
