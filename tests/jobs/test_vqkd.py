@@ -25,9 +25,9 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def values(digits: Path, exported_vit: Path) -> dict[str, Any]:
     sizes = {"image_size": 28, "patch_size": 7, "channels": 1, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    codes = {"vocab_size": 16, "code_dim": 8, "decoder_depth": 1, "crop_min": 0.8, "flip": 0.0}
+    codes = {"vocab_size": 16, "code_dim": 8, "decoder_depth": "1", "crop_min": 0.8, "flip": 0.0}
     training = {"batch_size": 16, "lr": 1e-3, "workers": 0, "data": str(digits), "teacher": str(exported_vit)}
-    return {**sizes, **codes, **training}
+    return {**sizes, **codes, **training}  # decoder_depth as a flag gives it
 
 
 def records(run: Path) -> list[dict[str, Any]]:

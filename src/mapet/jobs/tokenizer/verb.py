@@ -123,7 +123,7 @@ TRAIN = Verb(
     check_data=check_images,
 )
 REPORT = Verb(
-    summary="how a tokenizer does on images: usage, entropies, pictures",
+    summary="measure a codebook on images: usage, entropies, pictures",
     example="  mapet tokenizer report ./photos --tokenizer tok --out report",
     configs=(ReportConfig,),
     run=run_report,
