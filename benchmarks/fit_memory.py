@@ -1,8 +1,8 @@
-"""Peak memory of fitting a codebook against the size of its sample.
+"""Measure the peak memory of fitting a codebook, by the size of its sample.
 
     python benchmarks/fit_memory.py --data IMAGES --teacher TEACHER --patches 200000 2000000
 
-Each size is fitted by `mapet tokenizer fit` in a process of its own; its peak resident set is the system's figure.
+`mapet tokenizer fit` runs in its own process for each size. The peak is the resident set that the system reports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
-    """Fit, and return GiB of the sample and of the process's peak."""
+    """Fit a codebook; return the size of the sample and the peak of the process in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=256)
     parser.add_argument("--patches", type=int, nargs="+", default=[200_000, 2_000_000])
-    parser.add_argument("more", nargs="*", help="further flags of the command, after --")
+    parser.add_argument("more", nargs="*", help="further flags of mapet tokenizer fit, after --")
     arguments = parser.parse_args()
     for patches in arguments.patches:
         found = peak(arguments, patches)
