@@ -64,7 +64,7 @@ TEACHER_SIZE = 64  # MobileNetV2's map has 4 x 4 values at stride 16, as many as
 
 
 def prepare_emoji(package: Path, out: Path) -> None:
-    """Copy emoji into a folder per category, a fifth of each for testing; copy the rest, with skin tones, unlabelled."""
+    """Copy emoji into a folder per category, a fifth of each for testing; copy the rest with skin tones, unlabelled."""
     if out.exists():
         return
     pictures, fresh = package / "img" / "google" / "64", out.with_name(".emoji.new")
