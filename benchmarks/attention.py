@@ -1,8 +1,9 @@
-"""Time masked attention, forward and backward, in its two forms: torch's fused one and plain matrix products.
+"""Time masked attention, forward and backward, in two forms: torch's fused kernel and plain matrix products.
 
     python benchmarks/attention.py
 
-The shapes are MaPeT's at 224/16: 491 rows look at 344 keys. `mapet.models.attend` chooses by this measurement.
+The shapes are those of MaPeT at 224 px with patches of 16 px: 491 rows attend to 344 keys.
+`mapet.models.attention.attend` chooses its form by this measurement.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from mapet.objectives.layouts import permuted_layout
 from torch import Tensor
+
+from mapet.objectives.mapet import visible_keys
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def median_ms(form: Callable[..., Tensor], dtype: torch.dtype, device: str, rounds: int = 10) -> float:
-    mask = permuted_layout(197, 50, slots=True).mask.to(device)
+    mask = visible_keys(50, 147, 147, slots=True, queries=True).to(device)
     rows, keys = mask.shape
     query, key, value = (
         torch.randn(8, 3, n, 64, dtype=dtype, device=device, requires_grad=True) for n in (rows, keys, keys)

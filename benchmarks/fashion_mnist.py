@@ -1,8 +1,8 @@
-"""Pre-train on Fashion-MNIST by the recipe, measure, repeat for several seeds; the table of docs/results.md.
+"""Pre-train and measure on Fashion-MNIST with several seeds: the recipe fashion_mnist_tiny, a table of docs/results.md.
 
     python benchmarks/fashion_mnist.py --out runs/fashion --seeds 0 1 2
 
-Killed and started again it continues; seeds that are done are not done again.
+A run that was killed continues when the command is repeated; finished seeds are kept.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import time
 from pathlib import Path
+
+from spread import spread
 
 from mapet.config.recipes import load_recipe
 from mapet.jobs.demo.run import FINETUNING, run_demo
 from mapet.probes.rows import Row
+from mapet.report.tables import Table
 
 LABELS_PER_CLASS = 60  # 1 % of the training images
 FEW = {**FINETUNING, "steps": 150, "batch_size": 64, "flip": 0.5, "crop_min": 0.8}
@@ -42,15 +44,12 @@ def main() -> None:
 
     runs = [measure(seed, arguments.out / f"seed{seed}") for seed in arguments.seeds]
     columns = list(runs[0]["pretrained_vit"])
-    print(f"\naccuracy in %, mean (least to greatest) of seeds {arguments.seeds}")
-    print("|".join(["", " ", *columns, ""]))
-    print("|".join(["", *["---"] * (len(columns) + 1), ""]))
-    for name in runs[0]:
-        cells = []
-        for column in columns:
-            values = [100 * run[name][column] for run in runs if column in run[name]]
-            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "-")
-        print("|".join(["", name, *cells, ""]))
+    rows = [
+        [name, *(spread([100 * run[name][column] for run in runs if column in run[name]]) for column in columns)]
+        for name in runs[0]
+    ]
+    title = f"accuracy in %, mean (least to greatest) of seeds {arguments.seeds}"
+    print(Table(["", *columns], rows, title).to_markdown())
 
 
 if __name__ == "__main__":

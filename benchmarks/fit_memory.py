@@ -1,8 +1,12 @@
-"""Peak memory of fitting a codebook against the size of its sample.
+"""Measure the peak memory of fitting a codebook, by the size of its sample.
 
     python benchmarks/fit_memory.py --data IMAGES --teacher TEACHER --patches 200000 2000000
 
+<<<<<<< HEAD
 Each size is fitted by `mapet tokenizer fit` in a process of its own, whose peak resident set the system reports.
+=======
+`mapet tokenizer fit` runs in its own process for each size. The peak is the resident set that the system reports.
+>>>>>>> b32b50f07a918e3709d6fc35d6eaf578842095b9
 """
 
 from __future__ import annotations
@@ -18,7 +22,11 @@ from safetensors import safe_open
 
 
 def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
+<<<<<<< HEAD
     """Fit a tokenizer; return the GiB of its sample and the peak GiB of the process."""
+=======
+    """Fit a codebook; return the size of the sample and the peak of the process in GiB."""
+>>>>>>> b32b50f07a918e3709d6fc35d6eaf578842095b9
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -63,7 +71,7 @@ def main() -> None:
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=256)
     parser.add_argument("--patches", type=int, nargs="+", default=[200_000, 2_000_000])
-    parser.add_argument("more", nargs="*", help="further flags of the command, after --")
+    parser.add_argument("more", nargs="*", help="further flags of mapet tokenizer fit, after --")
     arguments = parser.parse_args()
     for patches in arguments.patches:
         found = peak(arguments, patches)

@@ -1,25 +1,28 @@
-"""Fine-tune pre-trained networks and the same networks untrained with 1 %, 10 % and 100 % of the labels.
+"""Fine-tune pre-trained networks, and the same networks with random weights, on 1 %, 10 % and 100 % of the labels.
 
     for seed in 0 1 2; do
         mapet pretrain --config fashion_mnist_tiny --epochs 4 --seed $seed --out runs/fashion$seed
     done
     python benchmarks/labels.py runs/fashion0 runs/fashion1 runs/fashion2 --out runs/labels
 
-The n-th run is fine-tuned with the n-th seed. Killed and started again it continues. The table of docs/results.md.
+The n-th run is fine-tuned with seed n, counted from 0. A run that was killed continues when the command is repeated.
+The table is in docs/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 
+from spread import spread
+
 from mapet.config.recipes import load_recipe
 from mapet.jobs.finetune.run import finetune
+from mapet.report.tables import Table
 
-EPOCHS = {0.01: 60, 0.1: 15, 1.0: 3}  # by share of the labels; about as long as each takes to level off
+EPOCHS = {0.01: 60, 0.1: 15, 1.0: 3}  # by share of the labels; accuracy no longer rises much after these
 ARMS = {"random-init ViT": True, "pre-trained ViT": False}
 
 
@@ -53,13 +56,8 @@ def main() -> None:
             for arm, reinit in ARMS.items():
                 out = arguments.out / f"{'random' if reinit else 'pretrained'}-{share:g}-{seed}"
                 found.setdefault((arm, share), []).append(100 * accuracy(run, seed, share, reinit, out))
-    print("\n| | " + " | ".join(f"{share:.0%} of the labels" for share in EPOCHS) + " |")
-    print("|---" * (len(EPOCHS) + 1) + "|")
-    for arm in ARMS:
-        cells = [found[arm, share] for share in EPOCHS]
-        print(
-            f"| {arm} | " + " | ".join(f"{statistics.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" for c in cells) + " |"
-        )
+    rows = [[arm, *(spread(found[arm, share]) for share in EPOCHS)] for arm in ARMS]
+    print(Table(["", *(f"{share:.0%} of the labels" for share in EPOCHS)], rows).to_markdown())
 
 
 if __name__ == "__main__":

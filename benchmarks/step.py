@@ -1,9 +1,9 @@
-"""Time one training step (order drawing, forward, backward) of every objective on the same backbone.
+"""Time one training step (drawing the mask, forward, backward) of every objective on the same backbone.
 
     python benchmarks/step.py --model vit_tiny_patch16_224 --batch-size 8 --precision no
 
-Rounds alternate between the objectives, so that a machine whose speed drifts slows all of them alike; the
-ratios to `mim` are formed round by round.
+Each round times every objective once, so that a change in the machine's speed affects all of them. Ratios to `mim` are
+taken within each round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from mapet.models.vit import build_vit
 from mapet.objectives.base import Objective
-from mapet.objectives.registry import OBJECTIVES, build_objective
+from mapet.objectives.registry import OBJECTIVES, build_objective, build_target
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +39,9 @@ def main() -> None:
     objectives = {}
     for name in arguments.objectives:
         backbone = build_vit(arguments.model, image_size=arguments.image_size)
-        objectives[name] = build_objective(name, backbone, arguments.vocab_size).to(device)
+        targets = OBJECTIVES[name].default_targets
+        target = build_target(name, targets, backbone, arguments.vocab_size, "cosine")
+        objectives[name] = build_objective(name, backbone, target).to(device)
     patches = next(iter(objectives.values())).patches
     ids = torch.randint(0, arguments.vocab_size, (arguments.batch_size, patches), device=device)
 
@@ -47,7 +49,7 @@ def main() -> None:
         began = time.perf_counter()
         dtype = PRECISIONS[arguments.precision]
         with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            loss = objective(images, *([ids] if objective.needs_ids else []))["loss"]
+            loss = objective(images, ids)["loss"]
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -58,7 +60,7 @@ def main() -> None:
     for round_number in range(arguments.rounds + 1):
         for name, objective in objectives.items():
             taken = seconds(objective)
-            if round_number:  # the first warms up
+            if round_number:  # the first round warms up
                 times[name].append(taken)
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

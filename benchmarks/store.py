@@ -1,10 +1,10 @@
-"""Speed of training batches with ids read from a token store, against ids made online.
+"""Compare the speed of training batches whose ids come from a token store with ids computed online.
 
     python benchmarks/store.py --data IMAGES --tokenizer TOKENIZER --image-size 64 --rounds 5
 
-Both ways load and augment the same images (two crops of each, mirrored) and alternate within one run. Online, each
-batch needs the tokenizer's view and the tokenizer; with a store it needs the digest of the content and a lookup. The
-time for the ids alone, of batches that are loaded already, is measured as well.
+Both load and augment the same images (two crops of each, mirrored) and alternate within one run. Online ids need the
+tokenizer's view and the tokenizer; stored ids need the digest of each image and a lookup. The ids alone, of batches
+that are already loaded, are timed too.
 """
 
 from __future__ import annotations
@@ -13,34 +13,32 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mapet.data.batches import Batch, StepSampler, ViewDataset, load_batches
 from mapet.data.open import open_images
 from mapet.data.seeds import Draws
 from mapet.data.views import TrainView
 from mapet.jobs.tokenizer.encode import encode_images
-from mapet.targets.sources import OnlineTokens, StoredTokens, TokenSource
+from mapet.targets.sources import OnlineIds, StoredIds, TargetSource
 from mapet.tokenizers.files import load_tokenizer
 from mapet.tokenstore.store import TokenStore
 
 SIZE = 32
 
 
-def loop(source: TokenSource, dataset: ViewDataset, batches: int) -> float:
-    """Return the seconds that loading batches and getting their ids takes."""
+def loop(source: TargetSource, dataset: ViewDataset, batches: int) -> float:
+    """Return the seconds for loading batches and getting their ids."""
     began = time.perf_counter()
     for batch in load_batches(dataset, StepSampler(len(dataset), SIZE, 0, 0, batches), workers=0):
         source(batch)
     return time.perf_counter() - began
 
 
-def ids_alone(source: Callable[[Batch], torch.Tensor], batches: list[Batch]) -> float:
-    """Return the seconds that getting the ids of loaded batches takes."""
+def ids_alone(source: TargetSource, batches: list[Batch]) -> float:
+    """Return the seconds for getting the ids of loaded batches."""
     began = time.perf_counter()
     for batch in batches:
         source(batch)
@@ -67,10 +65,10 @@ def main() -> None:
             "crop_min": 0.5,
             "workers": 0,
         }
-        made = encode_images(values, Path(folder) / "tokens", console=Console(stderr=True))
+        made = encode_images(values, Path(folder) / "tokens")
         print(f"encoded {made['encoded']} images, {made['views']} views each, in {made['seconds']} s")
-        online = OnlineTokens(tokenizer, torch.device("cpu"), seed=0)
-        stored = StoredTokens(TokenStore.open(Path(folder) / "tokens"), images, torch.device("cpu"))
+        online = OnlineIds(tokenizer, torch.device("cpu"), seed=0)
+        stored = StoredIds(TokenStore.open(Path(folder) / "tokens"), images, torch.device("cpu"))
         seconds: dict[str, list[float]] = {"online": [], "stored": [], "online ids": [], "stored ids": []}
         channels = tokenizer.channels
         normalise = (0.5,) * channels, (0.5,) * channels

