@@ -2,31 +2,22 @@
 
     python benchmarks/fit_memory.py --data IMAGES --teacher TEACHER --patches 200000 2000000
 
-<<<<<<< HEAD
-Each size is fitted by `mapet tokenizer fit` in a process of its own, whose peak resident set the system reports.
-=======
 `mapet tokenizer fit` runs in its own process for each size. The peak is the resident set that the system reports.
->>>>>>> b32b50f07a918e3709d6fc35d6eaf578842095b9
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from safetensors import safe_open
-
 
 def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
-<<<<<<< HEAD
-    """Fit a tokenizer; return the GiB of its sample and the peak GiB of the process."""
-=======
     """Fit a codebook; return the size of the sample and the peak of the process in GiB."""
->>>>>>> b32b50f07a918e3709d6fc35d6eaf578842095b9
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -58,8 +49,10 @@ def peak(arguments: argparse.Namespace, patches: int) -> dict[str, float]:
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit("fitting failed")
-        with safe_open(Path(folder) / "tok" / "tokenizer.safetensors", "pt") as file:
-            width = file.get_slice("centroids").get_shape()[1]
+        tensors = Path(folder) / "tok" / "tokenizer.safetensors"
+        header = tensors.read_bytes()
+        size = int.from_bytes(header[:8], "little")
+        width = json.loads(header[8 : 8 + size])["centroids"]["shape"][1]
     return {"sample": patches * width * 4 / 2**30, "peak": usage.ru_maxrss / 2**20}
 
 
