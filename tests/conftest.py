@@ -1,7 +1,5 @@
 """Real images and small networks shared by the tests."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -1,7 +1,5 @@
 """The floors of the package: imports run downwards only."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

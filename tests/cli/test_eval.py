@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence
@@ -173,7 +171,7 @@ def test_a_class_without_test_images(model: Path, digits: Path, tmp_path: Path, 
         (["knn", "MODEL", "DIGITS", "--temperature", "0"], "temperature = 0"),
         (["knn", "MODEL", "DIGITS/class 3"], "lies outside of any; move it"),
         (["knn", "MODEL", "nowhere"], "'nowhere' is neither a folder with one subfolder per class"),
-        (["knn", "MODEL", "DIGITS", "--features", "all"], "features = 'all'"),
+        (["knn", "MODEL", "DIGITS", "--features", "all"], "features = all"),
         (["knn", "MODEL"], "lacks 'data'"),
         (["linear", "MODEL", "DIGITS", "--seeds", "0"], "seeds = 0"),
         (["classify", "MODEL", "DIGITS"], "has no classifier; fine-tune it first"),

@@ -1,7 +1,5 @@
 """Real processes that are sent real signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from mapet import MapetError
 from mapet.cli import VERBS, load_verb
 from mapet.config.base import Config, config_to_yaml, continued, marked, override, parse, read_recipe, settle
 from mapet.config.keys import TrainKeys
-from mapet.jobs.evaluate.config import LinearConfig
+from mapet.jobs.evaluate.config import KNNConfig, LinearConfig
 from mapet.jobs.finetune.config import FinetuneConfig
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.tokenizer.config import FitConfig
@@ -37,6 +35,8 @@ def settle_finetuning(images: int, processes: int = 1, **given: Any) -> Finetune
         (PretrainConfig, {"crop_min": 0}, "crop_min = 0.*greater than 0"),
         (PretrainConfig, {"precision": "int8"}, "precision = int8.*bf16"),
         (PretrainConfig, {"std": [0.0]}, "std must be positive"),
+        (PretrainConfig, {"init": ""}, "init = '': string should have"),
+        (KNNConfig, {"image_size": [14]}, r"image_size = \(?\[?14.*required"),
         (PretrainConfig, {"model_args": {"img_size": 30}}, "img_size has a flag of its own: use --image-size"),
         (PretrainConfig, {"steps": 3, "epochs": 3}, "give epochs or steps, not both"),
         (PretrainConfig, {"mirror": True}, "mirror needs views"),

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from mapet.data.seeds import Draws, Stream, fold_seed
 
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -7,12 +5,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mapet.config.base import settle
 from mapet.config.keys import TrainKeys
+from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import SINKS, RunFacts
 
 
 def begin(name: str, folder: Path, first_step: int = 0):  # type: ignore[no-untyped-def]
     sink = SINKS[name]()
-    sink.begin(RunFacts(folder, settle(TrainKeys, {"data": "d"}, images=9), first_step, total_steps=4))
+    sink.begin(RunFacts(RunFolder(folder), settle(TrainKeys, {"data": "d"}, images=9), first_step, total_steps=4))
     return sink
 
 

@@ -1,7 +1,5 @@
 """The task of fine-tuning, compared with timm's losses and moving average."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

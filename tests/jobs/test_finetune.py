@@ -1,7 +1,5 @@
 """Fine-tuning: learning, resuming, what is exported, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Pre-training: the run folder, resuming, damaged input, several processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

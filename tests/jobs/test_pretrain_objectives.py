@@ -1,7 +1,5 @@
 """Pre-training with each objective and each kind of target."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

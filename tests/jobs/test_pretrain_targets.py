@@ -1,7 +1,5 @@
 """Pre-training on a teacher's features and on pixels."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Continued pre-training: what a run takes over from its source, and which sources and values are refused."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

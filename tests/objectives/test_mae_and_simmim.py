@@ -1,7 +1,5 @@
 """MAE and SimMIM, compared with those of transformers on copied weights in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

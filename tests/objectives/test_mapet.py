@@ -1,7 +1,5 @@
 """MaPeT, PIM, Raster and MIM."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What is predicted of a patch, and patches as rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,13 +1,11 @@
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
 from mapet.config.base import Config
+from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import RunFacts
 from mapet.report.progress import Baseline, ProgressSink
 
@@ -22,7 +20,7 @@ def plain(text: io.StringIO) -> str:
 def test_records_are_shown_beside_the_baseline(terminal: bool) -> None:
     text = io.StringIO()
     sink = ProgressSink(Console(file=text, force_terminal=terminal, width=80), IDS.describe)
-    sink.begin(RunFacts(Path("run"), Config(), 0, 4))
+    sink.begin(RunFacts(RunFolder("run"), Config(), 0, 4))
     for step, loss in enumerate((3.5, 3.2, 2.5, 2.25)):
         record = {"step": step, "loss": loss, "accuracy": 0.31}
         sink.write(record | ({"eval_knn": 0.75} if step == 3 else {}))

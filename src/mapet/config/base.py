@@ -180,13 +180,13 @@ def _first_error(error: ValidationError, config_class: type[Config], origin: str
     field = config_class.model_fields.get(name)
     if field is None:
         return f"{origin} has the unknown key {name!r}{nearest(name, config_class.model_fields) or '; see --help'}"
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == 1:
         return f"{origin} lacks {name!r}: {field.description}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "string_unicode":
         message = "not valid UTF-8; rename it, or link to it by another name"
     value = first["input"]
-    shown = value if isinstance(value, str) and value.isprintable() else repr(value)
+    shown = value if isinstance(value, str) and value and value.isprintable() else repr(value)
     return f"{origin} is wrong: {name} = {shown}: {message[0].lower()}{message[1:]}"
 
 

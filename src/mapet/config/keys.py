@@ -186,7 +186,9 @@ class TrainKeys(DataKeys):
         "epoch has ten steps or more",
         common=True,
     )
-    epochs: Epochs | None = key(None, "passes over the data; default: 300", common=True, instead_of="steps")
+    epochs: Epochs | None = key(
+        None, "passes over the data; default: 300 (fine-tuning: 100)", common=True, instead_of="steps"
+    )
     steps: Count = key(CHOSEN, "optimiser steps, instead of --epochs", common=True, instead_of="epochs")
     lr: LearningRate = key(
         CHOSEN,

@@ -6,10 +6,10 @@ To add one (Weights & Biases, say), write a class with these three methods and n
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from mapet.config.base import Config
+from mapet.engine.runfolder import RunFolder
 
 Record = dict[str, Any]
 
@@ -25,7 +25,7 @@ class RunFacts:
         total_steps: of the whole run.
     """
 
-    folder: Path
+    folder: RunFolder
     config: Config
     first_step: int
     total_steps: int
@@ -51,7 +51,7 @@ class JsonLines:
 
     def begin(self, run: RunFacts) -> None:
         """Open the file."""
-        self._file = (run.folder / "metrics.jsonl").open("a")
+        self._file = run.folder.metrics.open("a")
 
     def write(self, record: Record) -> None:
         """Append one line."""
@@ -72,7 +72,7 @@ class TensorBoard:
         """Open the events."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.first_step)
+        self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=run.first_step)
 
     def write(self, record: Record) -> None:
         """Write each number of the record."""

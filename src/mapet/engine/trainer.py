@@ -133,7 +133,7 @@ class Trainer:
         with ExitStack() as opened:
             sinks = [*(make() for make in SINKS.values()), self.progress] if self.is_main else []
             for sink in sinks:
-                sink.begin(RunFacts(folder.root, config, first, config.steps))
+                sink.begin(RunFacts(folder, config, first, config.steps))
                 opened.enter_context(closing(sink))
             stop = opened.enter_context(StopRequest())
             self.wrapped.train()
