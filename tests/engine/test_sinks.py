@@ -15,13 +15,15 @@ def begin(name: str, folder: Path, first_step: int = 0):  # type: ignore[no-unty
     return sink
 
 
-def test_json_lines_are_appended_and_visible_at_once(tmp_path: Path) -> None:
-    for step in range(2):
-        sink = begin("jsonl", tmp_path)
-        sink.write({"step": step, "loss": 0.1})
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(step + 1))
+def test_json_lines_are_visible_at_once_without_records_that_a_killed_run_left(tmp_path: Path) -> None:
+    for first, value in ((0, 1.0), (2, 2.0)):
+        sink = begin("jsonl", tmp_path, first)
+        for step in range(first, 4):
+            sink.write({"step": step, "loss": value})
+            lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in lines] == list(range(step + 1))
         sink.close()
+    assert [line["loss"] for line in lines] == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_tensorboard_hides_records_that_a_killed_run_left(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ To add one (Weights & Biases, say), write a class with these three methods and n
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 from mapet.config.base import Config
 from mapet.engine.runfolder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -21,7 +24,8 @@ class RunFacts:
     Attributes:
         folder: of the run.
         config: settled.
-        first_step: steps done before; records of this and later steps, left by a killed run, are void.
+        first_step: steps done before; a sink drops the records of this and later steps that a
+            killed run left.
         total_steps: of the whole run.
     """
 
@@ -38,7 +42,7 @@ class Sink(Protocol):
         """Get ready for a run."""
 
     def write(self, record: Record) -> None:
-        """Take a record; it holds at least ``step``."""
+        """Take a record; it holds at least ``step``. Measurements add keys at some steps only."""
 
     def close(self) -> None:
         """Flush and release."""
@@ -50,7 +54,11 @@ class JsonLines:
     _file: TextIO
 
     def begin(self, run: RunFacts) -> None:
-        """Open the file."""
+        """Open the file, without the records of steps that are computed again."""
+        if run.folder.metrics.exists():
+            run.folder.forget_metrics_from(run.first_step)
+        elif run.first_step:
+            logger.warning("%s is gone: the curve begins at step %d", run.folder.metrics, run.first_step)
         self._file = run.folder.metrics.open("a")
 
     def write(self, record: Record) -> None:

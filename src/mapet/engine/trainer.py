@@ -125,7 +125,7 @@ class Trainer:
         first = self._restore()
         self.wrapped, self.optimizer = wrap(self.accelerator, self.task, self.optimizer)
         if self.is_main:
-            self._begin_metrics(first)
+            self._begin_folder(first)
         if self.save_first and first == 0:
             self._save(0)
         batches = self._batches(first)
@@ -260,14 +260,10 @@ class Trainer:
         workers = count_workers(config.workers, self.dataset.images, accelerator.device)
         return iter(load_batches(self.dataset, sampler, workers, pin=accelerator.device.type == "cuda"))
 
-    def _begin_metrics(self, first: int) -> None:
-        """Write down the configuration and drop the records of steps that will be computed again."""
+    def _begin_folder(self, first: int) -> None:
+        """Write down the configuration, whose free keys may have changed, and log what begins."""
         config, folder = self.config, self.folder
         replace_file(folder.config, config_to_yaml(config))
-        if folder.metrics.exists():
-            folder.forget_metrics_from(first)
-        elif first:
-            logger.warning("%s is gone: the curve begins at step %d", folder.metrics, first)
         logger.info(
             "%s: %d images, steps %d to %d of %d images on %s in precision %s",
             folder.root,

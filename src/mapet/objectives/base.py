@@ -68,7 +68,7 @@ class Objective(Task):
             raise MapetError(f"unknown masking {self.masking!r}{hint}")
 
     @classmethod
-    def pixels(cls, backbone: VisionTransformer) -> Pixels:
+    def pixels(cls, backbone: VisionTransformer) -> Target:
         """Return the target of ``--targets pixels`` for this objective."""
         return Pixels.of(backbone)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ MAX_VOCAB_PIXELS = 1024  # there are fewer kinds of pixel patches than of featur
 POINTS_PER_CENTROID = 50  # a default vocabulary has at least so many patches per id
 
 
+def _pixels(config: KMeansKeys, vocab_size: int, grid: Grid, image_size: int, channels: int) -> KTokenizer:
+    return KPixels(image_size, image_size // grid[0], channels, vocab_size, config.contrast, config.spherical)
+
+
+# K-means tokenizers that need no teacher, by the names that ``--tokenizer`` and ``tokenizer fit --teacher`` take.
+WITHOUT_TEACHER: dict[str, Callable[[KMeansKeys, int, Grid, int, int], KTokenizer]] = {"pixels": _pixels}
+
+
 def is_ready(name: str) -> bool:
     """Return whether a name means a tokenizer that needs no fitting: a published one, or a folder that holds one."""
     return name in PUBLISHED or holds_tokenizer(name)
@@ -35,7 +44,7 @@ def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:
         return asked
     if asked is None:
         power = max(1, int(math.log2(max(2, points / POINTS_PER_CENTROID))))
-        return min(MAX_VOCAB_PIXELS if name == "pixels" else MAX_VOCAB, 1 << power)
+        return min(MAX_VOCAB_PIXELS if name in WITHOUT_TEACHER else MAX_VOCAB, 1 << power)
     if asked > points:
         raise MapetError(
             f"a codebook of {asked} ids needs at least as many patches, but the images have only {points}; take a "
@@ -48,7 +57,7 @@ def check_fittable(name: str) -> None:
     """Refuse a name of nothing whose features could be clustered; nothing is built or downloaded."""
     if os.sep in name and ":" not in name and not Path(name).is_dir():
         raise MapetError(f"tokenizer folder {name!r} does not exist")
-    if name != "pixels":
+    if name not in WITHOUT_TEACHER:
         library_of(name)
 
 
@@ -56,7 +65,7 @@ def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: in
     """Return a k-means tokenizer whose centroids are not yet fitted.
 
     Args:
-        name: "pixels", or the name of a teacher.
+        name: a name from ``WITHOUT_TEACHER``, or the name of a teacher.
         config: settings of the tokenizer; ``vocab_size`` is settled.
         grid: rows and columns of the student's patches.
         image_size, channels: of the student's input.
@@ -66,9 +75,8 @@ def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: in
     """
     assert config.vocab_size is not None
     check_fittable(name)
-    if name == "pixels":
-        patch = image_size // grid[0]
-        return KPixels(image_size, patch, channels, config.vocab_size, config.contrast, config.spherical)
+    if name in WITHOUT_TEACHER:
+        return WITHOUT_TEACHER[name](config, config.vocab_size, grid, image_size, channels)
     teacher = build_teacher(name, config.teacher_stage, config.teacher_weights)
     return KFeatures(teacher, grid, config.vocab_size, config.teacher_size or image_size, config.spherical)
 

@@ -18,7 +18,7 @@ from mapet.jobs.compare.config import CompareConfig, read_budget
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
 from mapet.objectives.registry import OBJECTIVES, build_objective, build_target, find_objective
-from mapet.targets.tokenizer import is_ready, ready_tokenizer
+from mapet.targets.tokenizer import WITHOUT_TEACHER, is_ready, ready_tokenizer
 from mapet.tokenizers.base import hash_content
 from mapet.tokenizers.teachers import build_teacher
 
@@ -130,7 +130,7 @@ def _with_tokenizers(
     objective, targets = str(own.get("objective", name)), "pixels"
     if objective != UNTRAINED:
         targets = {**shared, **own}.get("targets") or find_objective(objective).default_targets
-    useful = {key: value for key, value in shared.items() if key not in UNUSED.get(targets, ())}
+    useful = {key: value for key, value in shared.items() if key not in UNUSED.get(targets, UNUSED["pixels"])}
     given = {**useful, **own, "objective": objective, "targets": targets}
     if targets != "ids":
         tokenizers = ("",)
@@ -153,7 +153,7 @@ def open_target(config: PretrainConfig) -> tuple[int, str | None]:
         MapetError: if tokenizer or teacher cannot be had, or do not fit the network.
     """
     name = config.teacher if config.targets == "features" else config.tokenizer
-    if name is None or name == "pixels":
+    if name is None or name in WITHOUT_TEACHER:
         return config.vocab_size or 0, None
     if config.targets == "ids" and is_ready(name):
         side = config.image_size // config.patch_size

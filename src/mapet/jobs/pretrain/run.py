@@ -134,7 +134,7 @@ def _open_source(
     console: Console,
 ) -> TargetSource:
     """Return where the targets come from; a tokenizer that is not yet fitted is fitted."""
-    if config.targets == "pixels":
+    if config.targets not in ("ids", "features"):
         return NoSource(config.seed)
     if config.targets == "features":
         teacher = main_first(lambda: build_teacher(str(config.teacher), config.teacher_stage, config.teacher_weights))
@@ -196,7 +196,7 @@ def _baseline(
     workers: int,
     folder: RunFolder,
 ) -> Baseline | None:
-    if config.targets == "pixels":
+    if isinstance(source, NoSource):
         return None
     values = _some_values(source, dataset, config, workers)
     vocab_size = source.width if config.targets == "ids" else None
