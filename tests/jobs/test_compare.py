@@ -26,7 +26,7 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
 
 
 def figures(comparison: Comparison, *names: str) -> list[tuple[Any, ...]]:
-    return [tuple(run[name] for name in names) for run in comparison.runs]
+    return [tuple(run.get(name) for name in names) for run in comparison.runs]
 
 
 def wait_for(folder: Path, pattern: str) -> None:
@@ -103,11 +103,11 @@ def test_the_learning_rate_that_does_best_on_held_out_images_is_taken(digits: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda sign: sign.name)
 def test_a_comparison_that_was_stopped_goes_on_and_ends_with_the_same_table(
     sign: signal.Signals, digits: Path, tmp_path: Path
 ) -> None:
-    values = {**VALUES, "steps": 300, "checkpoint_every": 5, "data": str(digits)}
+    values = {**VALUES, "steps": 100, "checkpoint_every": 10, "data": str(digits)}
     process = start(tmp_path / "stopped", **values)
     wait_for(tmp_path / "stopped", "cells/mim*/run/checkpoints/last")
     process.send_signal(sign)
