@@ -193,10 +193,7 @@ def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reporte
         ({"arms": {"long": {"objective": "mim", "steps": 3}}}, "arm 'long' has its own 'steps'"),
         ({"objectives": ["random"]}, "no arm is trained"),
         ({"lr": None, "lrs": [1, 2], "arms": {"fast": {"lr": 0.1}}}, "arm 'fast' has its own 'lr'"),
-        (
-            {"arms": {"plain": {"objective": "simmim", "tokenizer": "pixels"}}},
-            "needs no token ids; leave out tokenizer",
-        ),
+        ({"arms": {"plain": {"objective": "simmim", "tokenizer": "pixels"}}}, "need no token ids; leave out tokenizer"),
         ({"objectives": ["mim", "random"], "arms": {"random": {"tokenizer": "pixels"}}}, "leave out tokenizer"),
         ({"knn": {"neighbours": 3}}, "knn of the comparison has the unknown key 'neighbours'"),
         ({"knn": {"model": "vit_tiny_patch16_224"}}, "knn of the comparison has 'model', which the comparison sets"),

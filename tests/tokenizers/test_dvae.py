@@ -107,7 +107,7 @@ def test_other_weights_are_refused(weights: Path) -> None:
     with pytest.raises(MapetError, match="cannot read images of 100 pixels; choose a multiple of 8"):
         DVAE(input_size=100)
     torch.save(small_codebook(), weights)  # a whole module, as OpenAI's encoder.pkl
-    with pytest.raises(MapetError, match="cannot be read as tensors .*need the Python object .*FlavaImageCodebook"):
+    with pytest.raises(MapetError, match="cannot be read as tensors: they need the Python object .*FlavaImageCodebook"):
         DVAE.from_published(weights)
 
 
