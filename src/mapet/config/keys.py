@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from mapet.config.base import CHOSEN, Config, from_text, key
+from mapet.config.base import CHOSEN, Config, default_of, from_text, key
 from mapet.errors import MapetError
 
 # Upper bounds are far above what is of use, and below what would fail late, or overflow.
@@ -26,7 +26,8 @@ NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
 
 KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
 
-# The default batch size leaves an epoch at least ten steps; the default learning rate takes smaller batches for 32.
+# The default batch size leaves an epoch at least ten steps; the default learning rate counts smaller
+# batches as 32.
 LEAST_STEPS_PER_EPOCH, LEAST_SCALED_BATCH = 10, 32
 
 
@@ -263,7 +264,7 @@ class TrainKeys(DataKeys):
         Raises:
             MapetError: if it is larger than the data set, or cannot be shared out evenly.
         """
-        parts: int = processes * given.get("accumulate", 1)
+        parts: int = processes * given.get("accumulate", default_of(cls, "accumulate"))
         together = cls.images_together(given)
         unit = parts * together
         if images < unit:

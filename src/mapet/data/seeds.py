@@ -10,7 +10,7 @@ class Stream(IntEnum):
 
     EPOCH = 1  # the permutation of an epoch
     VIEW = 2  # crop and flip of a view of an image
-    STEP = 3  # patch orders and stochastic depth of a step
+    STEP = 3  # masks, dropout and stochastic depth of a step
     SAMPLE = 4  # the images and patches that a tokenizer is fitted on
     WEIGHTS = 5  # the backbone's initial weights
     HEAD = 6  # the initial weights of the parts that are not exported

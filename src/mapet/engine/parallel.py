@@ -47,6 +47,11 @@ def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
     return accelerator
 
 
+def check_precision(precision: str) -> None:
+    """Refuse a precision that the device cannot compute in; see ``make_accelerator``."""
+    make_accelerator(precision)
+
+
 def wrap(accelerator: Accelerator, task: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """Return the task and its optimizer as they are trained: moved, in the precision, synchronised over processes."""
     # The optimizer's state stays where it is: moved, its step counts would be read back from the device each step.

@@ -5,7 +5,7 @@ from typing import Any
 from mapet.config.keys import InferenceKeys
 from mapet.data.batches import DamageTally
 from mapet.data.sources import ImageSet
-from mapet.engine.parallel import make_accelerator
+from mapet.engine.parallel import check_precision
 from mapet.engine.processes import count_workers, one_device
 from mapet.inference.models import OpenModel, open_model
 
@@ -13,7 +13,7 @@ from mapet.inference.models import OpenModel, open_model
 def open_on_device(config: InferenceKeys, *, classifier: bool) -> OpenModel:
     """Open the model of a configuration and move it to the device, see ``open_model`` and ``one_device``."""
     device = one_device()
-    make_accelerator(config.precision)  # refuses a precision that the device lacks
+    check_precision(config.precision)
     opened = open_model(
         config.model,
         classifier=classifier,

@@ -147,9 +147,9 @@ def _sampled(
     keys = [[(FIT_EPOCH, i) for i in filled_up[n * batch_size : (n + 1) * batch_size]] for n in numbers]
     for number, batch in zip(numbers, load_batches(dataset, keys, workers), strict=True):
         tally.add(batch["damaged"])
-        features_BPD = tokenizer.features(batch["tokenizer_images"].to(tokenizer.device))
+        features = tokenizer.features(batch["tokenizer_images"].to(tokenizer.device))
         generator.manual_seed(fold_seed(seed, Stream.SAMPLE, number))
-        noise = torch.rand(features_BPD.shape[:2], generator=generator)
-        picked = noise.argsort(dim=1)[:, : plan.patches_per_image].to(features_BPD.device)
-        points = features_BPD.gather(1, picked[:, :, None].expand(-1, -1, features_BPD.shape[-1]))
+        noise = torch.rand(features.shape[:2], generator=generator)
+        picked = noise.argsort(dim=1)[:, : plan.patches_per_image].to(features.device)
+        points = features.gather(1, picked[:, :, None].expand(-1, -1, features.shape[-1]))
         yield gather(points).flatten(0, 1).cpu()

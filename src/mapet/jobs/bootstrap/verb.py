@@ -37,8 +37,8 @@ def run(call: Call) -> int:
 
 BOOTSTRAP = Verb(
     summary="pre-train in rounds, each on ids of the features that the previous round learned",
-    about="Pre-train on k-pixels, fit a tokenizer to the features so learned, pre-train anew on its ids, and so on: "
-    "targets that\nget better without a foreign teacher.",
+    about="Pre-train on k-pixels. Fit a tokenizer to the features that this gave, and pre-train anew on its ids.\n"
+    "Repeat. Targets get better without a foreign teacher.",
     example="  mapet bootstrap ./photos --out runs/boot --rounds 2",
     configs=(PretrainConfig,),
     run=run,

@@ -106,7 +106,8 @@ def read_comparison(plan: Plan) -> Comparison:
             rates[arm.label] = tried
     cells = plan.cells({label: best_rate(tried) for label, tried in rates.items()})
     failures = {cell.title: cell.failure for cell in (*trials, *cells) if cell.failure is not None and not cell.is_done}
-    return Comparison(plan, rates, [_read_figures(cell) for cell in cells if cell.results()], failures)
+    runs = [_read_figures(cell, results) for cell in cells if (results := cell.results())]
+    return Comparison(plan, rates, runs, failures)
 
 
 def _held_out(trial: Cell) -> float:
@@ -114,10 +115,10 @@ def _held_out(trial: Cell) -> float:
     return max(float(setting["held_out"]) for setting in results["sweep"])
 
 
-def _read_figures(cell: Cell) -> Figures:
+def _read_figures(cell: Cell, found: Mapping[str, Mapping[str, Any]]) -> Figures:
     figures: dict[str, Any] = {"label": cell.arm.label, "budgets": cell.budgets}
     figures |= {"arm": cell.arm.name, "tokenizer": cell.arm.tokenizer, "seed": cell.seed}
-    figures |= {kind: results["accuracy"] for kind, results in cell.results().items()}
+    figures |= {kind: results["accuracy"] for kind, results in found.items()}
     if not (records := list(cell.run.metric_lines())):
         return figures
     steps = records[-1]["step"] + 1

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from mapet.config.base import CHOSEN, key
+from mapet.config.base import CHOSEN, default_of, key
 from mapet.config.keys import BatchSize, Count, LearningRate, LeastRate, ModelKeys, Share, Text, TrainKeys
 
 # Names of timm's augmentation policies. timm ignores parts of a name that it does not understand.
@@ -41,8 +41,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     )
     lr: LearningRate = key(
         CHOSEN,
-        "peak learning rate; default: upstream's 5e-4 at batch 512, scaled by the square root of the batch size, of 32 "
-        "images at least",
+        "peak learning rate; default: upstream's, 5e-4 * sqrt(batch size / 512), where batches below 32 count as 32",
         common=True,
     )
     min_lr: LeastRate = key(1e-6, "learning rate at the end of the cosine")
@@ -97,7 +96,7 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     @classmethod
     def images_together(cls, given: Mapping[str, Any]) -> int:
         """Return 2 with mixup or cutmix, which pair images."""
-        return 2 if given.get("mixup", 0.8) or given.get("cutmix", 1.0) else 1
+        return 2 if any(given.get(name, default_of(cls, name)) for name in ("mixup", "cutmix")) else 1
 
     @classmethod
     def choose(cls, given: Mapping[str, Any], **facts: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mapet.config.base import continued, parse, read_recipe, settle
+from mapet.config.base import continued, default_of, parse, read_recipe, settle
 from mapet.data.augment import AugmentedView
 from mapet.data.batches import DamageTally, ViewDataset
 from mapet.data.labelled import labels_to_use, open_labelled
@@ -64,12 +64,12 @@ def finetune(
         else:
             given = parse(FinetuneConfig, values, complete=True)
         check_out(given["data"], folder.root)
-        seed = given.get("seed", 0)
+        seed = given.get("seed", default_of(FinetuneConfig, "seed"))
         whole, test = main_first(lambda: open_labelled(given["data"], seed))
         train = labels_to_use(whole, given.get("label_share"), given.get("labels_per_class"), seed)
         if not begun:
             config = settle(
-                FinetuneConfig, values, images=len(train), processes=world.num_processes, precision=fast_precision()
+                FinetuneConfig, given, images=len(train), processes=world.num_processes, precision=fast_precision()
             )
         return _train(config, train, test, folder, resume, console or Console(stderr=True))
 

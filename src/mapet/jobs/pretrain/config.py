@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from mapet.config.base import CHOSEN, Scalar, key
+from mapet.config.base import CHOSEN, Scalar, default_of, key
 from mapet.config.keys import Count, InputKeys, KMeansKeys, Pixels, Share, TeacherKeys, Text, TrainKeys, ViewKeys
 from mapet.errors import MapetError
 
@@ -23,7 +23,7 @@ IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.
 
 
 class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
-    """What decides a run; see ``settle`` beside this file for what follows from the data and the network."""
+    """The keys of a pre-training run; ``settle_run`` derives those that depend on the data and the network."""
 
     init: Text | None = key(
         None,
@@ -63,7 +63,6 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         "are predicted",
         common=True,
     )
-
     feature_loss: Literal["cosine", "smooth_l1"] = key("cosine", "for features: how predictions are compared")
     patch_size: Pixels = key(CHOSEN, "side of a patch in pixels; default: the model's")
     drop_path: float = key(0.1, "stochastic depth rate of the last block", ge=0, lt=1)
@@ -120,7 +119,7 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
                 ``view``: settings of the token store's views, empty without one.
         """
         view = facts["view"]
-        channels = given.get("channels", 3)
+        channels = given.get("channels", default_of(cls, "channels"))
         mean, std = IMAGENET[channels]
         chosen = {name: given.get(name, value) for name, value in facts["published"].items()}
         ids_online = chosen["targets"] == "ids" and given.get("tokens") is None

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mapet.config.base import default_of, parse, settle
 from mapet.data.seeds import Stream, fold_seed
-from mapet.engine.parallel import fast_precision, make_accelerator
+from mapet.engine.parallel import check_precision, fast_precision
 from mapet.jobs.pretrain.config import PretrainConfig, check_targets
 from mapet.jobs.pretrain.start import inherit
 from mapet.models.vit import build_vit
@@ -60,51 +60,27 @@ def settle_run(asked: Mapping[str, Any], images: int, processes: int = 1) -> Pre
         vocab_size=vocab_size,
         view=view,
     )
-    make_accelerator(config.precision)  # refuses a precision that the device lacks
+    check_precision(config.precision)
     return config
 
 
 def _skeleton(name: str, given: Mapping[str, Any]) -> Objective:
     """Build the objective on the meta device, without memory or random numbers, to learn its sizes."""
     find_objective(name)
-    keys = ("model", "image_size", "channels", "drop_path", "layer_scale", "model_args")
-    values = {key: given[key] if key in given else default_of(PretrainConfig, key) for key in keys}
+    defaults = {key: default_of(PretrainConfig, key) for key in PretrainConfig.model_fields}
     with torch.device("meta"):
-        backbone = _build(**values, patch_size=given.get("patch_size"))
+        backbone = _build_backbone({**defaults, **given})
         return build_objective(
             name, backbone, Ids(2), given.get("mask_ratio"), given.get("masking"), given.get("objective_args")
         )
 
 
-def _build(
-    model: str,
-    image_size: int,
-    channels: int,
-    drop_path: float,
-    layer_scale: float | None,
-    model_args: Mapping[str, Any],
-    patch_size: int | None,
-) -> VisionTransformer:
-    return build_vit(
-        model,
-        image_size=image_size,
-        patch_size=patch_size,
-        channels=channels,
-        drop_path=drop_path,
-        layer_scale=layer_scale,
-        **model_args,
-    )
+def _build_backbone(values: Mapping[str, Any]) -> VisionTransformer:
+    keys = ("image_size", "patch_size", "channels", "drop_path", "layer_scale")
+    return build_vit(values["model"], **{key: values[key] for key in keys}, **values["model_args"])
 
 
 def initial_backbone(config: PretrainConfig) -> VisionTransformer:
     """Return the random backbone that a run with this configuration begins with, if it has no ``init``."""
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
-    return _build(
-        config.model,
-        config.image_size,
-        config.channels,
-        config.drop_path,
-        config.layer_scale,
-        config.model_args,
-        config.patch_size,
-    )
+    return _build_backbone(config.model_dump())

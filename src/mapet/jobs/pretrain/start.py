@@ -10,7 +10,7 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mapet.config.base import read_recipe
+from mapet.config.base import default_of, read_recipe
 from mapet.engine.checkpoint import TASK_FILE, read_state
 from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
@@ -111,7 +111,7 @@ def _of_run(folder: RunFolder, given: Mapping[str, Any]) -> dict[str, Any]:
     if "objective" not in given and folder.config.is_file():
         recorded = read_recipe(folder.config)
         found = {key: recorded[key] for key in OF_OBJECTIVE if recorded.get(key) and key not in given}
-    name = given.get("objective", found.get("objective", "mapet"))
+    name = given.get("objective", found.get("objective", default_of(PretrainConfig, "objective")))
     targets = given.get("targets", found.get("targets", find_objective(name).default_targets))
     if targets == "ids" and not {"tokenizer", "tokens"} & given.keys() and folder.tokenizer.is_dir():
         found["tokenizer"] = str(folder.tokenizer)

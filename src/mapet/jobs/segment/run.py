@@ -22,7 +22,7 @@ from mapet.config.base import settle
 from mapet.data.batches import DamageTally, SampleKey, StepSampler, in_order
 from mapet.data.workers import loading_processes
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.parallel import make_accelerator
+from mapet.engine.parallel import check_precision
 from mapet.engine.processes import count_workers, one_device
 from mapet.engine.runfolder import check_out, explain_disk_errors
 from mapet.errors import MapetError
@@ -80,7 +80,7 @@ class _Evaluation:
 
     def __init__(self, config: SegmentConfig, console: Console) -> None:
         self.config, self.console, self.device = config, console, one_device()
-        make_accelerator(config.precision)  # refuses a precision that the device lacks
+        check_precision(config.precision)
         train, test = open_masked(config)
         if train.reduce_zero_label:
             logger.info("value 0 in the masks of %s means no class, value 1 means class 0, and so on", config.data)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mapet.config.base import Config, key
+from mapet.config.base import Config, default_of, key
 from mapet.config.keys import (
     BatchSize,
     InputKeys,
@@ -42,7 +42,7 @@ class FitConfig(PatchKeys, KMeansKeys, InputKeys):
     def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse values that do not go together."""
         check_teacher(given, given.get("teacher"))
-        image, patch = given.get("image_size", 224), given.get("patch_size", 16)
+        image, patch = (given.get(name, default_of(cls, name)) for name in ("image_size", "patch_size"))
         if image % patch:
             raise ValueError(f"image_size {image} is not divisible by patch_size {patch}")
 

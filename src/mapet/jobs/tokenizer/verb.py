@@ -34,14 +34,11 @@ def run_train(call: Call) -> int:
     from mapet.jobs.tokenizer.train import train_vqkd
 
     result = train_vqkd(call.values, call.out, resume=call.flags.resume, console=call.console)
-    if not result.is_main:
-        return 0
-    if call.flags.json:
+    if result.is_main and call.flags.json:
         figures = {"steps": result.steps, "total_steps": result.total_steps, "stopped_by": result.stopped_by}
         print(json.dumps({**figures, "tokenizer": str(result.exported)}))
-    if not result.finished:
-        call.say(f"stopped and saved after step {result.steps}; --resume continues {call.out}")
-        return 128 + (result.stopped_by or 0)
+    if (status := call.unfinished(result)) is not None:
+        return status
     call.say(f"done: use it with --tokenizer {call.out}")
     return 0
 
