@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from mapet.models.vit import build_vit
+from mapet.models.networks import build_vit
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import OBJECTIVES, build_objective, build_target
 

@@ -68,7 +68,7 @@ def main() -> None:
         made = encode_images(values, Path(folder) / "tokens")
         print(f"encoded {made['encoded']} images, {made['views']} views each, in {made['seconds']} s")
         online = OnlineIds(tokenizer, torch.device("cpu"), seed=0)
-        stored = StoredIds(TokenStore.open(Path(folder) / "tokens"), images, torch.device("cpu"))
+        stored = StoredIds(TokenStore(Path(folder) / "tokens"), images, torch.device("cpu"))
         seconds: dict[str, list[float]] = {"online": [], "stored": [], "online ids": [], "stored ids": []}
         channels = tokenizer.channels
         normalise = (0.5,) * channels, (0.5,) * channels
@@ -80,7 +80,6 @@ def main() -> None:
                     TrainView(arguments.image_size, source.view_size, 0.5, 0.5, 0.4, *normalise),
                     channels,
                     Draws(0, 0, crops=2, mirror=True),
-                    digests=source.needs_digests,
                 ),
             )
             for name, source in (("online", online), ("stored", stored))

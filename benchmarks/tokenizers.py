@@ -21,7 +21,7 @@ import torch
 from spread import spread
 from torch import nn
 
-from mapet.data.labelled import open_labelled
+from mapet.data.open import open_labelled
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
 from mapet.jobs.pretrain.run import pretrain

@@ -32,7 +32,7 @@ from torch import Tensor
 from mapet.data.open import open_images
 from mapet.jobs.pretrain.run import pretrain
 from mapet.models.export import export_network
-from mapet.models.vit import build_vit
+from mapet.models.networks import build_vit
 
 # A shell's background job, and what nohup starts, ignores them, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,7 +23,7 @@ config
 errors
 """
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS.strip().splitlines()) for name in names.split()}
-MADE_OF_JOBS = {"compare", "demo", "bootstrap"}
+MADE_OF_JOBS = {"compare", "demo"}
 
 
 def place_of(module: str) -> tuple[str, str]:

@@ -7,7 +7,6 @@ from mapet.errors import MapetError
 
 if TYPE_CHECKING:
     from mapet.inference.load import load
-    from mapet.jobs.bootstrap.run import bootstrap
     from mapet.jobs.compare.run import compare
     from mapet.jobs.convert.run import convert
     from mapet.jobs.evaluate.run import evaluate
@@ -42,7 +41,6 @@ _HOMES = {
     "Features": "objectives.targets",
     "Ids": "objectives.targets",
     "Pixels": "objectives.targets",
-    "bootstrap": "jobs.bootstrap.run",
     "compare": "jobs.compare.run",
     "convert": "jobs.convert.run",
     "embed_images": "jobs.infer.run",

@@ -9,10 +9,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import nn
 
 from mapet.cli import main
-from mapet.data.labelled import from_labelled_folder
+from mapet.data.open import from_labelled_folder
 from mapet.data.views import PlainView
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.finetune.run import finetune
@@ -22,25 +21,13 @@ QUICK = ["--workers", "0", "--steps", "20", "--seeds", "2"]
 CLASSES = tuple(f"class {digit}" for digit in range(10))
 
 
-def build(classes: int = 0) -> nn.Module:
-    torch.manual_seed(9)
-    small = {"img_size": 28, "patch_size": 7, "in_chans": 1, "depth": 1, "embed_dim": 32, "num_heads": 2}
-    return timm.create_model("vit_tiny_patch16_224", **small, num_classes=classes)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with an exported model."""
-    exported = tmp_path_factory.mktemp("eval") / "run" / "exported"
-    exported.mkdir(parents=True)
-    export_network(build(), exported, (0.5,), (0.5,))
-    return exported.parent
-
-
 @pytest.fixture(scope="module")
 def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier trained on the digits, with one more class and the classes in reverse order."""
-    network, images, view = build(11), from_labelled_folder(digits), PlainView((28, 28), (0.5,), (0.5,), 0.9)
+    images, view = from_labelled_folder(digits), PlainView((28, 28), (0.5,), (0.5,), 0.9)
+    torch.manual_seed(9)
+    small = {"img_size": 28, "patch_size": 7, "in_chans": 1, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", **small, num_classes=11)
     batch = torch.stack([view(images.load(i, 1))[1] for i in range(60)])
     labels = 10 - torch.tensor(images.labels)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -78,10 +65,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
 def test_json_and_files(
-    kind: str, model: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, pretrained_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = QUICK if kind != "knn" else ["--workers", "0", "--k", "1,5,1000"]
-    found = printed(capsys, kind, str(model), str(digits), "--out", str(tmp_path / "out"), *quick)
+    found = printed(capsys, kind, str(pretrained_run), str(digits), "--out", str(tmp_path / "out"), *quick)
     assert (found["kind"], found["train_images"], found["test_images"]) == (kind, 50, 10)
     assert list(found["per_class"]) == list(CLASSES)
     assert sum(map(sum, found["confusion"])) == 10 * (1 if kind == "knn" else 2)
@@ -99,12 +86,16 @@ def test_json_and_files(
 
 
 def test_run_folder_exported_folder_and_name_of_a_timm_model(
-    model: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+    pretrained_run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     linear = ["--steps", "20", "--seeds", "1"]
     run, exported, small_batch = (
         printed(capsys, "linear", str(source), str(digits), *linear, *more)
-        for source, more in ((model, ()), (model / "exported", ()), (model, ("--batch-size", "7")))
+        for source, more in (
+            (pretrained_run, ()),
+            (pretrained_run / "exported", ()),
+            (pretrained_run, ("--batch-size", "7")),
+        )
     )
     assert run["confusion"] == exported["confusion"] == small_batch["confusion"]
     small = ["--image-size", "32", "--reinit"]
@@ -112,24 +103,24 @@ def test_run_folder_exported_folder_and_name_of_a_timm_model(
     assert named["image_size"] == [32, 32]
 
 
-def test_reinit_draws_random_weights_by_the_seed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reinit_draws_random_weights_by_the_seed(pretrained_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, zero, one = (
-        printed(capsys, "knn", str(model), "mnist", "--k", "10", *more)
+        printed(capsys, "knn", str(pretrained_run), "mnist", "--k", "10", *more)
         for more in ((), ("--reinit",), ("--reinit", "--seed", "1"))
     )
     assert (own["reinit"], zero["reinit"]) == (False, True)
     assert own["sweep"] != zero["sweep"] != one["sweep"]
 
 
-def test_tables_on_the_terminal(model: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "knn", str(model), str(digits), "--workers", "0"]) == 0
+def test_tables_on_the_terminal(pretrained_run: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "knn", str(pretrained_run), str(digits), "--workers", "0"]) == 0
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("accuracy", str(model.name), *CLASSES))
+    assert all(text in shown for text in ("accuracy", str(pretrained_run.name), *CLASSES))
 
 
-def test_kinds_of_features(model: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kinds_of_features(classifier: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {
-        kind: printed(capsys, "knn", str(model), str(digits), "--features", kind)["sweep"]
+        kind: printed(capsys, "knn", str(classifier), str(digits), "--features", kind)["sweep"]
         for kind in ("pooled", "class", "mean", "class+mean")
     }
     assert found["pooled"] == found["class"] != found["mean"] != found["class+mean"]
@@ -155,13 +146,11 @@ def test_a_classifier_is_measured_by_the_names_of_its_classes(
     assert (parts["test_images"], parts["crop_pct"]) == (4, 1.0)
 
 
-def test_a_class_without_test_images(model: Path, digits: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_class_without_test_images(pretrained_run: Path, digits: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(digits, tmp_path / "d" / "train")
     shutil.copytree(digits / "class 3", tmp_path / "d" / "test" / "class 3")
-    found = printed(capsys, "knn", str(model), str(tmp_path / "d"))
+    found = printed(capsys, "knn", str(pretrained_run), str(tmp_path / "d"))
     assert found["per_class"] == {**dict.fromkeys(CLASSES), "class 3": found["accuracy"]}
-    (tmp_path / "d" / "test" / "class 3").rename(tmp_path / "d" / "test" / "class X")
-    assert "images of the class 'class X'" in refused(capsys, "linear", str(model), str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize(
@@ -180,19 +169,25 @@ def test_a_class_without_test_images(model: Path, digits: Path, tmp_path: Path, 
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
-    arguments: list[str], message: str, model: Path, classifier: Path, digits: Path, tmp_path: Path, capsys: Any
+    arguments: list[str],
+    message: str,
+    pretrained_run: Path,
+    classifier: Path,
+    digits: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    names = {"MODEL": str(model), "DIGITS": str(digits), "CLASSIFIER": str(classifier)}
+    names = {"MODEL": str(pretrained_run), "DIGITS": str(digits), "CLASSIFIER": str(classifier)}
     filled = [names.get(part, part.replace("DIGITS/", f"{digits}/")) for part in arguments]
     assert message in refused(capsys, *filled, *out)
     assert not list(tmp_path.iterdir())
 
 
 def test_images_that_the_classifier_was_trained_on_are_counted(
-    model: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrained_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "model": str(model)}
+    quick = {**FINETUNING, "workers": 0, "steps": 1, "batch_size": 8, "model": str(pretrained_run)}
     whole, parted, few = (tmp_path / name for name in ("whole", "parted", "few"))
     for part, count in (("train", 5), ("test", 1)):
         copy_digits(digits, tmp_path / "parts" / part, CLASSES, slice(-count, None))

@@ -87,14 +87,15 @@ def test_folders_that_cannot_be_used(digits: Path, tmp_path: Path, capsys: pytes
         ("eval lineer", "unknown command 'eval lineer'; did you mean 'linear'"),
         ("embed m d", "required: --out; see mapet embed --help"),
         ("export onnx m --out", "argument --out: expected one argument; see mapet export onnx --help"),
-        ("bootstrap d --out x --rounds few", "invalid int value: 'few'; see mapet bootstrap --help"),
+        ("demo --dataset emoji", "invalid choice: 'emoji'"),
         (
             "tokenizer fit d --out x --imge-size 3",
             "unrecognized arguments: --imge-size 3; see mapet tokenizer fit --help; did you mean '--image-size'?",
         ),
         ("pretrain d --out x --order raster", "flag --order is now --masking; see mapet pretrain --help"),
         ("pretrain d --out x --context-tokens=9", "flag --context-tokens is now --mask-ratio (share of the patches"),
-        ("convert mae file --out x", "mapet convert mae is gone: timm ships these weights"),
+        ("convert mae file --out x", "mapet convert mae is gone; pass timm's name 'vit_base_patch16_224.mae' as model"),
+        ("bootstrap d --out x", "mapet bootstrap is gone; run mapet pretrain again with --tokenizer RUN/exported"),
         (f"pretrain --out x --config {'x' * 300}", "File name too long"),
     ],
 )
@@ -116,6 +117,7 @@ def test_output_names_that_no_file_can_have_are_refused(command: str, capsys: py
         ("--help", 0, "pre-train a ViT on unlabelled images"),
         ("eval --help", 0, "eval knn"),
         ("pretrain --help", 0, "--tokenizer"),
+        ("compare --help", 0, "--objectives"),
         ("pretrain ./no-such-folder --out x", 2, "'./no-such-folder' is neither a folder of images, nor an image"),
     ],
 )

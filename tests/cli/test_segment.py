@@ -34,14 +34,11 @@ def test_table(exported_vit: Path, mosaics: Path, capsys: pytest.CaptureFixture[
 def test_recipe_for_ade20k(exported_vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     for part, count in (("training", 8), ("validation", 1)):
-        for number in range(count):
-            for kind, pixels in (
-                ("images", generator.integers(0, 256, (30, 40, 3), np.uint8)),
-                ("annotations", generator.integers(0, 151, (30, 40), np.uint8)),
-            ):
-                target = tmp_path / kind / part / f"ADE_{number}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(target)
+        for kind, values, shape in (("images", 256, (30, 40, 3)), ("annotations", 151, (30, 40))):
+            (tmp_path / kind / part).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, values, shape, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / kind / part / f"ADE_{number}.png")
     recipe = ["--config", "segment_ade20k", "--image-size", "28", "--short-side", "28", "--json"]
     assert segment(exported_vit, tmp_path, *recipe) == 0
     found = json.loads(capsys.readouterr().out)
@@ -55,19 +52,14 @@ def test_recipe_for_ade20k(exported_vit: Path, tmp_path: Path, capsys: pytest.Ca
     [
         (["--epochs", "1"], "give epochs or steps"),
         (["--mode", "whole", "--short-side", "56"], "short_side is for mode slide"),
+        (["--out", "DATA/out"], "lies inside the image folder"),
+        (["--out", "FULL"], "is not empty"),
     ],
 )
-def test_contradicting_flags(
-    flags: list[str], says: str, exported_vit: Path, mosaics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert segment(exported_vit, mosaics, *flags) == 2
-    assert says in capsys.readouterr().err
-
-
-def test_out_must_be_new_and_outside_of_the_images(
-    exported_vit: Path, mosaics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_refused_flags(
+    flags: list[str], says: str, exported_vit: Path, mosaics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    for out, says in ((mosaics / "out", "lies inside the image folder"), (tmp_path, "is not empty")):
-        assert segment(exported_vit, mosaics, "--out", out) == 2
-        assert says in capsys.readouterr().err
+    places = {"DATA/out": mosaics / "out", "FULL": tmp_path}
+    assert segment(exported_vit, mosaics, *(places.get(flag, flag) for flag in flags)) == 2
+    assert says in capsys.readouterr().err

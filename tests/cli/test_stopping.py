@@ -17,14 +17,9 @@ from mapet.cli.stopping import Stopped, stopped_by_signals
 
 def stop(arguments: list[str], number: signal.Signals, begun: Callable[[], bool], temporary: Path) -> tuple[int, str]:
     """Send a signal to the process group of a command that has begun; return its exit status and standard error."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mapet", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(temporary)},
-    )
+    command, env = [sys.executable, "-m", "mapet", *arguments], {**os.environ, "TMPDIR": str(temporary)}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **streams, text=True, start_new_session=True, env=env)
     deadline = time.monotonic() + 120
     while not begun():
         assert process.poll() is None

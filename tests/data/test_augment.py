@@ -16,19 +16,9 @@ VIEW = AugmentedView((48, 64), MEAN, STD, 0.3, 0.5, "rand-m9-mstd0.5-inc1", 0.4,
 
 
 def test_augmentation_equals_timms_transform(photographs: Path) -> None:
-    timms = create_transform(
-        (48, 64),
-        is_training=True,
-        scale=(0.3, 1.0),
-        hflip=0.5,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        color_jitter=0.4,
-        interpolation="bicubic",
-        mean=MEAN,
-        std=STD,
-        re_prob=0.5,
-        re_mode="pixel",
-    )
+    colours = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "mean": MEAN, "std": STD}
+    shapes = {"scale": (0.3, 1.0), "hflip": 0.5, "interpolation": "bicubic", "re_prob": 0.5, "re_mode": "pixel"}
+    timms = create_transform((48, 64), is_training=True, **colours, **shapes)
     for number, path in enumerate(sorted(photographs.iterdir())[:8]):
         _, student = VIEW(decode(path, 3), Draw(number, 0))
         with seeded(number):

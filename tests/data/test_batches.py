@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,20 +65,16 @@ def test_views_do_not_depend_on_the_number_of_threads(photographs: Path) -> None
     assert torch.equal(samples[0], samples[1])
 
 
-@pytest.fixture
-def damaged(digits: Path, tmp_path: Path) -> Path:
-    """60 digits: one file is truncated, one is a text."""
+def test_damaged_files_are_replaced_logged_once_and_counted(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "damaged"))
     (folder / "class 1" / "0.png").write_bytes((digits / "class 1" / "0.png").read_bytes()[:100])
     (folder / "class 2" / "3.png").write_text("no image")
-    return folder
-
-
-def test_damaged_files_are_replaced_logged_once_and_counted(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = open_images(str(damaged))
+    images = open_images(str(folder))
     tally = DamageTally(images, most_share=0.1)
     for _ in range(2):
-        for batch in load_batches(ViewDataset(images, VIEW, 1, digests=True), in_order(60, 20), 0):
+        for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
             tally.add(batch["damaged"])
             assert batch["images"].shape == (20, 1, 28, 28)
             assert batch["tokenizer_images"].flatten(1).amax(1).min() > 0
@@ -86,26 +83,20 @@ def test_damaged_files_are_replaced_logged_once_and_counted(damaged: Path, caplo
     assert {images.keys[i] for i in tally.indices} == {"class 1/0.png", "class 2/3.png"}
     for key in ("class 1/0.png", "class 2/3.png"):
         assert caplog.text.count(f"skipped damaged image {key}") == 1
+    with pytest.raises(MapetError, match=r"2 of 60 images cannot be read.*class 1/0\.png.*--max-damaged"):
+        replace(tally, most_share=0.02).add([])
 
 
 def test_control_characters_in_names_are_escaped() -> None:
     assert printable("a\nb\x1b[31m\u00e9 \udce9.png") == "a\\nb\\x1b[31m\u00e9 \\udce9.png"
 
 
-def test_too_many_damaged_files_are_an_error(damaged: Path) -> None:
-    images = open_images(str(damaged))
-    batch = next(iter(load_batches(ViewDataset(images, VIEW, 1), in_order(60, 60), 0)))
-    with pytest.raises(MapetError, match=r"2 of 60 images cannot be read.*class 1/0\.png.*--max-damaged"):
-        DamageTally(images, most_share=0.02).add(batch["damaged"])
-
-
-@pytest.mark.parametrize("digests", [False, True])
-def test_a_folder_of_unreadable_files_is_an_error_in_the_first_batch(tmp_path: Path, digests: bool) -> None:
+def test_a_folder_of_unreadable_files_is_an_error_in_the_first_batch(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_text("no image")
-    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1, digests=digests)
+    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1)
     batch = next(iter(load_batches(dataset, in_order(60, 4), 0)))
-    assert batch["digest"].shape == (4, 32 if digests else 0)
+    assert batch["digest"].shape == (4, 32)
     with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
         DamageTally(dataset.images, most_share=1.0).add(batch["damaged"])
 

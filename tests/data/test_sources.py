@@ -70,7 +70,7 @@ def test_image_and_digest_are_read_together(three: ImageSet, digits: Path) -> No
         assert three.source.reads == 1
     assert torch.equal(image, three.load(1, 3))
     assert torch.equal(digest, three.digest(1))
-    stored = three.source.content(1) if three.in_memory else (digits / "class 0" / "1.png").read_bytes()
+    stored = three.source.content(1) if three.source.in_memory else (digits / "class 0" / "1.png").read_bytes()
     assert bytes(digest.tolist()) == hashlib.sha256(stored).digest()
 
 

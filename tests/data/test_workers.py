@@ -24,14 +24,9 @@ def test_a_temporary_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> N
         with tempfile.TemporaryDirectory(dir="/tmp") as short:
             folder = Path(short, "x" * (length - len(f"{short}/")))
             folder.mkdir()
-            process = subprocess.run(
-                [sys.executable, tmp_path / "load.py"],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                env={**os.environ, "TMPDIR": str(folder)},
-                check=False,
-            )
+            env = {**os.environ, "TMPDIR": str(folder)}
+            command = [sys.executable, tmp_path / "load.py"]
+            process = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
         assert output in process.stdout + process.stderr
 
 

@@ -57,24 +57,20 @@ def test_cut_and_foreign_checkpoints_are_refused(tiny_vit: Callable[..., Any], t
     read_checkpoint(tmp_path, task, optimizer)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": None},
-        {"step": "3"},
-        {"step": 10},
-        {"made_from": {"images": 9, "fingerprint": "f", "processes": 1}},
-        {"damaged": [9]},
-        {"optimizer": {"first": 1}},
-        {"more": 1},
-    ],
-)
-def test_an_edited_state_is_refused(change: dict[str, Any], tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_edited_state_is_refused(tiny_vit: Callable[..., Any], tmp_path: Path) -> None:
     task, optimizer = train(tiny_vit())
     write_checkpoint(tmp_path, task, optimizer, STATE)
-    content = json.loads((tmp_path / "state.json").read_text()) | change
-    (tmp_path / "state.json").write_text(
-        json.dumps({name: value for name, value in content.items() if value is not None or name == "scaler"})
-    )
-    with pytest.raises(MapetError, match=f"checkpoint {tmp_path} is damaged"):
-        read_checkpoint(tmp_path, task, optimizer)
+    whole = json.loads((tmp_path / "state.json").read_text())
+    without_step = {name: value for name, value in whole.items() if name != "step"}
+    for edited in (
+        without_step,
+        {**whole, "step": "3"},
+        {**whole, "step": 10},
+        {**whole, "made_from": {"images": 9, "fingerprint": "f", "processes": 1}},
+        {**whole, "damaged": [9]},
+        {**whole, "optimizer": {"first": 1}},
+        {**whole, "more": 1},
+    ):
+        (tmp_path / "state.json").write_text(json.dumps(edited))
+        with pytest.raises(MapetError, match=f"checkpoint {tmp_path} is damaged"):
+            read_checkpoint(tmp_path, task, optimizer)

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -5,9 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from mapet import MapetError
-from mapet.engine.files import claimed_folder, find_folder, new_file, recover_folder, replace_file, replace_folder
+from mapet.engine.files import (
+    claimed_folder,
+    explain_disk_errors,
+    find_folder,
+    new_file,
+    recover_folder,
+    replace_file,
+    replace_folder,
+)
 
 
 def writer(text: str) -> Callable[[Path], None]:
@@ -94,23 +104,24 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert outcomes == {("one", -9), ("two", -9), ("two", 0)}
 
 
-def test_a_new_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_new_file_gets_its_name_when_it_is_whole_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "table.csv"
     with new_file(target) as fresh:
         fresh.write_text("whole")
         assert not target.exists()
-        with pytest.raises(MapetError, match=r"table\.csv is being made by another process"), new_file(target):
+        with pytest.raises(MapetError, match=r"table\.csv is in use by another process"), new_file(target):
             pytest.fail("it must not begin")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), new_file(target.with_name("half")) as fresh:
+            fresh.write_text("half")
+            raise error
     assert target.read_text() == "whole"
     assert os.listdir(target.parent) == ["table.csv"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_new_file_that_failed_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), new_file(tmp_path / "x") as fresh:
-        fresh.write_text("half")
-        raise error
-    assert os.listdir(tmp_path) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MapetError, match="empty is a folder; choose another --out"), new_file(tmp_path / "empty"):
+        pytest.fail("it must not begin")
+    with claimed_folder(tmp_path / "empty"):
+        replace_folder(tmp_path / "empty", writer("whole"))
 
 
 @pytest.mark.parametrize("claim", [new_file, claimed_folder])
@@ -126,3 +137,19 @@ def test_output_that_cannot_be_written_is_refused(claim: Callable[..., object], 
     ):
         with pytest.raises(MapetError, match=says), claim(target):
             pytest.fail("it must not begin")
+
+
+def test_disk_errors_become_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = f"output folder {tmp_path} cannot be written to "
+    full = refused + r"\(.*full.*\); free some space or raise the limit; what was saved is whole"
+    for error, expected, says in (
+        (OSError(errno.ENOSPC, "full"), MapetError, full),
+        (SafetensorError("I/O error: full (os error 28)"), MapetError, full),
+        (OSError(errno.EROFS, "", "a.txt"), MapetError, refused + r"\(.*'a.txt'\); choose another --out"),
+        (OSError(errno.EISDIR, "", "a.txt"), MapetError, refused + r"\(.*'a.txt'\); choose another --out"),
+        (OSError(errno.EACCES, "", "/elsewhere/b.txt"), OSError, "/elsewhere/b.txt"),
+        (SafetensorError("header too small"), SafetensorError, "header too small"),
+    ):
+        with pytest.raises(expected, match=says), explain_disk_errors(tmp_path):
+            raise error

@@ -9,9 +9,8 @@ from mapet.engine.stop import StopRequest
 def test_the_first_signal_asks_and_the_second_acts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
-        assert not stop.requested
+        assert stop.signal is None
         signal.raise_signal(signal.SIGINT)
-        assert stop.requested
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -23,11 +22,11 @@ def test_an_ignored_signal_stays_ignored() -> None:
     try:
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGINT)
-            assert not stop.requested
+            assert stop.signal is None
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_it_may_be_entered_in_a_thread() -> None:
     with ThreadPoolExecutor() as pool:
-        assert not pool.submit(StopRequest().__enter__).result().requested
+        assert pool.submit(StopRequest().__enter__).result().signal is None

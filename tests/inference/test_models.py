@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from mapet import MapetError
 from mapet.inference.models import open_model
-from mapet.models.export import export_network
 
 
 @pytest.fixture
@@ -19,16 +17,13 @@ def copy(classifier: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(classifier, tmp_path / "model"))
 
 
-def test_the_view_is_that_of_training(classifier: Path) -> None:
+def test_the_view_is_that_of_training_or_timms(classifier: Path) -> None:
     opened = open_model(classifier)
     view = opened.view
     assert (view.size, view.mean, view.std, view.crop_pct) == ((28, 28), (0.13,), (0.31,), 1.0)
     assert (view.interpolation, view.squash, opened.channels) == ("bicubic", False, 1)
     assert open_model(classifier, crop_pct=0.5).view.crop_pct == 0.5
     assert open_model(classifier, image_size=(14, 35)).view.size == (14, 35)
-
-
-def test_the_view_keeps_the_crop_of_timm() -> None:
     view = open_model("resnet18.a1_in1k", reinit=True).view
     assert (view.size, view.crop_pct, view.squash, view.interpolation) == ((224, 224), 0.95, False, "bicubic")
     view = open_model("convnextv2_nano.fcmae_ft_in22k_in1k_384", reinit=True).view
@@ -43,7 +38,6 @@ def test_with_and_without_its_classifier(classifier: Path, pretrained_run: Path)
     assert torch.equal(whole.network.forward_features(images), headless.network.forward_features(images))
     assert whole.require_classes() == ("round", "straight", "bent", 'odd, "quoted"')
     assert headless.classes == ()
-    assert repr(whole) == f"OpenModel({str(classifier)!r}, VisionTransformer, input 1 x 28 x 28, 4 classes)"
     with pytest.raises(MapetError, match="has no classifier; fine-tune it first"):
         open_model(pretrained_run, classifier=True).require_classes()
 
@@ -89,9 +83,6 @@ def test_damaged_weights_are_refused(copy: Path) -> None:
     for changed, says in (
         (None, r"model is damaged \(.*norm.bias.*\); restore it or export the model again"),
         (torch.full_like(bias, torch.nan), r"contain NaN or infinity \(first 'norm.bias', 1 tensors"),
-        (bias.to(torch.complex64), "model is damaged .*model.safetensors holds 'norm.bias' as C64, not as one of F64"),
-        (bias.to(torch.float8_e4m3fn), "'norm.bias' as F8_E4M3"),
-        (bias.long(), "'norm.bias' as I64"),
     ):
         (copy / "model.safetensors").write_bytes(whole)
         save_with(copy, **{"norm.bias": changed})
@@ -106,17 +97,15 @@ def test_damaged_weights_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"mean": [0.1, 0.2]}, r"mean \(0.1, 0.2\), std \(0.31,\) and crop_pct 1.0 do not fit 1 channel"),
-        ({"std": [0.0]}, r"std \(0.0,\)"),
-        ({"mean": 0.1}, ""),
+        ({"mean": [0.1, 0.2]}, r"mean \(0.1, 0.2\).* do not fit"),
+        ({"std": [0]}, ""),
         ({"crop_pct": "0.9"}, ""),
-        ({"input_size": 28}, ""),
     ],
 )
 def test_damaged_input_settings_are_refused(settings: dict[str, Any], says: str, copy: Path) -> None:
     content = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**content, "pretrained_cfg": content["pretrained_cfg"] | settings}))
-    with pytest.raises(MapetError, match=rf"model is damaged \(.*{says}.*\); restore it or export the model again"):
+    with pytest.raises(MapetError, match=rf"config.json of model .* is damaged \(.*{says}.*\); restore it or export"):
         open_model(f"local-dir:{copy}")
 
 
@@ -129,25 +118,20 @@ def test_damaged_configurations_are_refused(text: str, says: str, copy: Path) ->
         open_model(copy)
 
 
-def test_flat_configurations_of_older_timm_are_read(tmp_path: Path) -> None:
-    export_network(timm.create_model("resnet10t", num_classes=2), tmp_path, (0.5,) * 3, (0.2,) * 3)
-    assert open_model(tmp_path).view.size == (176, 176)
-    content = json.loads((tmp_path / "config.json").read_text())
-    flat = {**content["pretrained_cfg"], "architecture": content["architecture"], "num_features": 512}
-    (tmp_path / "config.json").write_text(json.dumps(flat))
-    assert open_model(tmp_path, classifier=True).classes == ("0", "1")
-
-
 @pytest.mark.parametrize("lacking", ["config.json", "model.safetensors"])
 def test_other_folders_and_files_are_refused(lacking: str, copy: Path, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "mae.pth").write_bytes(b"weights")
     (copy / lacking).unlink()
     for source, says in (
-        (copy, f"lacks '{lacking}'"),
+        (
+            copy,
+            r"model' is neither a run that was saved .* nor an exported model \(config.json and model.safetensors\)",
+        ),
         (digits, "neither a run that was saved at least once nor an exported model"),
         (tmp_path / "gone", "gone' does not exist"),
         (f"local-dir:{tmp_path / 'gone'}", "gone' does not exist"),
         (tmp_path / "mae.pth", "mae.pth' is a file, not a folder; convert .* or name a run"),
+        ("mapet-micro-fashon-mnist", "did you mean 'mapet-micro-fashion-mnist'"),
         ("vit_tinny_patch16_224", "unknown model 'vit_tinny_patch16_224'.*did you mean 'vit_tiny_patch16_224'"),
     ):
         with pytest.raises(MapetError, match=says):
@@ -155,7 +139,7 @@ def test_other_folders_and_files_are_refused(lacking: str, copy: Path, digits: P
 
 
 def test_weights_that_do_not_exist_on_the_hub_are_refused() -> None:
-    with pytest.raises(MapetError, match=r"weights of model 'resnet18.no_such_tag' could not be fetched \("):
+    with pytest.raises(MapetError, match=r"model 'resnet18.no_such_tag' could not be fetched or built \("):
         open_model("resnet18.no_such_tag")
 
 
@@ -164,16 +148,10 @@ def test_image_sizes_that_do_not_fit_are_refused(classifier: Path) -> None:
         open_model(classifier, image_size=(28, 30))
     with pytest.raises(MapetError, match=r"image size 3x7 .*take 7 or 14"):
         open_model(classifier, image_size=(3, 7))
-
-
-@pytest.mark.parametrize("name", ["mixer_s32_224", "levit_128s", "maxvit_pico_rw_256"])
-def test_sizes_that_only_fail_when_the_network_runs_are_refused(name: str) -> None:
-    with pytest.raises(MapetError, match=f"model '{name}' cannot take images of 37 x 50 pixels|does not fit model"):
-        open_model(name, image_size=(37, 50), reinit=True)
-
-
-def test_networks_without_position_embeddings_take_any_size() -> None:
-    opened = open_model("convnext_atto", image_size=(33, 50), reinit=True)
+    for name in ("mixer_s32_224", "levit_128s", "maxvit_pico_rw_256"):  # some only fail when the network runs
+        with pytest.raises(MapetError, match=f"model '{name}' cannot take images of 37 x 50 pixels|does not fit model"):
+            open_model(name, image_size=(37, 50), reinit=True)
+    opened = open_model("convnext_atto", image_size=(33, 50), reinit=True)  # without position embeddings
     assert opened.network(torch.zeros(1, 3, *opened.view.size)).shape == (1, 320)
 
 

@@ -50,8 +50,6 @@ def test_features_of_a_vit(changes: dict[str, Any], prefix: int) -> None:
         for kind in ("class", "class+mean"):
             with pytest.raises(MapetError, match="features need a class token, which vit_tiny"):
                 tokens.choose(kind)
-    with pytest.raises(MapetError, match="unknown features 'mode'; take pooled, class, mean, class.mean or patches"):
-        tokens.choose("mode")
 
 
 def test_patches_are_in_raster_order() -> None:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,8 @@ from mapet import MapetError
 from mapet.data.open import open_images
 from mapet.data.views import PlainView
 from mapet.inference.models import OpenModel
-from mapet.jobs.export.check import compare
-from mapet.jobs.export.onnx import write_onnx
-from mapet.jobs.export.program import describe_inputs, write_program
+from mapet.jobs.export.formats import Exported, describe_inputs, write_onnx, write_torch
+from mapet.jobs.export.run import compare
 
 VIEW = PlainView((4, 4), (0.5,), (0.5,))
 
@@ -28,8 +28,7 @@ def test_an_export_that_is_wrong_for_one_batch_size_differs(size: int, opened: O
     images = open_images(str(digits))
     assert compare(opened, opened.network, images) == (60, 0)
     found = compare(opened, lambda batch: opened.network(batch) + 0.5 * (len(batch) == size), images)
-    assert found.images == 60
-    assert found.largest_difference == pytest.approx(0.5)
+    assert found == (60, pytest.approx(0.5))
 
 
 def test_an_export_for_a_fixed_batch_size_is_refused(opened: OpenModel, digits: Path) -> None:
@@ -48,8 +47,7 @@ def test_a_nan_makes_the_difference_nan(opened: OpenModel, digits: Path) -> None
         output[-1, 0] = float("nan") if len(images) == 3 else output[-1, 0]
         return output
 
-    largest = compare(opened, broken, open_images(str(digits))).largest_difference
-    assert largest != largest
+    assert math.isnan(compare(opened, broken, open_images(str(digits)))[1])
 
 
 def test_damaged_images_are_left_out(opened: OpenModel, digits: Path, tmp_path: Path) -> None:
@@ -78,14 +76,14 @@ class Decomposes(nn.Module):
 @pytest.mark.parametrize(
     ("write", "make", "says"),
     [
-        (write_program, Decides, "'model' cannot be exported by torch.export: "),
+        (write_torch, Decides, "'model' cannot be exported by torch.export: "),
         (write_onnx, Decides, "'model' cannot be exported by torch.export: "),
         (write_onnx, Decomposes, "'model' cannot be expressed in ONNX: "),
         (write_onnx, lambda: nn.Linear(25_000, 25_000, device="meta"), "take 2.3 GiB, too much for one ONNX file"),
     ],
 )
 def test_networks_that_cannot_be_exported_are_refused(
-    write: Callable[[OpenModel, Path], None], make: Callable[[], nn.Module], says: str, tmp_path: Path
+    write: Callable[[OpenModel, Path], Exported], make: Callable[[], nn.Module], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MapetError, match=says):
         write(OpenModel("model", make(), VIEW, 1, ()), tmp_path / "model")

@@ -4,44 +4,35 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
+from tests.conftest import QUIET
 from torch import Tensor
 
 from mapet.data.open import open_images
 from mapet.jobs.tokenizer.codebook import (
+    ATLAS_PATCHES,
+    GAP,
+    GROUND,
+    HEADER,
+    MARGIN,
     CodebookReport,
-    chao_shen,
+    cut_patch,
     measure_codebook,
     nearest_patches,
+    plot_atlas,
     report_table,
     shortcomings,
     spread_codes,
 )
-from mapet.tokenizers.base import Tokenizer
-from mapet.tokenizers.kpixels import KPixels
-
-
-class Given(Tokenizer):
-    """Stands for any tokenizer where a test makes up the ids."""
-
-    kind = "given"
-
-    def __init__(self, rows: int, columns: int, vocab_size: int) -> None:
-        super().__init__((rows, columns), vocab_size, 4 * rows, channels=1)
-        self.config = {"rows": rows, "columns": columns, "vocab_size": vocab_size}
-
-
-def report_of(ids: Tensor, vocab_size: int) -> CodebookReport:
-    """Report on ``(B, rows, columns)`` ids."""
-    return measure_codebook(Given(*ids.shape[1:], vocab_size), ids.flatten(1), torch.ones(ids.flatten(1).shape))
-
-
-def drawn(shape: tuple[int, ...], vocab_size: int) -> Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+from mapet.jobs.tokenizer.fit import fit_tokenizer
+from mapet.tokenizers.kmeans_tokenizers import KPixels
 
 
 @pytest.fixture(scope="module")
@@ -54,66 +45,18 @@ def tokenized() -> tuple[KPixels, Tensor, Tensor]:
     return tokenizer, *tokenizer.encode_with_distance(views)
 
 
-def plain_chao_shen(counts: Counter[Any]) -> float:
-    size = sum(counts.values())
-    coverage = 1 - sum(count == 1 for count in counts.values()) / size
-    shares = [coverage * count / size for count in counts.values()]
-    return -sum(share * math.log(share) / (1 - (1 - share) ** size) for share in shares)
-
-
-def test_figures_of_digits_equal_those_counted_in_dictionaries(tokenized: tuple[KPixels, Tensor, Tensor]) -> None:
+def test_figures_of_digits_equal_those_counted_in_a_dictionary(tokenized: tuple[KPixels, Tensor, Tensor]) -> None:
     tokenizer, ids, distances = tokenized
     report = measure_codebook(tokenizer, ids, distances)
-    maps, single = ids.reshape(-1, 4, 4).tolist(), Counter(ids.flatten().tolist())
-    shares = [count / ids.numel() for count in single.values()]
+    counts = Counter(ids.flatten().tolist())
+    shares = [count / ids.numel() for count in counts.values()]
     assert (report.images, report.patches, report.kind) == (500, 8000, "pixels")
-    assert (report.used_codes, report.dead_codes) == (len(single), 24 - len(single))
-    assert (report.usage_share, report.top_share) == (len(single) / 24, max(shares))
+    assert (report.used_codes, report.dead_codes) == (len(counts), 24 - len(counts))
+    assert (report.usage_share, report.top_share) == (len(counts) / 24, max(shares))
     assert report.unigram_entropy == pytest.approx(-sum(share * math.log(share) for share in shares))
     assert report.perplexity == pytest.approx(math.exp(report.unigram_entropy))
     assert report.mean_distance == pytest.approx(distances.mean().item(), rel=1e-5)
-    left = [(row[i], row[i + 1]) for image in maps for row in image for i in range(3)]
-    above = [(image[i][j], image[i + 1][j]) for image in maps for i in range(3) for j in range(4)]
-    for pairs, found in ((left, report.entropy_given_left), (above, report.entropy_given_above)):
-        expected = plain_chao_shen(Counter(pairs)) - plain_chao_shen(Counter(given for given, _ in pairs))
-        assert found == pytest.approx(expected)
-        assert 0 < expected < report.unigram_entropy
-    assert report.pairs == len(left) + len(above)
-    seen_once = [sum(count == 1 for count in Counter(pairs).values()) for pairs in (left, above)]
-    assert report.pair_coverage == pytest.approx(1 - max(seen_once) / len(left))
     assert json.loads(json.dumps(asdict(report))) == {**asdict(report), "grid": [4, 4]}
-    assert repr(report).startswith(f"<CodebookReport: {len(single)} of 24 codes used by 8000 patches, unigram entropy")
-
-
-@pytest.mark.parametrize(("images", "vocab_size"), [(2000, 16), (100, 512), (400, 2048)])
-def test_neighbours_of_independent_ids_are_uninformative(images: int, vocab_size: int) -> None:
-    """Even with fewer pairs than there are kinds of pairs, where the frequencies give half the entropy or less."""
-    report = report_of(drawn((images, 14, 14), vocab_size), vocab_size)
-    assert report.unigram_entropy == pytest.approx(math.log(vocab_size), abs=0.02)
-    for entropy in (report.entropy_given_left, report.entropy_given_above):
-        assert entropy == pytest.approx(report.unigram_entropy, abs=0.1)
-        assert entropy <= report.unigram_entropy
-
-
-@pytest.mark.parametrize("vocab_size", [2, 7, 64])
-def test_directions_are_measured_apart(vocab_size: int) -> None:
-    """Each row counts through the ids, from a random id on."""
-    report = report_of((drawn((500, 12, 1), vocab_size) + torch.arange(12)) % vocab_size, vocab_size)
-    assert report.entropy_given_left == pytest.approx(0, abs=1e-3)
-    assert report.entropy_given_above == pytest.approx(math.log(vocab_size), abs=0.1)
-
-
-def test_grids_without_neighbours() -> None:
-    row = report_of(drawn((50, 1, 6), 4), vocab_size=4)
-    assert row.entropy_given_above is None
-    assert row.entropy_given_left is not None
-    assert row.pairs == 250
-    alone = report_of(drawn((50, 1, 1), 4), vocab_size=4)
-    assert (alone.entropy_given_left, alone.entropy_given_above, alone.pair_coverage) == (None, None, None)
-    assert shortcomings(alone) == []
-    report_table(alone)
-    assert chao_shen(torch.tensor([1])) == 0
-    assert 0 < chao_shen(torch.ones(20, dtype=torch.long)) < math.inf
 
 
 @pytest.mark.parametrize("count", [3, 40])
@@ -151,10 +94,6 @@ GOOD = CodebookReport(
     unigram_entropy=2.0,
     perplexity=math.exp(2.0),
     top_share=0.5,
-    entropy_given_left=2.0,
-    entropy_given_above=1.9,
-    pairs=1800,
-    pair_coverage=0.9,
     mean_distance=0.25,
 )
 
@@ -167,10 +106,6 @@ GOOD = CodebookReport(
         ({"patches": 999, "used_codes": 49, "usage_share": 0.49}, r"999 patches are too few.*at least 10 "),
         ({"top_share": 0.51}, r"one code has 51% of all patches.*teacher's features, or --no-contrast"),
         ({"top_share": 0.51, "kind": "features"}, r"one code has 51% of all patches.*teacher's features\.$"),
-        ({"entropy_given_above": 1.91}, r"neighbours tell next to nothing"),
-        ({"entropy_given_above": 1.91, "pair_coverage": 0.89}, None),
-        ({"entropy_given_above": None}, r"neighbours tell next to nothing"),
-        ({"unigram_entropy": 0.0, "entropy_given_left": 0.0, "entropy_given_above": 0.0}, None),
     ],
 )
 def test_shortcomings(change: dict[str, Any], expected: str | None) -> None:
@@ -180,12 +115,50 @@ def test_shortcomings(change: dict[str, Any], expected: str | None) -> None:
         assert re.search(expected, found[0])
 
 
-@pytest.mark.parametrize("coverage", [0.9, 0.89])
-def test_report_table_on_a_narrow_terminal(coverage: float) -> None:
-    text, report = io.StringIO(), replace(GOOD, patches=1_000_000, pair_coverage=coverage)
+def test_report_table_on_a_narrow_terminal() -> None:
+    text, report = io.StringIO(), replace(GOOD, patches=1_000_000)
     Console(file=text, width=80).print(report_table(report).to_terminal())
     shown = text.getvalue()
-    assert len(shown.splitlines()) == 12, "no line is broken"
-    for part in ("0123456789ab", "1,000,000 patches", "50.0%", "7.4", "2.000 nats", "0.100 nats", "1,800", "0.25"):
+    assert len(shown.splitlines()) == 9, "no line is broken"
+    for part in ("0123456789ab", "1,000,000 patches", "50.0%", "7.4", "2.000 nats", "0.25"):
         assert part in shown
-    assert ("rough" in shown) == ("too few" in shown) == (coverage < 0.9)
+
+
+@pytest.mark.parametrize(("channels", "side", "shown"), [(1, 7, 42), (3, 16, 48), (3, 32, 64)])
+def test_patches_are_in_their_places(channels: int, side: int, shown: int, tmp_path: Path) -> None:
+    """Images of one patch: the second alone has code 9, which is rare; from the fourth on all look the same."""
+    pixels = torch.randint(256, (4, channels, side, side), generator=torch.Generator().manual_seed(0)).byte()
+    ids = torch.cat([torch.tensor([5, 9, 5, 5]), torch.full((20_000,), 5)])[:, None]
+    distances = torch.cat([torch.tensor([0.3, 0.0, 0.1, 0.2]), torch.ones(20_000)])[:, None]
+    plot_atlas(ids, distances, (1, 1), lambda image: pixels[min(image, 3)] / 255, tmp_path / "atlas.png")
+    page, step = np.asarray(Image.open(tmp_path / "atlas.png")), shown + GAP
+    expected = np.full((2 * step + GAP, ATLAS_PATCHES * step + GAP, 3), GROUND)
+    for row, images in enumerate(([2, 3, 0, *[3] * (ATLAS_PATCHES - 3)], [1])):
+        for column, image in enumerate(images):
+            patch = pixels[image].expand(3, -1, -1).permute(1, 2, 0).numpy().repeat(shown // side, 0)
+            top, left = GAP + row * step, GAP + column * step
+            expected[top : top + shown, left : left + shown] = patch.repeat(shown // side, 1)
+    assert np.array_equal(page[HEADER:, MARGIN:], expected)
+    for label in np.split(page[HEADER + GAP :, :MARGIN], 2):
+        assert (label < 128).any(), "each row is labelled"
+        assert (label[:, 0] == 255).all(), "no label is cut off"
+
+
+def test_cut_patch() -> None:
+    view = torch.rand(3, 64, 128, generator=torch.Generator().manual_seed(0))
+    expected = view[:, :, 64:].unflatten(2, (32, 2)).unflatten(1, (32, 2)).mean(dim=(2, 4))
+    assert torch.allclose(cut_patch(view, (1, 2), 1) / 255, expected, atol=1 / 255)
+    assert torch.equal(cut_patch(view, (4, 4), 6), (view[:, 16:32, 64:96] * 255).round().byte())
+    # Patches of 28 x 27 pixels do not tile 3 x 3.
+    assert cut_patch(view[:, :28, :27], (3, 3), 8).shape == (3, 10, 9)
+
+
+def test_files_of_a_report(digits: Path, tmp_path: Path) -> None:
+    values = {"data": str(digits), "image_size": 28, "patch_size": 7, "channels": 1, "vocab_size": 24, "workers": 0}
+    _, report = fit_tokenizer(values, tmp_path / "tok", console=QUIET)
+    assert report is not None
+    assert json.loads((tmp_path / "tok" / "report.json").read_text()) == {**asdict(report), "grid": [4, 4]}
+    for name in ("atlas.png", "token_maps.png", "usage.png"):
+        pixels = np.asarray(Image.open(tmp_path / "tok" / name).convert("RGB"))
+        assert min(pixels.shape[:2]) > 150
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20

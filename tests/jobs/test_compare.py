@@ -2,17 +2,16 @@ import csv
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import TINY
+from tests.conftest import TINY, assert_same_run, mapet_command
 
 from mapet import MapetError
-from mapet.engine.runfolder import held_folder
+from mapet.engine.files import held_folder
 from mapet.jobs.compare.report import Comparison
 from mapet.jobs.compare.run import compare, join_comparison
 from mapet.jobs.compare.table import tabulate_runs
@@ -35,10 +34,8 @@ def wait_for(folder: Path, pattern: str) -> None:
         time.sleep(0.05)
 
 
-def start(out: Path, *flags: str, **values: Any) -> subprocess.Popen[str]:
-    recipe = out.with_name(f"{out.name}.yaml")
-    recipe.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "mapet", "compare", "--config", str(recipe), "--out", str(out), *flags]
+def start(out: Path, **values: Any) -> subprocess.Popen[str]:
+    command = mapet_command("compare", values, out)
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -48,25 +45,17 @@ def test_a_cell_that_fails_is_named_and_an_extension_does_only_what_is_new(digit
     found = compare({**VALUES, "arms": bold, "data": str(digits)}, out)
     assert figures(found, "label", "seed") == [("mim, pixels", 0), ("random", 0)]
     trained = found.runs[0]
-    assert (trained["steps"], trained["lr"], len(trained["curve"])) == (4, 1e-3, 4)
-    assert trained["flops"] > 0
-    assert trained["seconds"] > 0
+    assert (trained["steps"], trained["lr"]) == (4, 1e-3)
+    assert min(trained["flops"], trained["seconds"]) > 0
     assert 0 <= trained["knn"] <= 1
-    assert "flops" not in found.runs[1]
     assert list(found.failures) == ["bold, pixels, seed 0, equal steps"]
     assert "start another run with a lower --lr" in found.failures["bold, pixels, seed 0, equal steps"]
 
-    assert [(row["arm"], row["budget"], row["steps"], row["knn"]) for row in read_csv(out)] == [
-        ("mim", "steps", "4", str(trained["knn"])),
-        ("random", "steps", "", str(found.runs[1]["knn"])),
-    ]
+    assert [(row["arm"], row["steps"]) for row in read_csv(out)] == [("mim", "4"), ("random", "")]
     table = (out / "results.md").read_text()
     assert f"| mim, pixels | {100 * trained['knn']:.1f} | 4 |" in table
     assert "| bold, pixels | - |" in table
     assert "- Failed: bold, pixels, seed 0, equal steps: " in table
-    page = (out / "report.html").read_text()
-    assert "<td>mim, pixels</td>" in page
-    assert "data:image/png;base64" in page
 
     with pytest.raises(MapetError, match="holds a comparison; pass --resume"):
         compare({**VALUES, "data": str(digits)}, out)
@@ -119,8 +108,9 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_with_the_same_table(
     found = compare({}, tmp_path / "stopped", resume=True)
     whole = compare(values, tmp_path / "whole")
     assert found.failures == {}
-    names = ("label", "knn", "curve")
-    assert figures(found, *names) == figures(whole, *names)
+    assert figures(found, "label", "knn") == figures(whole, "label", "knn")
+    one, other = (next(tmp_path.glob(f"{name}/cells/mim*/run")) for name in ("stopped", "whole"))
+    assert_same_run(one, other)
 
 
 def test_processes_that_join_share_the_cells(digits: Path, tmp_path: Path) -> None:

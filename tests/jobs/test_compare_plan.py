@@ -15,7 +15,7 @@ from mapet.jobs.compare.config import CompareConfig
 from mapet.jobs.compare.plan import TRIAL_SEED, Plan, make_plan
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.tokenizer.fit import fit_tokenizer
-from mapet.models.released import RELEASED
+from mapet.models.networks import RELEASED
 
 SHARED = {**TINY, "steps": 40}
 DECODER = {"objective_args": {"decoder_depth": 1, "decoder_dim": 16, "decoder_heads": 2}}
@@ -176,16 +176,11 @@ def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reporte
     [
         ({"tokens": "store"}, "a comparison has no key 'tokens'"),
         ({"measure": ["knn"]}, "no key 'measure'; did you mean 'measures'"),
-        ({"context_tokens": 5}, "no key 'context_tokens'"),
-        ({"order": "raster"}, "no key 'order'"),
-        ({"budget": ["hours"]}, "'hours' names no budget"),
-        ({"budget": ["epochs=0.5"]}, "'epochs=0.5' has no amount"),
-        ({"budget": ["minutes=3"]}, "a budget in minutes .* take flops"),
-        ({"seeds": 0}, "seeds = 0"),
+        ({"budget": ["minutes=3"]}, "'minutes=3' is no budget; take epochs, steps or flops"),
+        ({"budget": ["epochs=0.5"]}, "'epochs=0.5' is no budget"),
         ({"lrs": [1e-3, 2e-3]}, "lr and lrs are both given"),
-        ({"lr": None, "lrs": [1e-3]}, "a single rate in lrs leaves no choice"),
+        ({"lr": None, "lrs": [1e-3]}, r"lrs = \[0.001\]: tuple should have at least 2 items"),
         ({"lr": None, "lrs": [1e-3, 2e-3], "measures": ["finetune"]}, "add knn, linear or attentive"),
-        ({"lr": None, "lrs": [1e-3, 0.001]}, "0.001 is named twice"),
         ({"objectives": []}, "neither objectives nor arms"),
         ({"objectives": ["mapett"]}, "arm 'mapett' cannot work: unknown objective 'mapett'; did you mean 'mapet'"),
         ({"arms": {"half": {"objective": "mapet", "mask_ratio": 0.01}}}, "arm 'half' cannot work: mask_ratio 0.01"),
@@ -193,7 +188,6 @@ def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reporte
         ({"arms": {"long": {"objective": "mim", "steps": 3}}}, "arm 'long' has its own 'steps'"),
         ({"objectives": ["random"]}, "no arm is trained"),
         ({"lr": None, "lrs": [1, 2], "arms": {"fast": {"lr": 0.1}}}, "arm 'fast' has its own 'lr'"),
-        ({"arms": {"plain": {"objective": "simmim", "tokenizer": "pixels"}}}, "need no token ids; leave out tokenizer"),
         ({"objectives": ["mim", "random"], "arms": {"random": {"tokenizer": "pixels"}}}, "leave out tokenizer"),
         ({"knn": {"neighbours": 3}}, "knn of the comparison has the unknown key 'neighbours'"),
         ({"knn": {"model": "vit_tiny_patch16_224"}}, "knn of the comparison has 'model', which the comparison sets"),
@@ -201,12 +195,7 @@ def test_every_arm_tries_the_same_learning_rates_with_a_seed_that_is_not_reporte
         ({"tokenizers": ["none/such"]}, "tokenizer folder 'none/such' does not exist"),
         ({"tokenizers": ["mapet-micro-fashion-mnist"], "teacher_size": 5}, "cannot read images of 5 x 5 pixels"),
         ({"budget": ["flops=1"]}, "1 FLOPs are less than an optimiser step of 'mim, pixels'"),
-        ({"budget": ["flops=9e29"]}, "steps = "),
         ({"arms": {"mim, pixels": {"objective": "simmim"}}}, "two arms are called 'mim, pixels'"),
-        (
-            {"arms": {"a b": {"objective": "mim"}, "a_b": {"objective": "mim"}}},
-            "'a b, pixels' and 'a_b, pixels' are the same training",
-        ),
     ],
 )
 def test_a_comparison_that_cannot_work_is_refused(values: dict[str, Any], sentence: str, digits: Path) -> None:

@@ -2,8 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from tests.conftest import TINY
+from tests.conftest import QUIET, TINY
 
 from mapet.cli import main
 from mapet.jobs.demo.run import FINETUNING, run_demo
@@ -12,16 +11,12 @@ from mapet.jobs.demo.run import FINETUNING, run_demo
 def test_rows_and_results(tmp_path: Path) -> None:
     values = {**TINY, "data": "mnist", "steps": 3}
     few = {**FINETUNING, "steps": 2, "batch_size": 20}
-    result, rows = run_demo(
-        values, tmp_path / "run", labels_per_class=(2,), finetuning=few, console=Console(quiet=True)
-    )
+    result, rows = run_demo(values, tmp_path / "run", labels_per_class=(2,), finetuning=few, console=QUIET)
     assert result.steps == 3
     assert rows is not None
-    assert {name: set(row) for name, row in rows.items()} == {
-        "raw_pixels": {"knn", "linear"},
-        "random_vit": {"knn", "linear", "finetune_20"},
-        "pretrained_vit": {"knn", "linear", "finetune_20"},
-    }
+    probed, tuned = {"knn", "linear"}, {"knn", "linear", "finetune_20"}
+    columns = {name: set(row) for name, row in rows.items()}
+    assert columns == {"raw_pixels": probed, "random_vit": tuned, "pretrained_vit": tuned}
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
     assert (tmp_path / "run" / "finetuned" / "pretrained_vit-20" / "exported" / "model.safetensors").exists()
     assert rows["raw_pixels"]["knn"] > 0.9

@@ -13,23 +13,18 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
-from tests.conftest import TINY
+from tests.conftest import QUIET, pretrain_tiny, records, resume_pretraining, under_torchrun
 
 from mapet import MapetError
 from mapet.cli import main
 from mapet.data.open import open_images
-from mapet.engine.runfolder import held_folder
-from mapet.jobs.pretrain.run import pretrain
+from mapet.engine.files import held_folder
 from mapet.jobs.tokenizer.encode import check_tokens, encode_images
-from mapet.tokenizers.base import KTokenizer
 from mapet.tokenizers.files import save_tokenizer
-from mapet.tokenizers.kfeatures import KFeatures
-from mapet.tokenizers.kpixels import KPixels
+from mapet.tokenizers.kmeans_tokenizers import KFeatures, KPixels, KTokenizer
 from mapet.tokenizers.teachers import build_teacher
 from mapet.tokenstore.store import TokenStore
 
-QUIET = Console(quiet=True)
 ENCODE: dict[str, Any] = {"views": 2, "mirror": True, "crop_min": 0.5, "workers": 0}
 
 
@@ -56,9 +51,8 @@ def check(tokens: Path, data: Path, **values: Any) -> dict[str, Any]:
 
 
 def train(data: Path, out: Path, **values: Any) -> list[float]:
-    config = {**TINY, "vocab_size": None, "data": str(data), "steps": 14, **values}
-    pretrain(config, out, console=QUIET)
-    return [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open())]
+    pretrain_tiny(data, out, **{"vocab_size": None, "steps": 14, **values})
+    return [record["loss"] for record in records(out)]
 
 
 def content(store: Path) -> list[bytes]:
@@ -130,7 +124,7 @@ def test_empty_and_corrupt_rows_are_completed(digits: Path, pixels: Path, tmp_pa
     encode(digits, pixels, whole)
     images = open_images(str(digits))
     half.mkdir()
-    store = TokenStore.create(half, TokenStore.open(whole).header)
+    store = TokenStore.create(half, TokenStore(whole).header)
     store.append(images.keys)
     digests = torch.stack([images.digest(i) for i in range(30)]).numpy()
     store.write(np.arange(30), digests, torch.from_numpy(np.load(whole / "ids.npy")[:30]).long(), np.ones(30, bool))
@@ -149,9 +143,8 @@ def test_two_processes_write_what_one_writes(digits: Path, pixels: Path, tmp_pat
     encode(digits, pixels, tmp_path / "one")
     recipe = tmp_path / "encode.yaml"
     recipe.write_text(yaml.safe_dump({**ENCODE, "data": str(digits), "tokenizer": str(pixels)}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = ["mapet", "tokenizer", "encode", "--config", str(recipe), "--out", str(tmp_path / "two"), "--json"]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True)
+    command = [sys.executable, "-m", "mapet", "tokenizer", "encode", "--config", str(recipe), "--json"]
+    done = subprocess.run(under_torchrun([*command, "--out", str(tmp_path / "two")]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["encoded"] == 60
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -200,7 +193,7 @@ def test_stores_that_do_not_fit_are_refused(digits: Path, pixels: Path, tmp_path
     shutil.rmtree(tokens)
     encode(digits, pixels, tokens, seed=7)
     with pytest.raises(MapetError, match="token store is not what the run"):
-        pretrain({"data": str(digits)}, tmp_path / "begun", resume=True, console=QUIET)
+        resume_pretraining(tmp_path / "begun", data=str(digits))
 
 
 def test_check_encodes_a_sample_again(digits: Path, tmp_path: Path) -> None:
@@ -215,7 +208,7 @@ def test_check_encodes_a_sample_again(digits: Path, tmp_path: Path) -> None:
     # The ids of other views, with a valid checksum.
     images = open_images(str(digits))
     digests = torch.stack([images.digest(i) for i in range(60)]).numpy()
-    store = TokenStore.open(tokens)
+    store = TokenStore(tokens)
     store.write(np.arange(60), digests, torch.zeros(60, 4, 16, dtype=torch.int64), np.ones(60, bool))
     found = check(tokens, digits, tokenizer=elsewhere)
     assert (found["ok"], found["agreement"] < 0.9) == (False, True)
@@ -243,7 +236,7 @@ def test_encoding_goes_on_after_a_full_disk(size: int, digits: Path, pixels: Pat
     # As on a full disk, a write that does not fit is cut. Python ignores the signal that comes with it.
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(MapetError, match="cannot write to .*tokens: a file grew over the size limit"):
+        with pytest.raises(MapetError, match="tokens cannot be written to .*File too large.*; free some space"):
             encode(digits, pixels, tmp_path / "tokens")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

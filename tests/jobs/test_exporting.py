@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -18,7 +19,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tests.conftest import TINY
 from torch import Tensor
 
 import mapet
@@ -34,11 +34,9 @@ OUTPUTS = {"timm": "model", "onnx": "model.onnx", "torch": "model.pt2"}
 CLASSES = ("crack", "dent", "whole | sound")
 
 
-@pytest.fixture(scope="module")
-def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    pretrain({**TINY, "data": str(digits), "steps": 4}, out, console=Console(quiet=True))
-    return out
+@pytest.fixture
+def run(pretrained_run: Path) -> Path:
+    return pretrained_run
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def digits_100() -> Tensor:
     return torch.stack([chosen.load(index, 1) for index in range(100)]) / 255
 
 
-def load_network(folder: Path, size: tuple[int, int] = (28, 28)) -> Any:
+def load_network(folder: Path, size: tuple[int, int]) -> Any:
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     network.set_input_size(img_size=size)
     return network
@@ -98,28 +96,37 @@ def everything_in(path: Path) -> bytes:
     return b"".join(found)
 
 
-@pytest.mark.parametrize("form", OUTPUTS)
-def test_every_format_gives_the_output_of_timm(form: str, run: Path, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "size"),
+    [("timm", (28, 28)), ("onnx", (28, 28)), ("torch", (28, 28)), ("timm", (28, 42)), ("torch", (28, 42))],
+)
+def test_every_format_gives_the_output_of_timm(
+    form: str, size: tuple[int, int], run: Path, digits: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "deep" / OUTPUTS[form]
-    result = export_model(form, {"model": str(run), "check": "mnist"}, out)
-    assert (result["images"], result["checked_on"], result["input_size"]) == (100, "mnist", [1, 28, 28])
+    result = export_model(form, {"model": str(run), "image_size": size, "check": "mnist"}, out)
+    assert (result["images"], result["checked_on"], result["input_size"]) == (100, "mnist", [1, *size])
     assert result["largest_difference"] <= (1e-5 if form == "onnx" else 0)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert result["bytes"] == sum(path.stat().st_size for path in [out, *out.glob("*")] if path.is_file())
 
-    network = load_network(run / "exported")
+    network = load_network(run / "exported", size)
     if form == "timm":
-        exported = load_network(out)
+        exported = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        assert timm.data.resolve_model_data_config(exported)["input_size"] == (1, *size)
     elif form == "torch":
-        exported = torch.export.load(out).module()
+        described = {"mapet.json": ""}
+        exported = torch.export.load(out, extra_files=described).module()
+        assert json.loads(described["mapet.json"])["input_size"] == [1, *size]
     else:
         session = onnxruntime.InferenceSession(out)
         assert [value.name for value in session.get_outputs()] == ["features"]
         exported = lambda images: torch.tensor(session.run(["features"], {"images": images.numpy()})[0])  # noqa: E731
-    images = digits_100()
+    images = torch.nn.functional.interpolate(digits_100(), size)
     for batch in (1, 2, 7, 90):
         with torch.no_grad():
-            torch.testing.assert_close(exported(images[:batch]), network(images[:batch]), atol=1e-5, rtol=0)
+            found, expected = exported(images[:batch]), network(images[:batch])
+        torch.testing.assert_close(found, expected, atol=1e-5 if form == "onnx" else 0, rtol=0)
 
     content = everything_in(out)
     for place in (str(run), str(digits), str(Path.home()), str(Path(timm.__file__).parent), str(tmp_path)):
@@ -154,20 +161,6 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
     }
 
 
-def test_other_sizes_give_the_output_of_timm(run: Path, tmp_path: Path) -> None:
-    export_model("timm", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "folder")
-    export_model("torch", {"model": str(run), "image_size": "28x42", "check_images": 5}, tmp_path / "model.pt2")
-    network = load_network(run / "exported", (28, 42))
-    images = torch.nn.functional.interpolate(digits_100(), (28, 42))
-    folder = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
-    program = {"mapet.json": ""}
-    exported = torch.export.load(tmp_path / "model.pt2", extra_files=program)
-    assert torch.equal(folder(images), network(images))
-    assert torch.equal(exported.module()(images), network(images))
-    assert timm.data.resolve_model_data_config(folder)["input_size"] == (1, 28, 42)
-    assert json.loads(program["mapet.json"])["input_size"] == [1, 28, 42]
-
-
 def test_the_card_of_a_run(
     run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,9 +178,9 @@ def test_the_card_of_a_run(
     entropy = json.loads((run / "baseline.json").read_text())["entropy"]
     for part in (
         "# digits-vit\n",
-        f"- trained on: {digits.name}, 60 images\n- model: vit_tiny_patch16_224\n- objective: mapet\n",
-        "- tokenizer: pixels\n- length: 4 steps, ",
-        f"- loss, mean of the last 100 logged steps: {sum(losses) / 4:.4g}\n",
+        "- network: vit_tiny_patch16_224 with ",
+        f"- trained on: {digits.name}, 60 images, objective mapet, tokenizer pixels, 2 steps, 0.2857 epochs\n",
+        f"- loss, mean of the last 100 logged steps: {sum(losses) / 2:.4g}\n",
         f"- loss without looking at the image: {entropy:.4g}\n",
         "arXiv:2306.07346",
     ):
@@ -210,7 +203,8 @@ def test_the_card_of_a_run_of_another_kind(
     for part in (
         "No licence has been chosen",
         "- output: logits of 3 classes: crack, dent, whole | sound\n",
-        "- model: photos\n- length: 6 steps\n",
+        "- trained on: parts, 6 steps\n",
+        "\nmodel: photos\n",
         "- eval_accuracy: 0.875\n",
         "layer_decay: 0.65",
         "teacher_weights: https://host/w.pth\n",
@@ -235,14 +229,6 @@ def test_the_card_of_a_model_without_a_run(run: Path, tmp_path: Path) -> None:
     assert "loss" not in card.text, "the run's figures are not those of random weights"
 
 
-def changed_copy(run: Path, target: Path, change: float) -> Path:
-    shutil.copytree(run / "exported", target)
-    weights = load_file(target / "model.safetensors")
-    weights["patch_embed.proj.weight"] *= change
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
 def test_float16_halves_the_file(run: Path, digits: Path, tmp_path: Path) -> None:
     whole = export_model("timm", {"model": str(run), "check_images": 7}, tmp_path / "whole")
     assert (whole["tolerance"], whole["images"], whole["checked_on"]) == (1e-4, 7, str(digits))
@@ -257,9 +243,10 @@ def test_float16_halves_the_file(run: Path, digits: Path, tmp_path: Path) -> Non
 
 
 def test_an_export_that_differs_is_not_kept(run: Path, tmp_path: Path) -> None:
-    copies = {"large": 1e30, "larger": 3e38, "infinite": 1e39}  # float16 cannot hold the first
-    for name, change in copies.items():
-        changed_copy(run, tmp_path / name, change)
+    for name, change in {"large": 1e30, "larger": 3e38, "infinite": 1e39}.items():  # float16 cannot hold the first
+        weights = load_file(shutil.copytree(run / "exported", tmp_path / name) / "model.safetensors")
+        weights["patch_embed.proj.weight"] *= change
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out"
     out.mkdir()
     for form, name, values, says in (
@@ -307,7 +294,7 @@ def test_a_full_disk_is_reported_in_one_sentence(form: str, name: str, run: Path
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
     failed = subprocess.run([*command, str(tmp_path / name)], capture_output=True, text=True, preexec_fn=limit)
     assert failed.returncode == 2
-    assert f"cannot write to {tmp_path}: a file grew over the size limit" in failed.stderr
+    assert re.search(rf"{tmp_path / name} cannot be written to .* large.*; free some space", failed.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -336,7 +323,7 @@ def test_the_card_names_the_runs_before_even_if_they_are_gone(run: Path, digits:
     pretrain(continued, more, console=Console(quiet=True))
     shutil.rmtree(source)
     photos = (
-        f"- before that, photos: {digits.name}, 60 images, objective mapet, tokenizer pixels, 4 steps, 0.5714 epochs"
+        f"- before that, photos: {digits.name}, 60 images, objective mapet, tokenizer pixels, 2 steps, 0.2857 epochs"
     )
     last = card(second)
     assert f"- before that, first: {digits.name}, 50 images, 1 steps, 0.1667 epochs\n{photos}\n" in last

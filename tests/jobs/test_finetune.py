@@ -14,12 +14,11 @@ from tests.conftest import QUIET, assert_same_run, checkpoint, kill_after, mapet
 
 import mapet
 from mapet import MapetError
-from mapet.data.labelled import open_labelled
+from mapet.data.open import open_labelled
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.finetune.run import finetune
 from mapet.models.export import export_network
-from mapet.probes.classifier import score_classifier
-from mapet.probes.metrics import summarise
+from mapet.probes.labelled import score_classifier, summarise
 
 PLAIN: dict[str, Any] = {**FINETUNING, "workers": 0, "batch_size": 8}  # without augmentation
 

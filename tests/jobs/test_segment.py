@@ -109,7 +109,6 @@ def test_damaged_images_are_left_out_up_to_a_share(exported_vit: Path, data: Pat
         ({}, {"train": 0}, "hold 1 class .*--ignore-index is 255.*masks of 0 and 255 must be saved as 0 and 1"),
         ({}, {"train": 255}, "the training masks of .* hold 0 class"),
         ({"model": "pit_ti_224", "image_size": 224}, {}, "patches features need a grid of patches"),
-        ({"model": "resnet10t", "image_size": 32, "batch_size": 1}, {}, "makes a single patch of an image"),
     ],
 )
 def test_refused_data_and_models(

@@ -15,11 +15,9 @@ from mapet.data.batches import StepSampler, in_order
 from mapet.inference.models import open_model
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.segment.config import SegmentConfig
-from mapet.jobs.segment.dataset import MaskedViews, SegmentationDataset
-from mapet.jobs.segment.heads import Segmenter, build_head, masked_cross_entropy, train_head
-from mapet.jobs.segment.masks import IGNORED, open_masked
-from mapet.jobs.segment.metrics import Confusion
-from mapet.jobs.segment.windows import predict_classes
+from mapet.jobs.segment.data import IGNORED, SegmentationDataset, open_masked
+from mapet.jobs.segment.heads import Segmenter, build_head, masked_cross_entropy, predict_classes, train_head
+from mapet.jobs.segment.results import Confusion
 from mapet.report.progress import Meter
 
 
@@ -33,13 +31,13 @@ def make_segmenter(
 
 def predict(segmenter: Segmenter) -> list[tuple[int, Tensor, Tensor]]:
     test = open_masked(segmenter.config)[1]
-    dataset = SegmentationDataset(test, MaskedViews(segmenter.opened.view, segmenter.config).whole_image, 1)
+    dataset = SegmentationDataset(test, segmenter.opened.view, 1, segmenter.config)
     return list(predict_classes(segmenter, DataLoader(dataset, batch_sampler=in_order(len(test), 1))))
 
 
 def train(segmenter: Segmenter, seed: int = 0) -> dict[str, Tensor]:
     images = open_masked(segmenter.config)[0]
-    dataset = SegmentationDataset(images, MaskedViews(segmenter.opened.view, segmenter.config).random_crop, 1, seed)
+    dataset = SegmentationDataset(images, segmenter.opened.view, 1, segmenter.config, seed)
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(images), 8, seed, 0, 3))
     train_head(segmenter, loader, 3, Meter(Console(quiet=True), "training", 3))
     return segmenter.head.state_dict()

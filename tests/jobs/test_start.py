@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tests.conftest import (
     QUIET,
     TINY,
@@ -26,16 +26,12 @@ from tests.conftest import (
 from timm.models.vision_transformer import VisionTransformer
 
 from mapet import MapetError
-from mapet.jobs.bootstrap.run import bootstrap
-from mapet.jobs.convert.run import convert
 from mapet.jobs.demo.run import run_demo
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.run import pretrain
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
-from mapet.jobs.pretrain.start import read_start
+from mapet.jobs.pretrain.start import load_weights, read_weights
 from mapet.models.export import export_network
-from mapet.tokenizers.files import save_tokenizer
-from mapet.tokenizers.kpixels import KPixels
 
 # What a continued run needs besides its source.
 MORE = {"batch_size": 8, "lr": 1e-3, "workers": 0}
@@ -51,20 +47,12 @@ def begin(init: Path | str, **values: Any) -> tuple[PretrainConfig, VisionTransf
     """The configuration and the backbone that a run begins with."""
     config = settle_run({**MORE, "data": "digits", "vocab_size": 16, "init": str(init), **values}, images=60)
     backbone = initial_backbone(config)
-    read_start(config).load_backbone(backbone, config.model)
+    load_weights(backbone, read_weights(config), config)
     return config, backbone.eval()
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, atol=1e-9, rtol=0)
-
-
-def random_tokenizer(folder: Path, image_size: int, patch_size: int, channels: int, vocab_size: int) -> str:
-    tokenizer = KPixels(image_size, patch_size, channels, vocab_size)
-    tokenizer.centroids.normal_(generator=torch.Generator().manual_seed(0))
-    folder.mkdir()
-    save_tokenizer(tokenizer, folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +74,7 @@ def test_backbone_is_taken_over(source: Path, digits: Path, tmp_path: Path) -> N
     assert (config.image_size, config.layer_scale, config.mean, config.std) == (28, 0.1, (0.3,), (0.4,))
     assert (config.model_args, config.objective) == (TINY["model_args"], "mapet")
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert (saved["init"], saved["init_parts"]) == (str(source), "backbone")
+    assert saved["init"] == str(source)
     origin = json.loads((tmp_path / "run" / "origin.json").read_text())
     assert (origin["run"], origin["config"]["objective"], origin["images"]) == ("run", "pim", 60)
     before, after = checkpoint(source), checkpoint(tmp_path / "run")
@@ -94,28 +82,17 @@ def test_backbone_is_taken_over(source: Path, digits: Path, tmp_path: Path) -> N
     assert not any(close(after[name], before[name]) for name in ("mask_token", "head.weight"))
 
 
-def test_all_parts_are_taken_over(source: Path, digits: Path, tmp_path: Path) -> None:
-    config = continue_run(digits, tmp_path / "run", source, init_parts="all", **STILL).config
-    assert (config.objective, config.vocab_size) == ("pim", None)
-    before, after = checkpoint(source), checkpoint(tmp_path / "run")
-    assert before.keys() == after.keys()
-    assert all(close(after[name], tensor) for name, tensor in before.items())
-    name = "tokenizer/tokenizer.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (source / name).read_bytes()
-
-
 def test_killed_run_resumes_exactly_without_its_source(copied_source: Path, digits: Path, tmp_path: Path) -> None:
     """The run is killed before its first ordinary checkpoint, then its source is removed."""
-    values = {**MORE, "data": str(digits), "init": str(copied_source), "init_parts": "all"}
+    values = {**MORE, "data": str(digits), "init": str(copied_source), "vocab_size": 16}
     values |= {"steps": 60, "checkpoint_every": 50}
     pretrain(values, tmp_path / "whole", console=QUIET)
     out = tmp_path / "killed"
     kill_after(4, mapet_command("pretrain", values, out), out)
     assert checkpoint_state(out)["step"] == 0
     shutil.rmtree(copied_source)
-    for key, value in (("init", str(tmp_path / "elsewhere")), ("init_parts", "backbone")):
-        with pytest.raises(MapetError, match=rf"'{key}' is '{value}', but the run in .* began with"):
-            resume_pretraining(out, **{key: value})
+    with pytest.raises(MapetError, match=r"'init' is 'elsewhere', but the run in .* began with"):
+        resume_pretraining(out, init="elsewhere")
     resume_pretraining(out, init=str(copied_source))
     assert_same_run(out, tmp_path / "whole")
 
@@ -173,26 +150,6 @@ def test_oblong_source_needs_an_image_size(tiny_vit: Callable[..., Any], tmp_pat
     assert torch.allclose(begin(tmp_path, image_size=28)[1].pos_embed, vit.pos_embed, atol=1e-6)
 
 
-def test_converted_upstream_checkpoint_is_continued(
-    oracle: Callable[..., Any], photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recorded = oracle("pretrain")
-    torch.save({"state_dict": recorded.state_dict, "epoch": 300}, tmp_path / "upstream.tar")
-    convert({"file": str(tmp_path / "upstream.tar"), "num_heads": 3}, tmp_path / "converted")
-    tokenizer = random_tokenizer(tmp_path / "tokenizer", 64, 8, 3, 97)  # as many ids as the upstream head has
-    options: dict[str, Any] = {"init_parts": "all", "tokenizer": tokenizer, **STILL}
-    config = continue_run(photographs, tmp_path / "run", tmp_path / "converted", **options).config
-    assert (config.model_args["num_heads"], config.objective) == (3, "mapet")
-    after = checkpoint(tmp_path / "run")
-    for ours, theirs in (
-        ("mask_token", "mask_positional_token"),
-        ("head.weight", "decoder.weight"),
-        ("backbone.pos_embed", "pos_embed"),
-    ):
-        assert close(after[ours], recorded.state_dict[theirs])
-    assert "does not record its tokenizer" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -204,10 +161,6 @@ def test_converted_upstream_checkpoint_is_continued(
         ({"image_size": 30}, r"image size 30 is not divisible by the patch size 7"),
         ({"init": "resnet18"}, r"init 'resnet18' cannot be pre-trained further: the backbone is a ResNet"),
         ({"init": ""}, "init = .*at least 1 character"),
-        ({"init": None, "init_parts": "all"}, r"init_parts is 'all', but there is no init"),
-        ({"init_parts": "all", "tokenizer": "pixels"}, r"predicts the ids of the tokenizer that it was trained with"),
-        ({"init_parts": "all", "objective": "simmim"}, "was trained for another tokenizer or teacher"),
-        ({"init_parts": "all", "image_size": 42}, "was pre-trained at 28 px, this run is to be at 42 px"),
     ],
 )
 def test_contradictions_of_the_source_are_refused(
@@ -218,45 +171,25 @@ def test_contradictions_of_the_source_are_refused(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_head_needs_its_own_tokenizer(source: Path, digits: Path, tmp_path: Path) -> None:
-    other = random_tokenizer(tmp_path / "other", 28, 7, 1, 16)
-    for init, tokenizer, says in (
-        (source, other, "which was trained for another tokenizer or teacher"),
-        (source / "exported", str(source / "tokenizer"), "holds no mask vector and head"),
-    ):
-        with pytest.raises(MapetError, match=says):
-            continue_run(digits, tmp_path / "run", init, init_parts="all", steps=1, tokenizer=tokenizer)
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
 @pytest.mark.parametrize(
-    ("file", "parts", "name", "change", "says"),
+    ("change", "says"),
     [
-        ("checkpoints/last/task", "all", "mask_token", lambda part: part[..., :9], r"'mask_token' is \(1, 1, 9\)"),
-        ("checkpoints/last/task", "all", "head.bias", lambda part: part / 0, "'head.bias' holds other than finite"),
-        ("checkpoints/last/task", "all", "backbone.norm.bias", lambda part: part[:9], "'norm.bias' .* another shape"),
-        ("checkpoints/last/task", "all", None, None, "cannot be read"),
-        ("exported/model", "backbone", "norm.bias", lambda part: part / 0, "NaN or infinity"),
-        ("exported/model", "backbone", None, None, "is damaged"),
+        (lambda weights: save({**weights, "norm.bias": weights["norm.bias"] / 0}), "NaN or infinity"),
+        (lambda weights: save(weights)[:5000], "is damaged"),
     ],
 )
 def test_damaged_source_is_refused(
-    file: str, parts: str, name: str, change: Any, says: str, copied_source: Path, digits: Path, tmp_path: Path
+    change: Callable[..., bytes], says: str, copied_source: Path, digits: Path, tmp_path: Path
 ) -> None:
-    path = copied_source / f"{file}.safetensors"
-    if change is None:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    else:
-        weights = load_file(path)
-        save_file({**weights, name: change(weights[name]).contiguous()}, path)
+    path = copied_source / "exported" / "model.safetensors"
+    path.write_bytes(change(load_file(path)))
     with pytest.raises(MapetError, match=says):
-        continue_run(digits, tmp_path / "run", copied_source, steps=1, init_parts=parts)
+        continue_run(digits, tmp_path / "run", copied_source, steps=1)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_comparisons_with_random_weights_take_no_init(tmp_path: Path) -> None:
-    values = {**TINY, "data": "mnist", "init": "vit_tiny_patch16_224"}
-    for job, says in ((bootstrap, "begins with random weights; leave --init out"), (run_demo, "random weights")):
-        with pytest.raises(MapetError, match=says):
-            job(values, tmp_path / "run")
+def test_demo_takes_no_init(tmp_path: Path) -> None:
+    """It compares with random weights."""
+    with pytest.raises(MapetError, match="random weights; leave --init out"):
+        run_demo({**TINY, "data": "mnist", "init": "vit_tiny_patch16_224"}, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -2,22 +2,17 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
-from tests.conftest import TINY
+from tests.conftest import QUIET, kill_after, pretrain_tiny, records
 
 from mapet import MapetError, load_tokenizer
-from mapet.jobs.pretrain.run import pretrain
 from mapet.jobs.tokenizer.train import train_vqkd
-
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture
@@ -26,10 +21,6 @@ def values(digits: Path, exported_vit: Path) -> dict[str, Any]:
     codes = {"vocab_size": 16, "code_dim": 8, "decoder_depth": "1", "crop_min": 0.8, "flip": 0.0}
     training = {"batch_size": 16, "lr": 1e-3, "workers": 0, "data": str(digits), "teacher": str(exported_vit)}
     return {**sizes, **codes, **training}  # decoder_depth as a flag gives it
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_trained_tokenizer_is_used_for_pretraining(values: dict[str, Any], digits: Path, tmp_path: Path) -> None:
@@ -42,8 +33,8 @@ def test_a_trained_tokenizer_is_used_for_pretraining(values: dict[str, Any], dig
     assert (tokenizer.kind, tokenizer.grid, tokenizer.vocab_size) == ("vqkd", (4, 4), 16)
     grey = torch.rand(2, 1, 28, 28)
     assert torch.equal(tokenizer.encode(grey.expand(-1, 3, -1, -1)), tokenizer.encode(grey))
-    config = {**TINY, "vocab_size": None, "data": str(digits), "steps": 2, "tokenizer": str(tmp_path / "vqkd")}
-    assert pretrain(config, tmp_path / "run", console=QUIET).task.target.vocab_size == 16
+    run = pretrain_tiny(digits, tmp_path / "run", vocab_size=None, steps=2, tokenizer=str(tmp_path / "vqkd"))
+    assert run.task.target.vocab_size == 16
 
 
 def test_a_killed_training_resumes_exactly(values: dict[str, Any], tmp_path: Path) -> None:
@@ -52,11 +43,7 @@ def test_a_killed_training_resumes_exactly(values: dict[str, Any], tmp_path: Pat
     recipe, out = tmp_path / "vqkd.yaml", tmp_path / "killed"
     recipe.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "mapet", "tokenizer", "train", "--config", str(recipe), "--out", str(out)]
-    process = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 8:
-            process.kill()
-        time.sleep(0.005)
+    kill_after(9, [*command, "--resume"], out)
     done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["steps"] == 40
     assert [line["loss"] for line in records(out)] == [line["loss"] for line in records(tmp_path / "whole")]

@@ -3,11 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.conftest import under_torchrun
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,10 +25,6 @@ def make(vocab_size: int = 40) -> VQKDTask:
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "code_dim": 6}
     return VQKDTask(VQKD(vocab_size=vocab_size, **sizes), TARGET_DIM, decoder_depth=1)
-
-
-def optimizer_of(task: VQKDTask, lr: float = 1e-3) -> torch.optim.Optimizer:
-    return build_optimizer(task, SimpleNamespace(lr=lr, weight_decay=0.05, beta2=0.95))  # type: ignore[arg-type]
 
 
 def batch(count: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +174,7 @@ def train_share(rank: int, world: int) -> list[torch.Tensor]:
 PROCESS = """
 import sys
 import torch
-from mapet.engine.processes import join_processes
+from mapet.engine.parallel import join_processes
 from tests.jobs.test_vqkd_task import train_share
 
 rank = join_processes().process_index
@@ -188,9 +186,8 @@ def test_two_processes_learn_the_codes_of_one(tmp_path: Path) -> None:
     """Codes are drawn, moved and revived over the joint batch."""
     paths = os.pathsep.join([str(Path(mapet.__file__).parents[1]), str(Path(__file__).parents[2])])
     (tmp_path / "process.py").write_text(PROCESS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, str(tmp_path / "process.py"), str(tmp_path)], env=environment, check=True)
+    command = under_torchrun([sys.executable, str(tmp_path / "process.py"), str(tmp_path)])
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True)
     codebook, idle, used = train_share(0, 1)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for other in both:
@@ -202,7 +199,8 @@ def test_two_processes_learn_the_codes_of_one(tmp_path: Path) -> None:
 
 def test_vectors_are_not_decayed() -> None:
     task = make()
-    groups = optimizer_of(task).param_groups
+    config: Any = SimpleNamespace(lr=1e-3, weight_decay=0.05, beta2=0.95)
+    groups = build_optimizer(task, config).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
     names = {name for name, parameter in task.named_parameters() if id(parameter) not in decayed}
     lone = {f"{part}.{name}" for part in ("tokenizer.encoder", "decoder") for name in ("pos_embed", "cls_token")}

@@ -68,7 +68,7 @@ def test_stochastic_depth_decides_once_for_all_rows_of_an_image(tiny_vit: Callab
         ("resnet18", {}, "plain timm VisionTransformer"),
         ("vit_tiny_r_s16_p8_224", {}, "HybridEmbed whose patches overlap"),
         ("vit_base_patch16_xp_224", {"depth": 1}, "ParallelScalingBlock"),
-        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "position embedding"),
+        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "no learned position embedding"),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, "dynamic_img_size"),
         ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
     ],

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet import MIM, PIM, Ids, MaPeT, MapetError, Mask, Raster
-from mapet.models.vit import build_vit
+from mapet.models.networks import build_vit
 from mapet.objectives.mapet import visible_keys
 
 

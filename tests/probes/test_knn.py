@@ -9,11 +9,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from mapet import MapetError
-from mapet.data.labelled import few_per_class, open_labelled
+from mapet.data.open import few_per_class, open_labelled
 from mapet.data.views import PlainView
 from mapet.jobs.evaluate.config import KNNConfig
-from mapet.probes.features import Features, extract_features
 from mapet.probes.knn import classify, evaluate_knn
+from mapet.probes.labelled import Features, extract_features
 
 VIEW = PlainView((28, 28), (0.286,), (0.353,))
 NEIGHBOURS = KNNConfig.model_fields["k"].default
@@ -81,18 +81,21 @@ def test_a_low_temperature_gives_the_nearest_neighbour(temperature: float, pixel
 
 def test_k_is_chosen_on_held_out_training_images(pixels: Parts) -> None:
     train, test = pixels
-    result = evaluate_knn(train, test, NEIGHBOURS, 0.07, seed=1)
-    assert result.k == max(sorted(result.held_out), key=lambda k: result.held_out[k])
-    assert list(result.held_out) == list(result.test) == list(NEIGHBOURS)
-    assert result.scores.accuracy == result.test[result.k] > 0.7
-    wrong_test = evaluate_knn(train, replace(test, y=(test.y + 1) % 10), NEIGHBOURS, 0.07, seed=1)
-    assert (wrong_test.k, wrong_test.held_out) == (result.k, result.held_out)
-    assert wrong_test.scores.accuracy < 0.3
+    scores, best, sweep = evaluate_knn(train, test, NEIGHBOURS, 0.07, seed=1)
+    assert [row["k"] for row in sweep] == list(NEIGHBOURS)
+    chosen = max(sweep, key=lambda row: row["held_out"])
+    assert best == chosen["k"]
+    assert scores.accuracy == chosen["test"] > 0.7
+    wrong_test = replace(test, y=(test.y + 1) % 10)
+    wrong_scores, wrong_best, wrong_sweep = evaluate_knn(train, wrong_test, NEIGHBOURS, 0.07, seed=1)
+    assert wrong_best == best
+    assert [row["held_out"] for row in wrong_sweep] == [row["held_out"] for row in sweep]
+    assert wrong_scores.accuracy < 0.3
 
 
 def test_more_neighbours_than_training_images(pixels: Parts) -> None:
     train, test = pixels
     few = train.subset(np.concatenate([np.flatnonzero(train.y == label)[:5] for label in range(10)]))
-    assert list(evaluate_knn(few, test, NEIGHBOURS, 0.07, seed=0).test) == [1, 5, 10, 20]
+    assert [row["k"] for row in evaluate_knn(few, test, NEIGHBOURS, 0.07, seed=0)[2]] == [1, 5, 10, 20]
     with pytest.raises(MapetError, match=r"k = 60 .* there are 40 besides .* held out.*--k 40 or less"):
         evaluate_knn(few, test, [60], 0.07, seed=0)

@@ -5,28 +5,17 @@ from rich.console import Console
 
 from mapet.report.tables import Table, percent
 
-TABLE = Table(
-    ["", "accuracy | top-1"], [["a|b\nc", "1 %"], ["<b>[red]x[/]</b>", '2 "%", or so']], "Digits & letters", bold=[1]
-)
+TABLE = Table(["", "accuracy | top-1"], [["a|b\nc", "1 %"], ["<b>[red]x[/]</b>", '2 "%", or so']], "Digits & letters")
 
 
 def test_markdown_keeps_each_row_on_one_line() -> None:
-    lines = TABLE.to_markdown().splitlines()
-    assert lines == [
-        "Digits & letters:",
-        "",
-        r"|  | accuracy \| top-1 |",
-        "|---|---:|",
-        r"| a\|b c | 1 % |",
-        '| **<b>[red]x[/]</b>** | **2 "%", or so** |',
-    ]
+    header = ["Digits & letters:", "", r"|  | accuracy \| top-1 |", "|---|---:|"]
+    rows = [r"| a\|b c | 1 % |", '| <b>[red]x[/]</b> | 2 "%", or so |']
+    assert TABLE.to_markdown().splitlines() == header + rows
 
 
-def test_csv_is_read_back_as_it_was() -> None:
+def test_csv_is_read_back_as_it_was_and_html_escapes_cells() -> None:
     assert list(csv.reader(io.StringIO(TABLE.to_csv()))) == [list(TABLE.header), *TABLE.rows]
-
-
-def test_html_escapes_cells() -> None:
     page = TABLE.to_html()
     assert "<td>&lt;b&gt;[red]x[/]&lt;/b&gt;</td>" in page
     assert "<caption>Digits &amp; letters</caption>" in page

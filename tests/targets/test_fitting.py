@@ -7,22 +7,18 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
-from rich.console import Console
-from tests.conftest import TINY
+from tests.conftest import QUIET, pretrain_tiny, under_torchrun
 
 from mapet import MapetError, load_tokenizer
 from mapet.config.base import read_recipe, settle
 from mapet.config.keys import KMeansKeys
 from mapet.config.recipes import find_recipe
 from mapet.engine.files import claimed_folder
-from mapet.jobs.pretrain.run import pretrain
 from mapet.jobs.tokenizer.config import FitConfig
 from mapet.jobs.tokenizer.fit import fit_tokenizer, report_on_tokenizer
 from mapet.targets.fitting import plan_sample
 
-QUIET = Console(quiet=True)
 FIT: dict[str, Any] = {"image_size": 28, "patch_size": 7, "channels": 1, "vocab_size": 16, "workers": 0}
 
 
@@ -53,19 +49,19 @@ def test_a_fitted_tokenizer_is_used_for_pretraining(digits: Path, tmp_path: Path
     names = {"tokenizer.json", "tokenizer.safetensors", "report.json", "atlas.png", "token_maps.png", "usage.png"}
     assert {path.name for path in (tmp_path / "tok").iterdir()} == names
     assert json.loads((tmp_path / "tok" / "report.json").read_text())["used_codes"] == report.used_codes == 16
-    values = {**TINY, "vocab_size": None, "data": str(digits), "steps": 2, "tokenizer": str(tmp_path / "tok")}
+    values: dict[str, Any] = {"vocab_size": None, "steps": 2, "tokenizer": str(tmp_path / "tok")}
     for precision in ("bf16", "no"):
-        pretrain({**values, "precision": precision}, tmp_path / precision, console=QUIET)
+        pretrain_tiny(digits, tmp_path / precision, **values, precision=precision)
         assert load_tokenizer(tmp_path / precision).content_hash == tokenizer.content_hash
 
 
 def test_several_processes_fit_the_same_tokenizer(digits: Path, tmp_path: Path) -> None:
     fit(digits, tmp_path / "one", batch_size=7)
-    recipe = tmp_path / "fit.yaml"
-    recipe.write_text(yaml.safe_dump({**FIT, "data": str(digits), "batch_size": 7}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = ["mapet", "tokenizer", "fit", "--config", str(recipe), "--out", str(tmp_path / "two"), "--json"]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True)
+    flags = [
+        f"--{key.replace('_', '-')}={value}" for key, value in {**FIT, "batch_size": 7, "out": tmp_path / "two"}.items()
+    ]
+    command = [sys.executable, "-m", "mapet", "tokenizer", "fit", str(digits), *flags, "--json"]
+    done = subprocess.run(under_torchrun(command), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["used_codes"] == 16
     one, two = (load_tokenizer(tmp_path / name) for name in ("one", "two"))
@@ -132,6 +128,6 @@ def test_wrong_input_is_refused_before_anything_is_written(digits: Path, tmp_pat
     ):
         with pytest.raises(MapetError, match=message):
             fit(digits, out)
-    with claimed_folder(tmp_path / "tok"), pytest.raises(MapetError, match="is being made by another process"):
+    with claimed_folder(tmp_path / "tok"), pytest.raises(MapetError, match="is in use by another process"):
         fit(digits, tmp_path / "tok")
     assert not (tmp_path / "tok").exists()

@@ -47,15 +47,10 @@ def published_state() -> dict[str, torch.Tensor]:
         "scaling_layer.shift": (1, 3, 1, 1),
         "scaling_layer.scale": (1, 3, 1, 1),
         "teacher_model.visual.proj": (WIDTH, 512),
-        "encode_task_layer.0.weight": (WIDTH, WIDTH),
-        "encode_task_layer.0.bias": (WIDTH,),
-        "encode_task_layer.2.weight": (CODE_DIM, WIDTH),
-        "encode_task_layer.2.bias": (CODE_DIM,),
-        "decode_task_layer.0.weight": (WIDTH, WIDTH),
-        "decode_task_layer.0.bias": (WIDTH,),
-        "decode_task_layer.2.weight": (512, WIDTH),
-        "decode_task_layer.2.bias": (512,),
     }
+    for part, width in (("encode", CODE_DIM), ("decode", 512)):
+        shapes |= {f"{part}_task_layer.0.weight": (WIDTH, WIDTH), f"{part}_task_layer.0.bias": (WIDTH,)}
+        shapes |= {f"{part}_task_layer.2.weight": (width, WIDTH), f"{part}_task_layer.2.bias": (width,)}
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * (0.3 if "bias" in name else 0.1) + ("norm" in name)

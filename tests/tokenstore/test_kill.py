@@ -9,14 +9,13 @@ import json, os, signal, sys
 from pathlib import Path
 import numpy as np, torch
 from mapet.tokenstore import arrays, store as module
-from mapet.tokenstore.header import Header
-from mapet.tokenstore.store import State, TokenStore
+from mapet.tokenstore.store import Header, State, TokenStore
 
 HEADER = Header(tokenizer="t", tokenizer_hash="ab" * 32, grid=(4, 4), vocab_size=8192, view={}, views=2, seed=0)
 
 def encode(folder):
     has_store = (folder / "header.json").exists()
-    store = TokenStore.open(folder) if has_store else TokenStore.create(folder, HEADER)
+    store = TokenStore(folder) if has_store else TokenStore.create(folder, HEADER)
     for keys in ("abc", "abcdef"):
         store.append(keys)
         rows = store.find(keys)

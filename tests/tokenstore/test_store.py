@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mapet import MapetError
-from mapet.tokenstore.header import Header
-from mapet.tokenstore.store import State, TokenStore
+from mapet.tokenstore.store import Header, State, TokenStore
 
 HEADER = Header(
     tokenizer="tokenizers/a",
@@ -71,20 +70,20 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_ids_have_the_smallest_type(vocab_size: int, dtype: str, tmp_path: Path) -> None:
     header = HEADER.model_copy(update={"vocab_size": vocab_size})
-    store = TokenStore.open(filled(tmp_path / "store", header=header))
+    store = TokenStore(filled(tmp_path / "store", header=header))
     ids = ids_of(KEYS, header)
     ids[1, 1, 4] = vocab_size - 1
     store.write(store.rows(KEYS), digests(KEYS), ids, np.ones(3, bool))
     array = np.load(tmp_path / "store" / "ids.npy")
     assert array.dtype == dtype
     assert np.array_equal(array, ids)
-    found = read(TokenStore.open(tmp_path / "store"), KEYS, KEYS, view=1)
+    found = read(TokenStore(tmp_path / "store"), KEYS, KEYS, view=1)
     assert found.dtype == torch.int64
     assert torch.equal(found, ids[:, 1])
 
 
 def test_missing_ids_are_refused(folder: Path) -> None:
-    store = TokenStore.open(folder)
+    store = TokenStore(folder)
     with pytest.raises(MapetError, match=r"2 of 4 images have no tokens.*'x\.png'.*mapet tokenizer encode"):
         store.rows([KEYS[0], "x.png", KEYS[1], "y.png"])
     store.append(["x.png"])
@@ -94,7 +93,7 @@ def test_missing_ids_are_refused(folder: Path) -> None:
 
 def test_changed_damaged_empty_and_corrupt_rows_are_refused(folder: Path) -> None:
     keys = [*KEYS, "empty.png", "damaged.png"]
-    store = TokenStore.open(folder)
+    store = TokenStore(folder)
     store.append(keys)
     write(store, keys[4:], keys[4:], decoded=False)
 
@@ -133,8 +132,8 @@ def test_changed_damaged_empty_and_corrupt_rows_are_refused(folder: Path) -> Non
 )
 def test_the_first_difference_of_headers_is_named(change: dict[str, Any], says: str, folder: Path) -> None:
     with pytest.raises(MapetError, match=f"{says} is asked for; ask for the same"):
-        TokenStore.open(folder).check_header(HEADER.model_copy(update=change))
-    TokenStore.open(folder).check_header(HEADER.model_copy(update={"tokenizer": "elsewhere"}))
+        TokenStore(folder).check_header(HEADER.model_copy(update=change))
+    TokenStore(folder).check_header(HEADER.model_copy(update={"tokenizer": "elsewhere"}))
 
 
 def test_stores_are_made_in_empty_folders_only(tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ def test_stores_are_made_in_empty_folders_only(tmp_path: Path) -> None:
         TokenStore.create(tmp_path, HEADER)
     assert (tmp_path / "ids.npy").read_text() == "not ours"
     with pytest.raises(MapetError, match="is not a token store; make one with"):
-        TokenStore.open(tmp_path)
+        TokenStore(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_damaged_and_old_headers_are_refused(change: str | dict[str, Any], says:
     file = folder / "header.json"
     file.write_text(change if isinstance(change, str) else json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(MapetError, match=says):
-        TokenStore.open(folder)
+        TokenStore(folder)
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "images.npy"])
@@ -170,10 +169,10 @@ def test_files_cut_short_are_refused(name: str, folder: Path) -> None:
     for size in range(len(whole)):
         (folder / name).write_bytes(whole[:size])
         with pytest.raises(MapetError, match=rf"{name} is damaged .*; restore it or encode into another folder"):
-            TokenStore.open(folder)
+            TokenStore(folder)
     (folder / name).unlink()
     with pytest.raises(MapetError, match=f"{name} is damaged .*No such file"):
-        TokenStore.open(folder)
+        TokenStore(folder)
 
 
 def test_files_of_another_store_are_found(folder: Path, tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_files_of_another_store_are_found(folder: Path, tmp_path: Path) -> None:
     for other, name in (("ids", "ids.npy"), ("seed", "header.json")):
         mixed = shutil.copytree(folder, tmp_path / f"mixed {name}")
         shutil.copy(tmp_path / other / name, mixed)
-        assert (TokenStore.open(mixed).states(np.arange(3)) == State.CORRUPT).all()
+        assert (TokenStore(mixed).states(np.arange(3)) == State.CORRUPT).all()
 
 
 def test_flipped_bits_never_give_other_ids(folder: Path) -> None:
@@ -194,7 +193,7 @@ def test_flipped_bits_never_give_other_ids(folder: Path) -> None:
             flipped[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(flipped)
             try:
-                store = TokenStore.open(folder)
+                store = TokenStore(folder)
                 assert torch.equal(store.read(store.rows(KEYS), np.zeros(3, np.int64), digests(KEYS), KEYS), expected)
             except MapetError:
                 refused += 1
@@ -203,12 +202,12 @@ def test_flipped_bits_never_give_other_ids(folder: Path) -> None:
 
 
 def test_rows_are_appended_and_written_again(folder: Path) -> None:
-    store = TokenStore.open(folder)
+    store = TokenStore(folder)
     for keys in (["c", "a", "c", KEYS[2]], ["e", "a", "d", "e"]):
         store.append(keys)
     assert store.find([*KEYS, "c", "a", "e", "d", "x"]).tolist() == [0, 1, 2, 3, 4, 5, 6, -1]
     assert torch.equal(read(store, KEYS, KEYS), ids_of(KEYS)[:, 0])
     write(store, [KEYS[1], "d"], ["edited", "d"])
-    for opened in (store, TokenStore.open(folder)):
+    for opened in (store, TokenStore(folder)):
         keys, contents = [*KEYS, "d"], [KEYS[0], "edited", KEYS[2], "d"]
         assert torch.equal(read(opened, keys, contents, view=1), ids_of(contents)[:, 1])

@@ -37,19 +37,15 @@ VERBS = {
     "tokenizer report": "tokenizer.verb:REPORT",
     "tokenizer encode": "tokenizer.verb:ENCODE",
     "tokenizer check": "tokenizer.verb:CHECK",
-    "bootstrap": "bootstrap.verb:BOOTSTRAP",
     "demo": "demo.verb:DEMO",
 }
 
 # Commands that there were once, and what to do instead.
-TIMM_HAS = (
-    "timm ships these weights, and every command takes its name for them: {!r}; for a file of your own: "
-    "timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={{'file': FILE}})"
-)
 RETIRED = {
-    "convert mae": TIMM_HAS.format("vit_base_patch16_224.mae"),
-    "convert beit": TIMM_HAS.format("beit_base_patch16_224.in22k_ft_in22k_in1k"),
-    "convert beitv2": TIMM_HAS.format("beitv2_base_patch16_224.in1k_ft_in22k_in1k"),
+    "bootstrap": "run mapet pretrain again with --tokenizer RUN/exported, where RUN is the run before",
+    "convert mae": "pass timm's name 'vit_base_patch16_224.mae' as model",
+    "convert beit": "pass timm's name 'beit_base_patch16_224.in22k_ft_in22k_in1k' as model",
+    "convert beitv2": "pass timm's name 'beitv2_base_patch16_224.in1k_ft_in22k_in1k' as model",
 }
 
 
@@ -110,8 +106,8 @@ def _without_verb(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"mapet {__version__}")
         return 0
-    if (retired := " ".join(arguments[:2])) in RETIRED:
-        raise MapetError(f"mapet {retired} is gone: {RETIRED[retired]}")
+    for retired in {group, " ".join(words[:2])} & RETIRED.keys():
+        raise MapetError(f"mapet {retired} is gone; {RETIRED[retired]}")
     if not members:
         groups = dict.fromkeys(name.split()[0] for name in VERBS)
         raise MapetError(f"unknown command {group!r}{nearest(group, groups) or '; see mapet --help'}")

@@ -13,7 +13,7 @@ from mapet.errors import MapetError, nearest
 # File systems take 255 bytes, and beside NAME there is .NAME.lock for a while.
 LONGEST_NAME = 255 - len("..lock")
 
-# Flags of earlier versions: what takes their place.
+# Flags of earlier versions, and what takes their place.
 RENAMED = {"--context-tokens": "--mask-ratio (share of the patches that are predicted)", "--order": "--masking"}
 
 

@@ -73,7 +73,7 @@ def key(
     """
     marks: dict[str, JsonValue] = {"common": common, "free": free, "single": single, "instead_of": instead_of}
     marks["required"] = default is ...
-    return Field(... if default is CHOSEN else default, description=text, json_schema_extra={"marks": marks}, **bounds)
+    return Field(... if default is CHOSEN else default, description=text, json_schema_extra=marks, **bounds)
 
 
 def marked(config_class: type[Config], mark: str) -> frozenset[str]:
@@ -82,9 +82,9 @@ def marked(config_class: type[Config], mark: str) -> frozenset[str]:
 
 
 def _marks(config_class: type[Config], name: str) -> dict[str, Any]:
-    extra = config_class.model_fields[name].json_schema_extra
-    found = extra.get("marks", extra) if isinstance(extra, dict) else {}
-    return found if isinstance(found, dict) else {}
+    marks = config_class.model_fields[name].json_schema_extra
+    assert isinstance(marks, dict), f"{name} is not declared by key()"
+    return marks
 
 
 def from_text(value: Any) -> Any:

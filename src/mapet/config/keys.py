@@ -183,8 +183,8 @@ class TrainKeys(DataKeys):
 
     batch_size: BatchSize = key(
         CHOSEN,
-        "images per optimiser step, over all devices; default: 256, or fewer for fewer than 2,560 images, so that an "
-        "epoch has ten steps or more",
+        "images per optimiser step, over all devices; default: 256 (fine-tuning: 512), or fewer, so that an epoch has "
+        "ten steps or more",
         common=True,
     )
     epochs: Epochs | None = key(
@@ -193,8 +193,8 @@ class TrainKeys(DataKeys):
     steps: Count = key(CHOSEN, "optimiser steps, instead of --epochs", common=True, instead_of="epochs")
     lr: LearningRate = key(
         CHOSEN,
-        "peak learning rate; default: the paper's, 1.5e-3 * sqrt(batch size / 2048), where batches below 32 count as "
-        "32",
+        "peak learning rate; default: the paper's, 1.5e-3 * sqrt(batch size / 2048) (fine-tuning: 5e-4 * sqrt(batch "
+        "size / 512)), where batches below 32 count as 32",
         common=True,
         instead_of="lrs",
     )

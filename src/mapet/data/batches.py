@@ -3,7 +3,8 @@
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypedDict
 
 import torch
@@ -43,7 +44,7 @@ class Batch(TypedDict):
     - ``tokenizer_images`` and ``images``: ``(B, C, H, W)``, the two outputs of the view function.
     - ``index``: ``(B,)``, the index of each image in its set.
     - ``number``: ``(B,)``, the number of the view; see ``seeds.Draws``.
-    - ``digest``: ``(B, 32)`` uint8, or ``(B, 0)`` if digests are not asked for.
+    - ``digest``: ``(B, 32)`` uint8, the SHA-256 of each image's stored bytes.
     - ``damaged``: for each image, the damaged images that it replaces.
     """
 
@@ -72,22 +73,18 @@ class StepSampler:
     world: int = 1
     accumulate: int = 1
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in one pass over the data."""
-        return self.images // self.batch_size
-
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, permutation = -1, torch.empty(0, dtype=torch.long)
+        steps_per_epoch = self.images // self.batch_size
         for step in range(self.first_step, self.last_step):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
                 generator = torch.Generator().manual_seed(fold_seed(self.seed, Stream.EPOCH, epoch))
                 permutation = torch.randperm(self.images, generator=generator)
-            start = step % self.steps_per_epoch * self.batch_size
+            start = step % steps_per_epoch * self.batch_size
             step_images = permutation[start : start + self.batch_size]
             rank_images = step_images.chunk(self.world)[self.rank]
             for micro_batch in rank_images.chunk(self.accumulate):
@@ -103,14 +100,12 @@ class ViewDataset(Dataset[Sample]):
         view: makes the two outputs from a decoded image.
         channels: 1 or 3.
         draws: which view of an image an epoch shows.
-        digests: also return the SHA-256 of each image's stored bytes.
     """
 
     images: ImageSet
     view: View
     channels: int
     draws: Draws = NO_SEED
-    digests: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -121,13 +116,10 @@ class ViewDataset(Dataset[Sample]):
         damaged: list[DamagedImage] = []
         # A blank image is returned if all attempts fail; DamageTally stops the run before it is used.
         image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
-        digest = torch.zeros(32 if self.digests else 0, dtype=torch.uint8)
+        digest = torch.zeros(32, dtype=torch.uint8)
         while len(damaged) < MOST_ATTEMPTS:
             try:
-                if self.digests:
-                    image, digest = self.images.load_with_digest(index, self.channels)
-                else:
-                    image = self.images.load(index, self.channels)
+                image, digest = self.images.load_with_digest(index, self.channels)
                 break
             except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
@@ -146,18 +138,19 @@ class ViewDataset(Dataset[Sample]):
         }
 
 
+@dataclass
 class DamageTally:
     """Counts the damaged images of a run, logs each of them once, and stops the run when there are too many.
 
-    Args:
+    Attributes:
         images: the image set.
         most_share: the largest share of damaged images with which the run goes on.
-        known: indices of images found damaged earlier, from a checkpoint.
+        indices: of the images found damaged.
     """
 
-    def __init__(self, images: ImageSet, most_share: float, known: Sequence[int] = ()) -> None:
-        self.images, self.most_share = images, most_share
-        self.indices = set(known)
+    images: ImageSet
+    most_share: float
+    indices: set[int] = field(default_factory=set)
 
     def add(self, damaged: Sequence[Sequence[DamagedImage]]) -> None:
         """Count the damaged images of a batch, given for each image of the batch.
@@ -165,23 +158,21 @@ class DamageTally:
         Raises:
             MapetError: if too many images are damaged.
         """
-        for attempts in damaged:
-            for index, reason in attempts:
-                if index not in self.indices:
-                    self.indices.add(index)
-                    key = printable(self.images.key(index))
-                    logger.warning("skipped damaged image %s (%s)", key, printable(reason))
-            if len(attempts) == MOST_ATTEMPTS:
-                raise self._too_many(f"{MOST_ATTEMPTS} files drawn in a row cannot be read")
-        if len(self.indices) > self.most_share * len(self.images):
-            raise self._too_many(f"{len(self.indices)} of {len(self.images)} images cannot be read")
-
-    def _too_many(self, count: str) -> MapetError:
-        example = self.images.key(min(self.indices))
-        raising = f" or raise --max-damaged (now {self.most_share:g})" if self.most_share < 1 else ""
-        return MapetError(
-            f"{count}, the first being {example!r} in {self.images.name}; repair the files named in the log{raising}"
-        )
+        for index, reason in chain.from_iterable(damaged):
+            if index not in self.indices:
+                self.indices.add(index)
+                key = printable(self.images.key(index))
+                logger.warning("skipped damaged image %s (%s)", key, printable(reason))
+        in_vain = any(len(attempts) == MOST_ATTEMPTS for attempts in damaged)
+        if in_vain or len(self.indices) > self.most_share * len(self.images):
+            count, advice = f"{MOST_ATTEMPTS} files drawn in a row", ""
+            if not in_vain:
+                count = f"{len(self.indices)} of {len(self.images)} images"
+                advice = f" or raise --max-damaged (now {self.most_share:g})"
+            raise MapetError(
+                f"{count} cannot be read, the first being {self.images.key(min(self.indices))!r} in "
+                f"{self.images.name}; repair the files named in the log{advice}"
+            )
 
 
 def printable(text: str) -> str:

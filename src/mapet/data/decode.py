@@ -18,8 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from mapet.errors import MapetError
-
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -84,13 +82,3 @@ def _stretched(values_HW: Tensor) -> Tensor:
         raise ValueError("the image contains NaN or infinity")
     low, high = values_HW.min(), values_HW.max()
     return (values_HW - low) / (high - low) if high > low else torch.zeros_like(values_HW)
-
-
-def check_channels(channels: int) -> None:
-    """Check that image files can be decoded to this number of channels.
-
-    Raises:
-        MapetError: if it is neither 1 nor 3.
-    """
-    if channels not in (1, 3):
-        raise MapetError(f"channels is {channels}; image files are read as 1 (grey) or 3 (RGB) channels")

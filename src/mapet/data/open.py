@@ -1,10 +1,18 @@
-"""Opening of images by the name that the user gives."""
+"""Opening of image sets by the name that the user gives, with or without labels; random choices by class."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from mapet.data.labelled import open_labelled
-from mapet.data.names import EXTENSIONS, check_images, is_folder
+import torch
+
+from mapet.data.demo_sets import read_demo_set
+from mapet.data.names import EXTENSIONS, check_images, check_labelled, is_folder
 from mapet.data.sources import ImageSet, from_file, from_folder, from_list
+from mapet.errors import MapetError
+
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
+HELD_OUT = 0.2  # share of each class that is the test part, where the images have no parts of their own
 
 
 def open_images(source: str) -> ImageSet:
@@ -20,3 +28,151 @@ def open_images(source: str) -> ImageSet:
     if path.is_file():
         return from_file(path) if path.suffix.lower() in EXTENSIONS else from_list(path)
     return open_labelled(source)[0]
+
+
+def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Open labelled images as (training part, test part).
+
+    Args:
+        source: a folder with one subfolder per class, or with ``train`` and ``test`` (or ``val``) folders of such
+            subfolders, or the name of a demo set. Without parts, a fifth of each class is held out as test part.
+        seed: chooses the images held out.
+
+    Raises:
+        MapetError: if there are no labels, a single class, or test images of a class without training images.
+    """
+    check_labelled(source)
+    if not is_folder(source):
+        demo = read_demo_set(source)
+        return (demo[0], demo[1]) if len(demo) == 2 else split(demo[0], HELD_OUT, seed=0)
+    parts = train_and_test(Path(source))
+    train = from_labelled_folder(parts[0] if parts else Path(source))
+    if len(train.classes) == 1:
+        raise MapetError(f"labelled folder {train.name} has the single class {train.classes[0]!r}; it needs 2 or more")
+    if parts is None:
+        return split(train, HELD_OUT, seed)
+    return train, with_classes(from_labelled_folder(parts[1]), train.classes, train.name)
+
+
+def open_test(source: str, classes: Sequence[str], owner: str) -> ImageSet:
+    """Open labelled images for testing a classifier: the test part of a source with parts, otherwise all images.
+
+    Args:
+        source: see ``open_labelled``.
+        classes: the classifier's classes; the labels are numbered in their order.
+        owner: what has these classes, for error messages.
+
+    Raises:
+        MapetError: if there are no labels, or images of a class that the classifier does not know.
+    """
+    check_labelled(source)
+    if is_folder(source):
+        parts = train_and_test(Path(source))
+        images = from_labelled_folder(parts[1] if parts else Path(source))
+    else:
+        images = open_labelled(source)[1]
+    return with_classes(images, classes, owner)
+
+
+def from_labelled_folder(folder: Path) -> ImageSet:
+    """Return the images of a folder in the ``ImageFolder`` layout, labelled with their first subfolder.
+
+    Raises:
+        MapetError: if there is no image, or one lies outside of the subfolders.
+    """
+    images = from_folder(folder)
+    stray = next((key for key in images.keys if "/" not in key), None)
+    if stray is not None:
+        raise MapetError(
+            f"labelled folder {folder} needs one subfolder per class, but {stray!r} lies outside of any; move it"
+        )
+    names = [key.partition("/")[0] for key in images.keys]
+    classes = tuple(sorted(set(names)))
+    index = {name: number for number, name in enumerate(classes)}
+    return replace(images, labels=tuple(index[name] for name in names), classes=classes)
+
+
+def train_and_test(folder: Path) -> tuple[Path, Path] | None:
+    """Return the subfolders that hold the training and the test part; None unless both exist."""
+    by_name = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
+    train, test = (
+        next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    return None if train is None or test is None else (train, test)
+
+
+def with_classes(images: ImageSet, classes: Sequence[str], owner: str) -> ImageSet:
+    """Renumber the labels of ``images`` in the order of ``classes``.
+
+    Raises:
+        MapetError: if ``images`` have a class that is not in ``classes``; ``owner`` is named as what has ``classes``.
+    """
+    unknown = sorted(set(images.classes) - set(classes))
+    if unknown:
+        names = ", ".join(map(repr, unknown[:5]))
+        raise MapetError(
+            f"{images.name} has images of the class{'es' if len(unknown) > 1 else ''} {names}, which {owner} does not "
+            "have; remove or rename the folder"
+        )
+    index = {name: number for number, name in enumerate(classes)}
+    labels = tuple(index[images.classes[label]] for label in images.labels or ())
+    return replace(images, labels=labels, classes=tuple(classes))
+
+
+def labels_to_use(images: ImageSet, label_share: float | None, labels_per_class: int | None, seed: int) -> ImageSet:
+    """Return a share of each class, a number of images of each class, or (both None) all images."""
+    if label_share is not None:
+        return images.subset(_draw_share(images, label_share, seed))
+    if labels_per_class is not None:
+        return few_per_class(images, labels_per_class, seed)
+    return images
+
+
+def split(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split a labelled set class by class; the second part gets ``share`` of each class, at least one image.
+
+    Raises:
+        MapetError: if the first part would get no image of a class.
+    """
+    held_out = _draw_share(images, share, seed)
+    rest = sorted(set(range(len(images))) - set(held_out))
+    first, second = images.subset(rest), images.subset(held_out)
+    missing = sorted(set(second.labels or ()) - set(first.labels or ()))
+    if missing:
+        raise MapetError(
+            f"class {images.classes[missing[0]]!r} of {images.name} has {(second.labels or ()).count(missing[0])} "
+            "image(s), too few to hold some out; add images or remove the class"
+        )
+    return first, second
+
+
+def _draw_share(images: ImageSet, share: float, seed: int) -> list[int]:
+    """Draw ``share`` of each class, at least one image; with one seed, a larger share contains each smaller share."""
+    labels = torch.tensor(images.labels)
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[int] = []
+    for label in labels.unique():
+        members = torch.nonzero(labels == label)[:, 0]
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        chosen += shuffled[: max(1, round(share * len(members)))].tolist()
+    return sorted(chosen)
+
+
+def few_per_class(images: ImageSet, count: int, seed: int) -> ImageSet:
+    """Draw ``count`` images of each class; with one seed, a larger choice contains each smaller choice.
+
+    Raises:
+        MapetError: if a class has fewer images.
+    """
+    labels = torch.tensor(images.labels)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen: list[int] = []
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        if len(members) < count:
+            raise MapetError(
+                f"class {images.classes[int(label)]!r} of {images.name} has {len(members)} image(s), fewer than the "
+                f"{count} asked for; take {len(members)} or fewer of each class"
+            )
+        chosen += members[:count].tolist()
+    return images.subset(sorted(chosen))

@@ -65,23 +65,16 @@ class Draws:
     crops: int | None = None
     mirror: bool = False
 
-    @property
-    def count(self) -> int | None:
-        """Number of different views of each image; None without a fixed number."""
-        return None if self.crops is None else self.crops * (2 if self.mirror else 1)
-
     def number(self, epoch: int, key: str) -> int:
         """Return the number of the view that an epoch shows; not all images start with the same number."""
-        if self.count is None:
+        if self.crops is None:
             return epoch
-        return (epoch + fold_seed(self.seed, Stream.TURN, name_number(key))) % self.count
+        views = self.crops * (2 if self.mirror else 1)
+        return (epoch + fold_seed(self.seed, Stream.TURN, name_number(key))) % views
 
     def draw(self, number: int, key: str, epoch: int = 0) -> Draw:
         """Return the random choices of view ``number`` of an image."""
         crop, mirrored = (number // 2, number % 2 == 1) if self.mirror else (number, None)
         name = name_number(key)
-        return Draw(
-            fold_seed(self.seed, Stream.VIEW, crop, name),
-            fold_seed(self.colour_seed, Stream.COLOUR, epoch, name),
-            mirrored,
-        )
+        geometry = fold_seed(self.seed, Stream.VIEW, crop, name)
+        return Draw(geometry, fold_seed(self.colour_seed, Stream.COLOUR, epoch, name), mirrored)

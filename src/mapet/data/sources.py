@@ -48,19 +48,6 @@ class Source(Protocol):
         """Return the file that holds this image alone; None if there is no such file."""
         return None
 
-    def load(self, index: int, channels: int) -> Tensor:
-        """Return an image as ``(channels, H, W)``."""
-        return self.decode(self.content(index), channels)
-
-    def digest(self, index: int) -> Tensor:
-        """Return the SHA-256 of an image's stored bytes, ``(32,)`` uint8."""
-        return _sha256(self.content(index))
-
-    def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
-        """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
-        content = self.content(index)
-        return self.decode(content, channels), _sha256(content)
-
 
 @dataclass(frozen=True)
 class Files(Source):
@@ -148,15 +135,16 @@ class ImageSet:
 
     def load(self, index: int, channels: int) -> Tensor:
         """Return an image as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
-        return self.source.load(self._position(index), channels)
+        return self.load_with_digest(index, channels)[0]
 
     def digest(self, index: int) -> Tensor:
         """Return the SHA-256 of an image's stored bytes (a file's bytes, an array's pixels), ``(32,)`` uint8."""
-        return self.source.digest(self._position(index))
+        return _sha256(self.source.content(self._position(index)))
 
     def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
         """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
-        return self.source.load_with_digest(self._position(index), channels)
+        content = self.source.content(self._position(index))
+        return self.source.decode(content, channels), _sha256(content)
 
     def subset(self, indices: Sequence[int]) -> Self:
         """Return the images at ``indices``, in that order."""
@@ -166,11 +154,6 @@ class ImageSet:
             indices=chosen if self.indices is None else self.indices[chosen],
             labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
         )
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether loading an image needs neither reading nor decoding."""
-        return self.source.in_memory
 
     @cached_property
     def keys(self) -> tuple[str, ...]:

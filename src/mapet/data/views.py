@@ -70,9 +70,7 @@ class TrainView:
 
 
 def _crop(image: Tensor, box: dict[str, int], size: int, mirrored: bool) -> Tensor:
-    crop = v2.functional.resized_crop(
-        image, **box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    crop = v2.functional.resized_crop(image, **box, size=[size, size], interpolation=InterpolationMode.BICUBIC)
     if mirrored:
         crop = v2.functional.horizontal_flip(crop)
     return v2.functional.to_dtype(crop, torch.float32, scale=True).clamp(0, 1)  # type: ignore[no-any-return]
@@ -102,9 +100,7 @@ class PlainView:
         """Return ``(tokenizer_images, images)``: the centre in [0, 1], and normalised."""
         if not self.squash:
             image = _without_ends(image, self.size)
-        resized = v2.functional.resize(
-            image, self._resized(*image.shape[-2:]), InterpolationMode(self.interpolation), antialias=True
-        )
+        resized = v2.functional.resize(image, self._resized(*image.shape[-2:]), InterpolationMode(self.interpolation))
         centre = v2.functional.center_crop(resized, list(self.size))
         centre = v2.functional.to_dtype(centre, torch.float32, scale=True).clamp(0, 1)
         return centre, v2.functional.normalize(centre, list(self.mean), list(self.std))

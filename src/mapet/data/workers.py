@@ -7,9 +7,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -30,14 +29,13 @@ def loading_processes(count: int) -> dict[str, Any]:
         MapetError: if the sockets that transfer batches would get too long a name; multiprocessing would drop the
             batches silently, and the loader would wait for ever.
     """
-    folder = tempfile.gettempdir()
-    if count and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
-        longest = LONGEST_SOCKET - len(SOCKET)
-        if len(folder.encode(errors="surrogateescape")) > longest:
-            raise MapetError(
-                f"the name of the temporary folder {folder} is too long for the sockets that transfer images between "
-                f"processes; set TMPDIR to one of at most {longest} bytes, or pass --workers 0"
-            )
+    folder, longest = tempfile.gettempdir(), LONGEST_SOCKET - len(SOCKET)
+    needs_sockets = count > 0 and torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+    if needs_sockets and len(os.fsencode(folder)) > longest:
+        raise MapetError(
+            f"the name of the temporary folder {folder} is too long for the sockets that transfer images between "
+            f"processes; set TMPDIR to one of at most {longest} bytes, or pass --workers 0"
+        )
     return {"num_workers": count, "worker_init_fn": start_worker}
 
 
@@ -72,20 +70,14 @@ def start_worker(worker: int) -> None:
     sys.excepthook = _hide_lost_connections
     # Torch's own watch starts too late: if the main process ends while a loading process imports torch, the watch
     # waits for the process that adopted it.
-    when_parent_ends(partial(os._exit, 1))
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
 
 
-def when_parent_ends(action: Callable[[], None]) -> None:
-    """Call a function, in a thread, as soon as the process that started this process has ended for any reason."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        action()
-
-    threading.Thread(target=wait, daemon=True).start()
+def _end_with_main_process() -> None:
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)
 
 
 def _hide_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -5,7 +5,7 @@ in it: all randomness is a function of the seed and the step.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class State:
         made_from: what the run trains on.
         damaged: indices of images that cannot be read.
         scaler: state of fp16's gradient scaler; None in other precisions.
+        optimizer: its slots that are numbers; ``write_checkpoint`` fills them in.
     """
 
     step: int
@@ -53,6 +54,7 @@ class State:
     made_from: MadeFrom
     damaged: list[int]
     scaler: dict[str, float | int] | None
+    optimizer: dict[str, float | int] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer, state: State) -> None:
@@ -70,7 +72,7 @@ def write_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer, state:
     tensors = {name: value for name, value in slots.items() if isinstance(value, Tensor)}
     save_file(_contiguous(tensors), folder / OPTIMIZER_FILE)
     numbers = {name: value for name, value in slots.items() if name not in tensors}
-    (folder / STATE_FILE).write_text(json.dumps({**asdict(state), "optimizer": numbers}, indent=1) + "\n")
+    (folder / STATE_FILE).write_text(json.dumps(asdict(replace(state, optimizer=numbers)), indent=1) + "\n")
 
 
 def read_state(folder: Path) -> State:
@@ -79,33 +81,27 @@ def read_state(folder: Path) -> State:
     Raises:
         MapetError: if it is missing or damaged.
     """
-    return _read(folder)[0]
-
-
-def _read(folder: Path) -> tuple[State, dict[str, Any]]:
-    """Return the state, and the optimizer's slots that are numbers."""
     try:
         content = json.loads((folder / STATE_FILE).read_text())
-        numbers = content.pop("optimizer")
         state = State(**{**content, "made_from": MadeFrom(**content["made_from"])})
         if not 0 <= state.step <= state.total_steps or any(i >= state.made_from.images for i in state.damaged):
             raise ValueError(f"step {state.step} of {state.total_steps}, {state.made_from.images} images")
-        return state, numbers
+        return state
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged_checkpoint(folder, error) from error
 
 
 def read_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer) -> State:
-    """Load a checkpoint into a task and its optimizer; return the state given to ``write_checkpoint``.
+    """Load a checkpoint into a task and its optimizer; return its state.
 
     Raises:
         MapetError: if the checkpoint is damaged or belongs to another architecture.
     """
-    state, numbers = _read(folder)
+    state = read_state(folder)
     try:
         task.load_state_dict(load_file(folder / TASK_FILE))
         slots: dict[int, dict[str, Any]] = {}
-        for name, value in {**load_file(folder / OPTIMIZER_FILE), **numbers}.items():
+        for name, value in {**load_file(folder / OPTIMIZER_FILE), **state.optimizer}.items():
             index, slot = name.split(".", 1)
             slots.setdefault(int(index), {})[slot] = value
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,7 +9,7 @@ from mapet.errors import MapetError
 
 
 def check_finite(
-    *, step: int, loss: float, grad_norm: float, lr: float, precision: str, inputs: Sequence[Tensor], task: nn.Module
+    step: int, inputs: Sequence[Tensor], task: nn.Module, loss: float, *, grad_norm: float, lr: float, precision: str
 ) -> None:
     """Raise if the step's loss or gradient is NaN or infinite. Call it before the optimizer steps.
 

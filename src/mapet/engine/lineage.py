@@ -71,20 +71,6 @@ def read_run(source: str | Path) -> RunRecord | None:
     )
 
 
-def read_origin(model: str | Path) -> dict[str, Any] | None:
-    """Return the record of a model's run, JSON-able, to be kept by a run that begins with the model.
-
-    Args:
-        model: see ``engine.runfolder.run_of``; None is returned for a model that is not of a run.
-
-    Raises:
-        MapetError: if the configuration of the run cannot be read.
-    """
-    run = run_of(model)
-    record = None if run is None else read_run(run.root)
-    return None if run is None or record is None else {"run": run.root.resolve().name, **asdict(record)}
-
-
 def _last_metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     last: dict[str, float] = {}
     for record in records:
@@ -124,6 +110,16 @@ def strip_paths(value: Any) -> Any:
 
 
 def record_origin(folder: RunFolder, model: str) -> None:
-    """Keep the record of the run whose weights a run begins with: it may be gone by the time somebody asks."""
-    if not folder.origin.exists() and (origin := read_origin(model)) is not None:
+    """Keep the record of the run whose weights a run begins with: it may be gone by the time somebody asks.
+
+    Args:
+        folder: of the run that begins; a record that is there already is kept.
+        model: see ``engine.runfolder.run_of``; nothing is recorded for a model that is not of a run.
+
+    Raises:
+        MapetError: if the configuration of the run cannot be read.
+    """
+    run = run_of(model)
+    if not folder.origin.exists() and run is not None and (record := read_run(run.root)) is not None:
+        origin = {"run": run.root.resolve().name, **asdict(record)}
         replace_file(folder.origin, json.dumps(origin, indent=1) + "\n")

@@ -28,14 +28,9 @@ def build_optimizer(trained: nn.Module, config: TrainKeys, layer_decay: float | 
 
 def learning_rate(config: TrainKeys, step: int) -> float:
     """Return the learning rate of a step of a run."""
-    return warmup_cosine(
-        step,
-        total=config.steps,
-        warmup=round(config.warmup * config.steps),
-        start=min(config.warmup_lr, config.lr),
-        peak=config.lr,
-        end=min(config.min_lr, config.lr),
-    )
+    start, end = min(config.warmup_lr, config.lr), min(config.min_lr, config.lr)
+    warmup = round(config.warmup * config.steps)
+    return warmup_cosine(step, total=config.steps, warmup=warmup, start=start, peak=config.lr, end=end)
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, start: float, peak: float, end: float) -> float:

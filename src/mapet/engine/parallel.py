@@ -1,18 +1,100 @@
-"""How a task is computed: precision and the processes that share the work, applied from outside the network.
+"""How work is done by processes together, on a device, in a precision; applied from outside the network.
 
-The task and its network know nothing of this. Compilation and activation checkpointing are added in ``wrap``. Sharding
+A task and its network know nothing of this. Compilation and activation checkpointing are added in ``wrap``. Sharding
 (FSDP) is too, but also changes how the trainer saves and measures: it does both on the main process.
+
+Processes are those that torchrun or accelerate launch start. Accelerate's ``PartialState`` is one object per process,
+so nothing here needs to be told who its peers are.
 """
 
+import atexit
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import reduce
 from torch import nn
 from torch.optim import Optimizer
 
-from mapet.engine.processes import join_processes
+from mapet.data.sources import ImageSet
 from mapet.errors import MapetError
 from mapet.models.attention import cpu_has_bfloat16
+
+# The main process may fit a tokenizer for days on CPUs; by default the others give up after ten minutes.
+PATIENCE = timedelta(days=7)
+
+Result = TypeVar("Result")
+
+
+def join_processes() -> PartialState:
+    """Return this process's place among those that were started together: rank, number, device."""
+    # Accelerate joins processes on CPUs only when told that they are to use CPUs.
+    world = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    if world.num_processes > 1:
+        atexit.register(_leave)
+    return world
+
+
+def one_device() -> torch.device:
+    """Return the device of a command that runs in one process.
+
+    Raises:
+        MapetError: if several processes were started.
+    """
+    world = join_processes()
+    if world.num_processes > 1:
+        raise MapetError("this command runs in one process; start it without torchrun or accelerate launch")
+    return torch.device(world.device)
+
+
+def _leave() -> None:
+    """Leave the group of processes; otherwise the first to exit aborts the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(wish: bool) -> bool:
+    """Return whether any process wishes it, so that all do the same next."""
+    world = join_processes()
+    if world.num_processes == 1:
+        return wish
+    return bool(reduce(torch.tensor(float(wish), device=world.device), "sum") > 0)
+
+
+def on_main(work: Callable[[], Result]) -> Result | None:
+    """Do something on the main process while the others wait; a failure is raised on all of them."""
+    result, failure = None, None
+    if join_processes().is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    if agree(failure is not None):
+        raise failure or MapetError("the main process failed; its own message says why")
+    return result
+
+
+def main_first(work: Callable[[], Result]) -> Result:
+    """Do something on every process, on the main one before the others: a download is then made once."""
+    found = on_main(work)
+    return work() if found is None else found
+
+
+def count_workers(asked: int | None, images: ImageSet, device: torch.device) -> int:
+    """Return how many processes load images for this one: as asked, or chosen by cores and device if that is None."""
+    if asked is not None:
+        return asked
+    if images.source.in_memory:
+        return 0
+    cores = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # training processes on this machine, as torchrun counts them
+    # On the CPU the network needs the cores; beside an accelerator they have nothing else to do.
+    return min(16, max(1, (cores if device.type != "cpu" else cores // 2) // here))
 
 
 def fast_precision() -> str:
@@ -23,7 +105,7 @@ def fast_precision() -> str:
     return "bf16" if cpu_has_bfloat16() and not torch.backends.mps.is_available() else "no"
 
 
-def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
+def make_accelerator(precision: str, accumulate: int = 1) -> Accelerator:
     """Return what computes in a precision, over all processes.
 
     Args:
@@ -36,12 +118,9 @@ def make_accelerator(precision: str = "no", accumulate: int = 1) -> Accelerator:
     join_processes()
     # An earlier run in this process may have had another precision. The processes stay joined.
     AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(), mixed_precision=precision, gradient_accumulation_steps=accumulate
-        )
-    except ValueError as error:
-        raise MapetError(f"precision {precision!r} cannot be had: {' '.join(str(error).split())}") from error
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=precision, gradient_accumulation_steps=accumulate
+    )
     if precision == "fp16" and accelerator.scaler is None:
         raise MapetError(f"precision 'fp16' needs a GPU, but the device is {accelerator.device}; take bf16 or no")
     return accelerator

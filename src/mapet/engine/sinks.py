@@ -6,10 +6,8 @@ To add one (Weights & Biases, say), write a class with these three methods and n
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
-from mapet.config.base import Config
 from mapet.engine.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -17,29 +15,17 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a sink is told before the first record.
-
-    Attributes:
-        folder: of the run.
-        config: settled.
-        first_step: steps done before; a sink drops the records of this and later steps that a
-            killed run left.
-        total_steps: of the whole run.
-    """
-
-    folder: RunFolder
-    config: Config
-    first_step: int
-    total_steps: int
-
-
 class Sink(Protocol):
     """Receives one record per logged step."""
 
-    def begin(self, run: RunFacts) -> None:
-        """Get ready for a run."""
+    def begin(self, folder: RunFolder, first_step: int, total_steps: int) -> None:
+        """Get ready for a run.
+
+        Args:
+            folder: of the run; it holds the configuration.
+            first_step: steps done before; records of this and later steps, left by a killed run, are to be dropped.
+            total_steps: of the whole run.
+        """
 
     def write(self, record: Record) -> None:
         """Take a record; it holds at least ``step``. Measurements add keys at some steps only."""
@@ -53,13 +39,13 @@ class JsonLines:
 
     _file: TextIO
 
-    def begin(self, run: RunFacts) -> None:
+    def begin(self, folder: RunFolder, first_step: int, total_steps: int) -> None:
         """Open the file, without the records of steps that are computed again."""
-        if run.folder.metrics.exists():
-            run.folder.forget_metrics_from(run.first_step)
-        elif run.first_step:
-            logger.warning("%s is gone: the curve begins at step %d", run.folder.metrics, run.first_step)
-        self._file = run.folder.metrics.open("a")
+        if folder.metrics.exists():
+            folder.forget_metrics_from(first_step)
+        elif first_step:
+            logger.warning("%s is gone: the curve begins at step %d", folder.metrics, first_step)
+        self._file = folder.metrics.open("a")
 
     def write(self, record: Record) -> None:
         """Append one line."""
@@ -76,11 +62,11 @@ class TensorBoard:
 
     _writer: Any
 
-    def begin(self, run: RunFacts) -> None:
+    def begin(self, folder: RunFolder, first_step: int, total_steps: int) -> None:
         """Open the events."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._writer = SummaryWriter(str(run.folder.tensorboard), purge_step=run.first_step)
+        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=first_step)
 
     def write(self, record: Record) -> None:
         """Write each number of the record."""

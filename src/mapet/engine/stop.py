@@ -1,12 +1,10 @@
 """Stopping on SIGTERM, SIGINT or SIGHUP: the current step is finished and saved."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +22,13 @@ class StopRequest:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
-    @property
-    def requested(self) -> bool:
-        """Whether a signal asked to stop."""
-        return self.signal is not None
-
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._take) for number in heeded}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def _take(self, number: int, frame: FrameType | None) -> None:

@@ -22,10 +22,9 @@ from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_ch
 from mapet.engine.files import replace_file, replace_folder
 from mapet.engine.finite import check_finite
 from mapet.engine.optimizer import learning_rate
-from mapet.engine.parallel import make_accelerator, wrap
-from mapet.engine.processes import agree, count_workers, on_main
+from mapet.engine.parallel import agree, count_workers, make_accelerator, on_main, wrap
 from mapet.engine.runfolder import RunFolder
-from mapet.engine.sinks import SINKS, Record, RunFacts, Sink
+from mapet.engine.sinks import SINKS, Record, Sink
 from mapet.engine.stop import StopRequest
 from mapet.errors import MapetError
 from mapet.objectives.task import Task
@@ -133,7 +132,7 @@ class Trainer:
         with ExitStack() as opened:
             sinks = [*(make() for make in SINKS.values()), self.progress] if self.is_main else []
             for sink in sinks:
-                sink.begin(RunFacts(folder, config, first, config.steps))
+                sink.begin(folder, first, config.steps)
                 opened.enter_context(closing(sink))
             stop = opened.enter_context(StopRequest())
             self.wrapped.train()
@@ -141,7 +140,7 @@ class Trainer:
                 record = self._step(step, batches)
                 self.task.after_step(step, config.steps)
                 done = step + 1
-                last = done == config.steps or agree(stop.requested)
+                last = done == config.steps or agree(stop.signal is not None)
                 fresh = {}
                 if done % (self.evaluate_every * self.steps_per_epoch) == 0 or done == config.steps:
                     fresh = self._measure(done)
@@ -187,15 +186,8 @@ class Trainer:
                     grad_norm = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad))
                     means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
                     measured = dict(zip(sums, means, strict=True))
-                    check_finite(
-                        step=step,
-                        loss=measured["loss"],
-                        grad_norm=grad_norm,
-                        lr=lr,
-                        precision=config.precision,
-                        inputs=inputs,
-                        task=self.task,
-                    )
+                    loss = measured["loss"]
+                    check_finite(step, inputs, self.task, loss, grad_norm=grad_norm, lr=lr, precision=config.precision)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         seconds = time.perf_counter() - began
@@ -215,15 +207,13 @@ class Trainer:
         """Return what the evaluators yield, on the main process, with the task in evaluation mode."""
 
         def work() -> dict[str, float]:
-            measured: dict[str, float] = {}
             self.task.eval()
             try:
                 with torch.no_grad():
-                    for evaluator in self.evaluators:
-                        measured.update(evaluator(self.task.outcome()))
+                    network = self.task.outcome()
+                    return {name: value for evaluator in self.evaluators for name, value in evaluator(network)}
             finally:
                 self.task.train()
-            return measured
 
         try:
             return on_main(work) or {}
@@ -246,34 +236,21 @@ class Trainer:
         replace_folder(self.exported, lambda fresh: self.export(self.task.outcome(), fresh))
 
     def _batches(self, first: int) -> Iterator[Batch]:
-        config, accelerator = self.config, self.accelerator
+        config, device = self.config, self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         sampler = StepSampler(
-            len(self.dataset),
-            config.batch_size,
-            config.seed,
-            first,
-            config.steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.accumulate,
+            len(self.dataset), config.batch_size, config.seed, first, config.steps, rank, world, config.accumulate
         )
-        workers = count_workers(config.workers, self.dataset.images, accelerator.device)
-        return iter(load_batches(self.dataset, sampler, workers, pin=accelerator.device.type == "cuda"))
+        workers = count_workers(config.workers, self.dataset.images, device)
+        return iter(load_batches(self.dataset, sampler, workers, pin=device.type == "cuda"))
 
     def _begin_folder(self, first: int) -> None:
         """Write down the configuration, whose free keys may have changed, and log what begins."""
-        config, folder = self.config, self.folder
-        replace_file(folder.config, config_to_yaml(config))
-        logger.info(
-            "%s: %d images, steps %d to %d of %d images on %s in precision %s",
-            folder.root,
-            len(self.dataset),
-            first,
-            config.steps,
-            config.batch_size,
-            self.accelerator.device,
-            config.precision,
-        )
+        config, root = self.config, self.folder.root
+        replace_file(self.folder.config, config_to_yaml(config))
+        steps = f"steps {first} to {config.steps} of {config.batch_size} images"
+        place = f"on {self.accelerator.device} in precision {config.precision}"
+        logger.info("%s: %d images, %s %s", root, len(self.dataset), steps, place)
 
     def _made_from(self) -> MadeFrom:
         images = self.dataset.images
@@ -296,17 +273,12 @@ class Trainer:
                 "else; restore it, or start another run with another --out"
             )
         if before.processes != now.processes:
-            logger.warning(
-                "the run began with %d processes and goes on with %d: the images and their order are the same, the "
-                "masks are not",
-                before.processes,
-                now.processes,
-            )
+            change = f"the run began with {before.processes} processes and goes on with {now.processes}"
+            logger.warning("%s: the images and their order are the same, the masks are not", change)
         state = read_checkpoint(folder.checkpoint, self.task, self.optimizer)
         if state.total_steps != self.config.steps:
-            raise damaged_checkpoint(
-                folder.checkpoint, ValueError(f"it is of {state.total_steps} steps, the run of {self.config.steps}")
-            )
+            reason = ValueError(f"it is of {state.total_steps} steps, the run of {self.config.steps}")
+            raise damaged_checkpoint(folder.checkpoint, reason)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.tally.indices.update(state.damaged)

@@ -12,7 +12,7 @@ from mapet.data.decode import decode, from_pil, to_channels
 from mapet.data.seeds import Draw
 from mapet.data.views import PlainView
 from mapet.errors import MapetError
-from mapet.inference.models import class_names, describe, open_model
+from mapet.inference.models import class_names, open_model
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Loaded(NamedTuple):
     transform: ImageTransform
 
     def __repr__(self) -> str:
-        return f"Loaded({describe(self.model, self.transform.view, self.transform.channels)})"
+        rows, columns = self.transform.view.size
+        output = f"{len(self.classes)} classes" if self.classes else "features"
+        return f"Loaded({type(self.model).__name__}, input {self.transform.channels} x {rows} x {columns}, {output})"
 
     @property
     def classes(self) -> tuple[str, ...]:

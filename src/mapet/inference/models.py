@@ -1,21 +1,24 @@
 """Trained models, opened with the view that makes their input."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from mapet.data.decode import check_channels
+from mapet.config.keys import InferenceKeys
 from mapet.data.views import PlainView
 from mapet.engine.checkpoint import read_state
+from mapet.engine.parallel import check_precision, one_device
 from mapet.engine.runfolder import RunFolder
-from mapet.errors import MapetError
-from mapet.inference.networks import create_network, damaged_export
+from mapet.errors import MapetError, nearest
+from mapet.models.networks import RELEASED, create_network, find_network
 from mapet.tokenizers.base import hash_content
 
 logger = logging.getLogger(__name__)
@@ -41,9 +44,6 @@ class OpenModel:
     channels: int
     classes: tuple[str, ...]
 
-    def __repr__(self) -> str:
-        return f"OpenModel({self.name!r}, {describe(self.network, self.view, self.channels)})"
-
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
@@ -65,12 +65,14 @@ class OpenModel:
         return self.classes
 
 
-def describe(network: nn.Module, view: PlainView, channels: int) -> str:
-    """Return a few words about a network and its input."""
-    rows, columns = view.size
-    classes = getattr(network, "num_classes", 0)
-    output = f"{classes} classes" if classes else "features"
-    return f"{type(network).__name__}, input {channels} x {rows} x {columns}, {output}"
+def open_on_device(config: InferenceKeys, *, classifier: bool) -> OpenModel:
+    """Open the model of a configuration and move it to the device, see ``open_model`` and ``one_device``."""
+    device = one_device()
+    check_precision(config.precision)
+    options = {key: getattr(config, key) for key in ("image_size", "crop_pct", "reinit", "seed")}
+    opened = open_model(config.model, classifier=classifier, **options)
+    opened.network.to(device)
+    return opened
 
 
 def open_model(
@@ -86,7 +88,7 @@ def open_model(
     """Open a model with its weights, on the CPU. A warning says how far an unfinished run has come.
 
     Args:
-        source: see ``create_network``.
+        source: see ``find_network``.
         classifier: keep its classifier; else the network returns the pooled feature.
         image_size: rows and columns of its input in pixels; position embeddings are resized. None: as in training.
         crop_pct: see ``PlainView``; None: as timm has it.
@@ -100,8 +102,11 @@ def open_model(
     source = str(source)
     if reinit:
         torch.manual_seed(seed)
-    arguments = {"drop_path_rate": drop_path} if drop_path else {}
-    network = create_network(source, pretrained=not reinit, **arguments)
+    found = find_network(source)
+    if found is None:
+        raise _not_found(source)
+    arguments: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    network = create_network(found, pretrained=not reinit, **arguments)
     if not classifier:
         # Not with num_classes=0 in create_network: timm would then accept weights that lack tensors.
         network.reset_classifier(0)
@@ -109,7 +114,9 @@ def open_model(
     try:
         view, channels = _read_input(network, image_size, crop_pct)
     except (TypeError, ValueError, LookupError) as error:
-        raise damaged_export(Path(source.removeprefix("local-dir:")), error) from error
+        raise MapetError(
+            f"config.json of model {source!r} is damaged ({error}); restore it or export the model again"
+        ) from error
     if image_size is not None or not hasattr(network, "set_input_size"):
         _fit_size(network, channels, view.size, source)
     broken = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
@@ -123,6 +130,28 @@ def open_model(
     return OpenModel(source, network, view, channels, class_names(network))
 
 
+def _not_found(source: str) -> MapetError:
+    """Return the error for a name that ``find_network`` does not know."""
+    path = source.removeprefix("local-dir:")
+    # os.path, not pathlib: os.path returns False for text that cannot be a file name, where pathlib raises.
+    if os.path.isdir(path):  # noqa: PTH112
+        return MapetError(
+            f"folder {source!r} is neither a run that was saved at least once nor an exported model (config.json and "
+            "model.safetensors)"
+        )
+    if os.path.isfile(path):  # noqa: PTH113
+        return MapetError(
+            f"model {source!r} is a file, not a folder; convert a checkpoint of MaPeT's authors with mapet convert, or "
+            "name a run, an exported folder or a timm model"
+        )
+    if path != source or os.sep in source:  # no name of timm has a separator
+        return MapetError(f"model folder {source!r} does not exist; name a run, an exported folder or a timm model")
+    return MapetError(
+        f"unknown model {source!r}: it is neither a run folder, nor an exported folder, nor a timm "
+        f"model{nearest(source, [*RELEASED, *timm.list_models()])}"
+    )
+
+
 def _read_input(network: Any, image_size: tuple[int, int] | None, crop_pct: float | None) -> tuple[PlainView, int]:
     """Return the view that makes a network's input, and the number of channels.
 
@@ -131,7 +160,8 @@ def _read_input(network: Any, image_size: tuple[int, int] | None, crop_pct: floa
     """
     config = resolve_data_config(model=network)
     channels, rows, columns = config["input_size"]
-    check_channels(channels)
+    if channels not in (1, 3):
+        raise MapetError(f"channels is {channels}; image files are read as 1 (grey) or 3 (RGB) channels")
     mean, std = tuple(config["mean"]), tuple(config["std"])
     crop_pct = config["crop_pct"] if crop_pct is None else crop_pct
     if not (len(mean) == len(std) == channels and min(std) > 0 and 0 < crop_pct <= 1):

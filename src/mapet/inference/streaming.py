@@ -1,16 +1,20 @@
 """Run a network over images, in order, batch by batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from mapet.config.keys import InferenceKeys
 from mapet.data.batches import DamageTally, ViewDataset, in_order, load_batches
 from mapet.data.seeds import Draw
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
+from mapet.engine.parallel import count_workers
+from mapet.errors import MapetError
+from mapet.inference.models import OpenModel
 
 Output = TypeVar("Output")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,13 +64,8 @@ def stream(
         MapetError: if more images are damaged than ``tally`` allows, or none can be read.
     """
     tally = tally or DamageTally(images, most_share=1.0)
-    loader = load_batches(
-        ViewDataset(images, _InputOnly(view), channels),
-        in_order(len(images), batch_size),
-        workers,
-        pin=device.type == "cuda",
-    )
-    for batch in loader:
+    dataset, order = ViewDataset(images, _InputOnly(view), channels), in_order(len(images), batch_size)
+    for batch in load_batches(dataset, order, workers, pin=device.type == "cuda"):
         tally.add(batch["damaged"])
         # Another image stands in for a damaged one; only undamaged images are kept.
         whole = torch.tensor([not met for met in batch["damaged"]])
@@ -75,3 +74,30 @@ def stream(
         with torch.no_grad(), autocast(device, precision):
             output = network(batch["images"][whole].to(device, non_blocking=True))
         yield batch["index"][whole], output
+
+
+def stream_options(config: InferenceKeys, opened: OpenModel, images: ImageSet) -> dict[str, Any]:
+    """Return the keyword arguments of ``stream`` from a configuration; ``tally`` counts the damaged images."""
+    return {
+        "device": opened.device,
+        "batch_size": config.batch_size,
+        "workers": count_workers(config.workers, images, opened.device),
+        "precision": config.precision,
+        "tally": DamageTally(images, config.max_damaged),
+    }
+
+
+def check_finite(values: Tensor, keys: Sequence[str], what: str) -> None:
+    """Raise MapetError if the ``(B, ...)`` values of a batch contain NaN or infinity.
+
+    Args:
+        values: computed for ``B`` images.
+        keys: of these images, for the message.
+        what: the values are, for the message.
+    """
+    finite = values.isfinite().reshape(len(values), -1).all(dim=1)
+    if not finite.all():
+        raise MapetError(
+            f"{what} of image {keys[int(finite.long().argmin())]!r} contains NaN or infinity; pass --precision no (for "
+            "mapet embed also --dtype float32), or use other weights"
+        )

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from mapet.errors import MapetError
 
-FEATURE_KINDS = ("pooled", "class", "mean", "class+mean", "patches")
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -37,10 +35,8 @@ class Tokens:
                 ``(B, D)``; or ``patches``, ``(B, P, D)``.
 
         Raises:
-            MapetError: for an unknown kind, or one that the network does not have.
+            MapetError: if the network does not have it.
         """
-        if kind not in FEATURE_KINDS:
-            raise MapetError(f"unknown features {kind!r}; take {', '.join(FEATURE_KINDS[:-1])} or {FEATURE_KINDS[-1]}")
         if kind == "pooled":
             return self.pooled
         parts = []

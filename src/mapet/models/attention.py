@@ -97,13 +97,11 @@ def use_layouts(backbone: VisionTransformer) -> VisionTransformer:
             f"the backbone embeds patches by a {type(patch).__name__} whose patches overlap, so that a target's pixels "
             "would be seen before it is predicted; choose a ViT with plain patches such as 'vit_small_patch16_224'"
         )
-    if backbone.pos_embed is None:
+    if backbone.pos_embed is None or backbone.dynamic_img_size:
         raise MapetError(
-            "the backbone has no learned position embedding, which the mask vector needs; "
-            "build it with pos_embed='learn'"
+            "the backbone has no learned position embedding of one fixed image size; build it with pos_embed='learn' "
+            "and without dynamic_img_size"
         )
-    if backbone.dynamic_img_size:
-        raise MapetError("the backbone was built with dynamic_img_size=True; pre-train at one fixed image size")
     for index, block in enumerate(backbone.blocks):
         attention = getattr(block, "attn", None)
         if type(block) not in (Block, LayoutBlock) or type(attention) not in (Attention, LayoutAttention):

@@ -1,35 +1,115 @@
-"""Tensors in files made by others: read without running code in them, and compared with the tensors that are wanted."""
+"""Weights made by others: fetched, read without running code in them, and compared with the tensors that are wanted."""
 
 import argparse
+import hashlib
+import logging
 import re
+import shutil
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.request import Request, urlopen
 
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from mapet.errors import MapetError
 
+logger = logging.getLogger(__name__)
+
 # Keys under which authors store the state dict, the most common first.
 NESTED = ("state_dict", "model", "module")
+# Types that become float32 by their values alone; others have a scale or an imaginary part.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TIMEOUT_S = 60.0  # a download fails if the server sends nothing for so long
+
+State = Mapping[str, Tensor]  # tensors by name
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Read a safetensors file, or a file written by ``torch.save``.
+def fetch_tensors(source: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a weights file and its ``origin``; see ``fetch_weights`` and ``read_tensors``."""
+    path, origin = fetch_weights(source)
+    return read_tensors(path), origin
 
-    No code in the file is run: besides tensors, numbers and plain containers only ``argparse.Namespace`` is accepted,
-    which the files of MAE, BEiT and timm hold beside the weights. A dictionary under ``state_dict``, ``model`` or
-    ``module`` is unwrapped, and the prefixes ``module.`` and ``_orig_mod.`` are removed.
 
-    Returns:
-        The tensors by name, and the names of all other entries.
+def fetch_weights(source: str | Path) -> tuple[Path, dict[str, str]]:
+    """Return the local path of a weights file, and its ``origin``: the source, and the SHA-256 of its bytes.
+
+    Args:
+        source: a file, an ``https://`` or ``http://`` URL, or ``hf-hub:OWNER/REPOSITORY/FILE``, perhaps followed by
+            ``#sha256=HEX``, the expected digest. Downloads are kept in the cache of torch or of the hub.
 
     Raises:
-        MapetError: if the file is missing or damaged, needs other Python objects, holds no state dict, or holds a
-            tensor that is not a plain array of numbers.
+        MapetError: if the file cannot be read or downloaded, or its digest is not the expected one.
+    """
+    where, has_digest, expected = str(source).partition("#sha256=")
+    path, remedy = Path(where), ""
+    if where.startswith(("https://", "http://", "hf-hub:")):
+        path = _from_hub(where) if where.startswith("hf-hub:") else _download(where)
+        # Not deleted here: the expected digest may be what is wrong.
+        remedy = f"; if the digest is right, delete {path} to fetch it again"
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise MapetError(
+            f"weights {where} cannot be read ({error}); pass a file, a URL or hf-hub:OWNER/REPOSITORY/FILE"
+        ) from error
+    if has_digest and found != expected.lower():
+        raise MapetError(
+            f"weights {where} have the SHA-256 {found}, not {expected}: it is another file, or damaged{remedy}"
+        )
+    return path, {"weights": where, "sha256": found}
+
+
+def _download(url: str) -> Path:
+    # The hash keeps URLs apart whose file names are the same.
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.partition('?')[0].rpartition('/')[2]}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    logger.info("downloading %s to %s", url, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:  # other processes may download the same file
+            partial = Path(folder) / name
+            request = Request(url, headers={"User-Agent": "mapet"})
+            with urlopen(request, timeout=TIMEOUT_S) as response, partial.open("wb") as file:
+                shutil.copyfileobj(response, file)
+                announced, size = response.headers["Content-Length"], file.tell()
+            if announced is not None and size != int(announced):  # copyfileobj ends silently when a connection breaks
+                raise OSError(f"the connection broke after {size} of {announced} bytes")
+            partial.replace(path)
+    except (OSError, ValueError, HTTPException) as error:
+        raise MapetError(f"weights {url} could not be downloaded ({error}); pass a local file") from error
+    return path
+
+
+def _from_hub(where: str) -> Path:
+    owner, _, rest = where.removeprefix("hf-hub:").partition("/")
+    repository, _, file = rest.partition("/")
+    if not (owner and repository and file):
+        raise MapetError(f"weights {where!r} name no file; write hf-hub:OWNER/REPOSITORY/FILE")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except Exception as error:  # the HTTP library's errors differ between versions of huggingface_hub
+        reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+        raise MapetError(f"weights {where} could not be fetched ({reason}); pass a local file") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, or of a file written by ``torch.save``, by name; see ``flatten_state``.
+
+    No code in the file is run: besides tensors, numbers and plain containers only ``argparse.Namespace`` is accepted,
+    which the files of MAE, BEiT and timm hold beside the weights.
+
+    Raises:
+        MapetError: if the file is missing or damaged, needs other Python objects, or holds no state dict.
     """
     if not path.is_file():
         raise MapetError(f"weights {path} do not exist or are no file; pass the path of a downloaded file")
@@ -51,18 +131,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise MapetError(f"weights {path} hold a {kind}, not a state dict; pass a state dict as torch saves it")
-    tensors, others = flatten_state(content)
-    for name, tensor in tensors.items():
-        if not _is_plain(tensor):
-            raise MapetError(
-                f"tensor {name!r} in weights {path} is not a plain array (it is of type "
-                f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}); save it as float32, float16 or bfloat16"
-            )
-    return tensors, others
+    return flatten_state(content, str(path))
 
 
-def flatten_state(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors of a checkpoint's state dict by their plain names, and the names of all other entries."""
+def flatten_state(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's state dict by their plain names, and log the names of all other entries.
+
+    A dictionary under ``state_dict``, ``model`` or ``module`` is unwrapped, and the prefixes ``module.`` and
+    ``_orig_mod.`` are removed.
+
+    Args:
+        content: of the checkpoint.
+        source: of the checkpoint, for the log.
+    """
     others: list[str] = []
     for key in NESTED:
         nested = content.get(key)
@@ -71,44 +152,34 @@ def flatten_state(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], tuple[
             content = nested
     plain: dict[str, Any] = timm.models.clean_state_dict({str(name): value for name, value in content.items()})
     others += [name for name, value in plain.items() if not isinstance(value, Tensor)]
-    return {name: value for name, value in plain.items() if isinstance(value, Tensor)}, tuple(others)
+    if others:
+        logger.info("%s: entries besides the weights are not used: %s", source, ", ".join(sorted(others)))
+    return {name: value for name, value in plain.items() if isinstance(value, Tensor)}
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has values, strides, and a type that converts to float32 without a scale."""
-    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided:
-        return False
-    is_float8 = tensor.is_floating_point() and tensor.element_size() == 1
-    return not (tensor.is_complex() or is_float8)
-
-
-def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | Path, what: str) -> None:
+def check_fit(found: State, wanted: State, source: str | Path, what: str, prefixes: tuple[str, ...] = ()) -> None:
     """Check that ``found`` has each tensor of ``wanted``, of the same shape, and of floats where floats are wanted.
 
     Args:
         found, wanted: tensors by name.
-        path: of the file, for the message.
+        source: of the found tensors, for the message.
         what: the network that the tensors must fit, for the message.
+        prefixes: of names; a found tensor whose name begins with one of them must be wanted.
 
     Raises:
-        MapetError: naming the first tensor that is missing or different.
+        MapetError: naming the first tensor that does not fit.
     """
-    missing = [name for name in wanted if name not in found]
-    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    integers = [name for name in wanted if name in found and _is_integer(found[name]) and not _is_integer(wanted[name])]
-    if missing:
-        problem = f"{missing[0]!r} is missing"
-    elif wrong:
-        problem = f"{wrong[0]!r} has shape {tuple(found[wrong[0]].shape)} instead of {tuple(wanted[wrong[0]].shape)}"
-    elif integers:
-        problem = f"{integers[0]!r} is of type {found[integers[0]].dtype}, not of floats"
-    else:
-        return
-    raise MapetError(
-        f"weights {path} do not fit {what}: {problem} ({len(missing)} missing, {len(wrong)} of wrong shape of "
-        f"{len(wanted)}); pass the weights of that network"
-    )
-
-
-def _is_integer(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point()
+    problems = []
+    for name, tensor in wanted.items():
+        if name not in found:
+            problems.append(f"{name!r} is missing")
+        elif found[name].shape != tensor.shape:
+            problems.append(f"{name!r} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}")
+        elif tensor.is_floating_point() and found[name].dtype not in FLOATS:
+            problems.append(f"{name!r} is of type {found[name].dtype}, not of plain floats")
+    problems += [f"{name!r} is unknown" for name in found if name.startswith(prefixes) and name not in wanted]
+    if problems:
+        raise MapetError(
+            f"the weights of {source} do not fit {what}: {problems[0]} ({len(problems)} such tensors, {len(wanted)} "
+            "wanted); pass the weights of that network"
+        )

@@ -4,7 +4,6 @@ Their files are written by ``torch.save`` and hold ``{"state_dict": ..., "epoch"
 has separate ``q`` and ``kv`` projections; stacked, they are timm's ``qkv``.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.models.tensors import flatten_state, read_tensors
+from mapet.models.tensors import FLOATS, State, check_fit, flatten_state, read_tensors
 
-logger = logging.getLogger(__name__)
-
-# Mask vector and head of a converted pre-training checkpoint; the file lies beside the exported network.
-PRETRAINING_FILE = "pretraining.safetensors"
 # Tensors that only pre-training needs: the authors' names and the objectives' names.
 PRETRAINING_NAMES = {
     "mask_positional_token": "mask_token",
@@ -33,7 +28,7 @@ SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base"}
 
 
 def load_backbone(
-    source: str | Path | Mapping[str, Tensor], overrides: Mapping[str, Any]
+    source: str | Path | State, overrides: Mapping[str, Any]
 ) -> tuple[VisionTransformer, dict[str, Tensor]]:
     """Load the network of a checkpoint of MaPeT's authors.
 
@@ -76,17 +71,15 @@ def load_backbone(
     return network, parts
 
 
-def _read_state(source: str | Path | Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    state, others = read_tensors(Path(source)) if isinstance(source, str | Path) else flatten_state(source)
-    if others:
-        logger.info("%s: entries besides the weights are not used: %s", name, ", ".join(sorted(others)))
-    broken = [key for key, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]
+def _read_state(source: str | Path | State, name: str) -> dict[str, Tensor]:
+    state = read_tensors(Path(source)) if isinstance(source, str | Path) else flatten_state(source, name)
+    broken = [key for key, value in state.items() if value.dtype not in FLOATS or not value.isfinite().all()]
     if broken:
         raise MapetError(f"tensor {broken[0]!r} in {name} does not hold finite floats; take another checkpoint")
     return state
 
 
-def _join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _join_projections(state: State) -> dict[str, Tensor]:
     """Return the state dict with each pair of ``q`` and ``kv`` joined to timm's ``qkv``."""
     joined = dict(state)
     for name in state:
@@ -96,7 +89,7 @@ def _join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _read_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _read_architecture(weights: State) -> dict[str, Any]:
     """Return those arguments of ``timm.create_model`` that the shapes and names of tensors tell."""
     width, channels, _, patch_size = weights["patch_embed.proj.weight"].shape
     _, tokens, _ = weights["pos_embed"].shape  # one of them is the class token
@@ -120,14 +113,11 @@ def _read_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+def load_weights(module: nn.Module, state: State, name: str) -> None:
     """Load a state dict that must have exactly the tensors of the module; ``name`` is the file's, for the message.
 
     Raises:
-        MapetError: naming the tensors that are missing, unknown or of another shape.
+        MapetError: naming a tensor that is missing, unknown or of another shape.
     """
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise MapetError(f"{name} does not fit its architecture: {reason}; take another checkpoint") from error
+    check_fit(state, module.state_dict(), name, "its architecture", prefixes=("",))
+    module.load_state_dict(state)

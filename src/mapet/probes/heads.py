@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mapet.data.batches import StepSampler
 from mapet.data.seeds import Stream, fold_seed
 from mapet.errors import MapetError
-from mapet.probes.features import Features, hold_out
-from mapet.probes.metrics import MOST_GUESSES, IntArray, Scores, score
+from mapet.probes.labelled import MOST_GUESSES, Features, IntArray, Scores, Show, hold_out, score
 
 USUAL_STEPS, LEAST_PASSES = 2000, 10
 TEST_BATCH = 1024
@@ -33,31 +33,30 @@ class Training:
     Attributes:
         seed: decides the initial weights, the order of the images and which images are held out.
         device: of the heads.
-        steps: optimiser steps; None: 2,000, or ten passes over the images if these are more steps.
+        steps: optimiser steps.
         batch_size: images of a step; all images if there are fewer.
-        most_passes: limits the default steps to this many passes over the images; None: no limit.
-        show: called with the number of steps done; ``evaluate_probe`` does twice ``steps_for(n)``.
+        show: called with the number of steps done; ``evaluate_probe`` does twice ``steps``.
     """
 
     seed: int
     device: torch.device
-    steps: int | None = None
+    steps: int
     batch_size: int = 512
-    most_passes: int | None = None
-    show: Callable[[int], None] = lambda done: None
+    show: Show = lambda done: None
 
-    def steps_for(self, images: int) -> int:
-        """Return the number of optimiser steps for this many training images."""
-        steps = USUAL_STEPS
-        if self.most_passes is not None:
-            steps = min(steps, self.most_passes * images // min(self.batch_size, images))
-        return self.steps or max(steps, LEAST_PASSES * images // self.batch_size)
+    def minimise(self, optimizer: Optimizer, loss: Callable[[Tensor, Tensor], Tensor], features: Features) -> None:
+        """Take the steps with a cosine schedule; ``loss`` is that of the features and labels of a batch."""
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        for x, y in self.batches(features):
+            optimizer.zero_grad()
+            loss(x, y).backward()
+            optimizer.step()
+            schedule.step()
 
     def batches(self, features: Features) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the ``(features, labels)`` of each step, on the device; a pass shows every image once."""
-        size, steps = min(self.batch_size, len(features)), self.steps_for(len(features))
-        sampler = StepSampler(len(features), size, fold_seed(self.seed, Stream.HEAD, 1), 0, steps)
-        for step, keys in enumerate(sampler):
+        size, seed = min(self.batch_size, len(features)), fold_seed(self.seed, Stream.HEAD, 1)
+        for step, keys in enumerate(StepSampler(len(features), size, seed, 0, self.steps)):
             yield self._to_device(features, np.array([index for _, index in keys]))
             self.show(step + 1)
 
@@ -69,6 +68,18 @@ class Training:
     def _to_device(self, features: Features, indices: IntArray | slice) -> tuple[Tensor, Tensor]:
         x, y = features.take(indices)
         return torch.from_numpy(x).float().to(self.device), torch.from_numpy(y).to(self.device)
+
+
+def default_steps(images: int, batch_size: int, most_passes: int | None = None) -> int:
+    """Return the number of optimiser steps for this many training images: 2,000, or ten passes if that is more.
+
+    Args:
+        images: number of training images.
+        batch_size: images of a step.
+        most_passes: over the images, which limits the 2,000; None: no limit.
+    """
+    most_steps = USUAL_STEPS if most_passes is None else most_passes * images // min(batch_size, images)
+    return max(min(USUAL_STEPS, most_steps), LEAST_PASSES * images // batch_size)
 
 
 # Trains one head per setting on the same batches; the result maps ``(B, ...)`` features to ``(B, heads, C)`` logits.
@@ -109,9 +120,6 @@ def evaluate_probe(
     Raises:
         MapetError: if every head diverged, or no image can be held out.
     """
-    # Both trainings take the same number of steps, so that the chosen setting suits the second one.
-    steps = training.steps_for(len(train))
-    training = replace(training, steps=steps)
     rest, held_out = (train.subset(indices) for indices in hold_out(train.y, training.seed))
     accuracy, loss = _measure(fit(rest, settings, training), held_out, training)
     if not loss.isfinite().any():
@@ -121,7 +129,8 @@ def evaluate_probe(
     # Of settings with equal accuracy the one with the lower loss; the loss of a head that diverged is not comparable.
     loss = loss.where(loss.isfinite(), torch.inf)
     best = min(range(len(settings)), key=lambda i: (-float(accuracy[i]), float(loss[i])))
-    last = replace(training, show=lambda done: training.show(steps + done))
+    # The same number of steps as before, so that the chosen setting suits this training too.
+    last = replace(training, show=lambda done: training.show(training.steps + done))
     guesses = predict(fit(train, [settings[best]], last), test, training)
     accuracies = dict(zip(settings, accuracy.tolist(), strict=True))
     return ProbeResult(settings[best], accuracies, score(test.y, guesses, train.classes))

@@ -1,16 +1,13 @@
 """Weighted k-NN classifier of Wu et al. (2018, 1805.01978, section 3.4), as DINO reports it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.errors import MapetError
-from mapet.probes.features import Features, FloatArray, hold_out
-from mapet.probes.metrics import MOST_GUESSES, IntArray, Scores, score
+from mapet.probes.labelled import MOST_GUESSES, Features, FloatArray, IntArray, Scores, accuracy, hold_out, score
 
 CHUNK_BYTES = 256 * 2**20  # of similarities at a time
 
@@ -20,25 +17,9 @@ CHUNK_BYTES = 256 * 2**20  # of similarities at a time
 DECIMALS, TIE = 12, 1e-15
 
 
-@dataclass(frozen=True)
-class KNNResult:
-    """Result of a k-NN evaluation.
-
-    Attributes:
-        k: the best number of neighbours on the held-out training images.
-        held_out, test: accuracy in 0..1 on the held-out and the test images, by number of neighbours.
-        scores: on the test images, with ``k`` neighbours.
-    """
-
-    k: int
-    held_out: dict[int, float]
-    test: dict[int, float]
-    scores: Scores
-
-
 def evaluate_knn(
     train: Features, test: Features, neighbours: Sequence[int], temperature: float, seed: int
-) -> KNNResult:
+) -> tuple[Scores, int, list[dict[str, float]]]:
     """Choose the number of neighbours on held-out training images, then classify the test images.
 
     Args:
@@ -46,6 +27,10 @@ def evaluate_knn(
         neighbours: numbers to choose from; numbers above that of the training images are left out.
         temperature: see ``classify``.
         seed: decides which images are held out.
+
+    Returns:
+        scores on the test images with the best ``k``, this ``k``, and for each ``k`` the accuracy in 0..1 on the
+        held-out and the test images (``held_out``, ``test``).
 
     Raises:
         MapetError: if every number of neighbours is too large, or no image can be held out.
@@ -58,12 +43,12 @@ def evaluate_knn(
             f"images held out to choose k; pass --k {len(rest)} or less"
         )
     count = len(train.classes)
-    held_out_guesses = classify(*train.take(rest), train.take(held_out)[0], possible, temperature, count)
-    held_out_accuracy = {k: float((held_out_guesses[k][:, 0] == train.y[held_out]).mean()) for k in possible}
+    guesses = classify(*train.take(rest), train.take(held_out)[0], possible, temperature, count)
+    on_held_out = {k: accuracy(train.y[held_out], guesses[k]) for k in possible}
     guesses = classify(train.x, train.y, test.x, possible, temperature, count)
-    accuracy = {k: float((guesses[k][:, 0] == test.y).mean()) for k in possible}
-    best = max(possible, key=lambda k: held_out_accuracy[k])  # the smallest k of those that are equally accurate
-    return KNNResult(best, held_out_accuracy, accuracy, score(test.y, guesses[best], train.classes))
+    sweep = [{"k": k, "held_out": on_held_out[k], "test": accuracy(test.y, guesses[k])} for k in possible]
+    best = max(possible, key=lambda k: on_held_out[k])  # the smallest k of those that are equally accurate
+    return score(test.y, guesses[best], train.classes), best, sweep
 
 
 def classify(
@@ -86,11 +71,11 @@ def classify(
     Returns:
         for each ``k`` ``(m, min(5, count))`` class indices, the most probable first.
     """
-    train, votes_for = _directions(known), torch.from_numpy(labels)
+    train, votes_for = F.normalize(torch.from_numpy(known).double(), dim=1), torch.from_numpy(labels)
     tie_break = TIE * torch.arange(len(train), dtype=torch.float64)
     found: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for chunk in torch.from_numpy(asked).split(max(1, CHUNK_BYTES // (8 * len(train)))):
-        similarity = (_directions(chunk.numpy()) @ train.T).round(decimals=DECIMALS).clamp(-1, 1)
+        similarity = (F.normalize(chunk.double(), dim=1) @ train.T).round(decimals=DECIMALS).clamp(-1, 1)
         nearest = (similarity - tie_break).topk(max(neighbours)).indices
         # Relative to the nearest neighbour, whose vote is 1, so that no vote overflows for a small T.
         near = similarity.gather(1, nearest)
@@ -100,7 +85,3 @@ def classify(
             votes.scatter_add_(1, votes_for[nearest[:, :k]], weights[:, :k])
             found[k].append(votes.sort(dim=1, descending=True, stable=True).indices[:, :MOST_GUESSES])
     return {k: torch.cat(parts).numpy() for k, parts in found.items()}
-
-
-def _directions(x: FloatArray) -> Tensor:
-    return F.normalize(torch.from_numpy(np.asarray(x, dtype=np.float64)), dim=1)

@@ -8,11 +8,10 @@ from torch import nn
 from mapet.config.keys import KNN_TEMPERATURE
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
-from mapet.probes.features import extract_features
+from mapet.probes.fits import fit_linear
 from mapet.probes.heads import Setting, Training, predict
 from mapet.probes.knn import classify
-from mapet.probes.linear import fit_linear
-from mapet.probes.metrics import score
+from mapet.probes.labelled import accuracy, extract_features
 
 Row = dict[str, float]
 
@@ -46,11 +45,7 @@ def probe_row(
     training = Training(seed=0, device=device, steps=STEPS)
     with torch.enable_grad():  # the training loop disables gradients around its evaluators
         heads = fit_linear(seen, [SETTING], training)
-    linear = predict(heads, unseen, training)
-    return {
-        "knn": score(unseen.y, nearest, seen.classes).accuracy,
-        "linear": score(unseen.y, linear, seen.classes).accuracy,
-    }
+    return {"knn": accuracy(unseen.y, nearest), "linear": accuracy(unseen.y, predict(heads, unseen, training))}
 
 
 def probe_evaluator(

@@ -1,29 +1,25 @@
 """Figures of a run, as PNG files."""
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mapet.objectives.base import Objective
-from mapet.objectives.mapet import MaPeT
 from mapet.report.progress import Baseline
 
 INK, FAINT, ACCENT, SECOND = "#222222", "#bbbbbb", "#1f6f8b", "#d1662b"
+NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
-    # The Agg canvas draws without a display and without matplotlib's global state.
-    FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
@@ -56,8 +52,7 @@ def plot_curve(records: Sequence[dict[str, Any]], baseline: Baseline | None, pat
             panel.plot(steps[window - 1 :], smooth, color=ACCENT, linewidth=1.8, label=f"mean of {window} steps")
         if level is not None:
             panel.axhline(level, color=SECOND, linestyle="--", linewidth=1.2, label=label)
-        panel.set_xlabel("optimiser step")
-        panel.set_ylabel(title)
+        panel.set(xlabel="optimiser step", ylabel=title)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -73,63 +68,37 @@ def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
         vocab_size: ``V``.
         path: PNG file to write.
     """
-    count = len(views)
-    figure = Figure(figsize=(1.6 * count, 3.6), layout="constrained")
-    panels = figure.subplots(2, count, squeeze=False)
+    figure = Figure(figsize=(1.6 * len(views), 3.6), layout="constrained")
+    panels = figure.subplots(2, len(views), squeeze=False, subplot_kw=NO_TICKS)
     colours = class_colours(vocab_size)
-    for column in range(count):
-        panels[0][column].imshow(views[column].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-        token_map = ids[column].reshape(grid).numpy()
-        panels[1][column].imshow(token_map, cmap=colours, vmin=0, vmax=vocab_size - 1, interpolation="nearest")
-        if max(grid) <= 8:
-            box = {"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8}
-            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6, "color": "white", "bbox": box}
-            for (y, x), token in np.ndenumerate(token_map):
-                panels[1][column].text(x, y, str(token), **style)
-    for panel in panels.flat:
-        panel.set_xticks([])
-        panel.set_yticks([])
+    for above, below, view, row in zip(*panels, views, ids, strict=True):
+        above.imshow(view.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        token_map = row.reshape(grid).numpy()
+        below.imshow(token_map, cmap=colours, vmin=0, vmax=vocab_size - 1, interpolation="nearest")
+        _write_numbers(below, token_map, 8)
     panels[0][0].set_ylabel("images")
     panels[1][0].set_ylabel("token ids")
     save_figure(figure, path)
 
 
 def plot_layout(objective: Objective, path: Path) -> None:
-    """Plot a mask over the patches, and for MaPeT and its variants which tokens attend to which."""
+    """Plot a mask: the targets are numbered in their order; other patches are white."""
     mask = objective.draw_mask(1, torch.device("cpu"), torch.Generator().manual_seed(0))
-    place = torch.full((objective.patches,), torch.nan)  # NaN is drawn white: context, or neither context nor target
+    place = torch.full((objective.patches,), torch.nan)
     place[mask.target[0]] = torch.arange(1.0, objective.targets + 1)
-    panels = 2 if isinstance(objective, MaPeT) else 1
-    figure = Figure(figsize=(4.75 * panels, 5), layout="constrained")
-    left, *rest = figure.subplots(1, panels, squeeze=False)[0]
-    shown = place.reshape(objective.grid).numpy()
-    left.imshow(shown, cmap="viridis", interpolation="nearest")
+    order = place.reshape(objective.grid).numpy()
+    figure = Figure(figsize=(4.75, 5), layout="constrained")
+    panel = figure.subplots(subplot_kw=NO_TICKS)
+    panel.imshow(order, cmap="viridis", interpolation="nearest")
+    _write_numbers(panel, order, 16)
     count = mask.context.shape[1]
-    left.set_title(f"a mask: {count} context patches (white), {objective.targets} targets in order", fontsize=9)
-    if max(objective.grid) <= 16:
-        for (row, column), number in np.ndenumerate(shown):
-            text, colour = ("c", INK) if np.isnan(number) else (f"{number:.0f}", "white")
-            left.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
-    left.set_xticks([])
-    left.set_yticks([])
-    if isinstance(objective, MaPeT):
-        _plot_visible(objective, rest[0])
+    panel.set_title(f"a mask: {count} context patches (white), {objective.targets} targets in order", fontsize=9)
     save_figure(figure, path)
 
 
-def _plot_visible(objective: MaPeT, panel: Any) -> None:
-    visible = objective.visible.cpu().numpy()
-    panel.imshow(visible, cmap=ListedColormap(["white", ACCENT]), aspect="auto", interpolation="nearest")
-    panel.set_title(f"{type(objective).__name__}: row may attend to key (coloured)", fontsize=9)
-    groups = {name: count for name, count in objective.rows.items() if count}
-    edges = [0, *accumulate(groups.values())]
-    for edge in edges[1:-1]:
-        panel.axhline(edge - 0.5, color=INK, linewidth=0.8)
-        if edge < visible.shape[1]:
-            panel.axvline(edge - 0.5, color=INK, linewidth=0.8)
-    middles = {name: (a + b) / 2 for name, (a, b) in zip(groups, pairwise(edges), strict=True)}
-    panel.set_yticks(list(middles.values()), list(middles), rotation=90, va="center")
-    keys = {name: middle for name, middle in middles.items() if middle < visible.shape[1]}
-    panel.set_xticks(list(keys.values()), list(keys))
-    panel.set_xlabel("keys")
-    panel.set_ylabel("rows")
+def _write_numbers(panel: Any, numbers: np.ndarray, most: int) -> None:
+    """Write each number into its patch, unless a row or column has more than ``most`` patches; NaN is left out."""
+    box = {"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 0.8}
+    for (row, column), number in np.ndenumerate(numbers):
+        if max(numbers.shape) <= most and not np.isnan(number):
+            panel.text(column, row, f"{number:.0f}", ha="center", va="center", fontsize=6, color="white", bbox=box)

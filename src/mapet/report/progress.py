@@ -9,7 +9,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mapet.engine.sinks import Record, RunFacts
+from mapet.engine.runfolder import RunFolder
+from mapet.engine.sinks import Record
 
 PLAIN_INTERVAL_S = 15.0
 
@@ -30,24 +31,19 @@ class Baseline:
     entropy: float | None = None
     loss_key: str = "loss"
 
-    def verdict(self, record: Record) -> str:
-        """Return whether a record is better than the baseline, in words."""
-        if self.entropy is not None:
-            gain = self.entropy - record[self.loss_key]
-            return f"[green]learning[/]: {gain:.2f} nats below unigram" if gain > 0 else "not yet below unigram"
-        gain = record[self.metric] - self.level
-        return f"[green]learning[/]: {gain:.2f} above the mean" if gain > 0 else "not yet above the mean"
-
     def describe(self, record: Record) -> str:
-        """Return a record beside the baseline, in words."""
+        """Return a record beside the baseline, and whether it is better, in words."""
         if self.entropy is None:
+            gain, unit, goal = record["cosine"] - self.level, "", "above the mean"
             words = f"loss {record['loss']:.3f}  cosine {record['cosine']:.3f} (mean {self.level:.3f})"
         else:
+            gain, unit, goal = self.entropy - record[self.loss_key], " nats", "below unigram"
             words = (
                 f"{self.loss_key.replace('_', ' ')} {record[self.loss_key]:.3f} (unigram {self.entropy:.3f})  "
                 f"token accuracy {record['accuracy']:.1%} (chance {self.level:.1%})"
             )
-        return f"{words}  {self.verdict(record)}"
+        verdict = f"[green]learning[/]: {gain:.2f}{unit} {goal}" if gain > 0 else f"not yet {goal}"
+        return f"{words}  {verdict}"
 
 
 class _BarAndStatus(Progress):
@@ -117,20 +113,18 @@ class ProgressSink:
     def __init__(self, console: Console, describe: Callable[[Record], str]) -> None:
         self._console, self._describe = console, describe
 
-    def begin(self, run: RunFacts) -> None:
+    def begin(self, folder: RunFolder, first_step: int, total_steps: int) -> None:
         """Start the bar."""
-        self._first, self._total = run.first_step, run.total_steps
+        self._first, self._total = first_step, total_steps
         self._meter = Meter(self._console, "step", self._total, self._first, transient=False).__enter__()
 
     def write(self, record: Record) -> None:
-        """Show a record; results of an evaluation stay on the terminal."""
-        done, status = record["step"] + 1, self._describe(record)
+        """Show a record; results of an evaluation have a line of their own, which stays."""
+        done = record["step"] + 1
         measured = [f"{key.removeprefix('eval_')} {value:.3f}" for key, value in record.items() if key[:5] == "eval_"]
-        if measured and self._console.is_terminal:
+        if measured:
             self._console.print(f"step {done}: {'  '.join(measured)}")
-        elif measured:
-            status = "  ".join([status, *measured])
-        self._meter.show(done, status, at_once=bool(measured) or done in (self._first + 1, self._total))
+        self._meter.show(done, self._describe(record), at_once=done in (self._first + 1, self._total))
 
     def close(self) -> None:
         """Stop the bar."""

@@ -18,30 +18,26 @@ class Table:
         header: name of each column.
         rows: cells of each row, as text.
         title: heading of the table.
-        bold: indices of the rows that stand out.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
-    bold: Sequence[int] = ()
 
     def to_terminal(self) -> rich_table.Table:
         """Return the table for a rich console; cells are printed as they are, without markup."""
         table = rich_table.Table(title=Text(self.title) if self.title else None, show_header=any(self.header))
         for number, name in enumerate(self.header):
             table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
-        for number, row in enumerate(self.rows):
-            table.add_row(*map(Text, row), style="bold" if number in self.bold else "")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
         return table
 
     def to_markdown(self) -> str:
         """Return the table as Markdown; the title becomes a line above it."""
         lines = [f"{self.title}:", ""] if self.title else []
         lines += [_markdown_row(self.header), "|---" + "|---:" * (len(self.header) - 1) + "|"]
-        for number, row in enumerate(self.rows):
-            lines.append(_markdown_row([f"**{cell}**" for cell in row] if number in self.bold else row))
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *map(_markdown_row, self.rows)]) + "\n"
 
     def to_csv(self) -> str:
         """Return header and rows as comma-separated values."""
@@ -51,10 +47,10 @@ class Table:
 
     def to_html(self) -> str:
         """Return the table as HTML; the title becomes its caption."""
-        caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        caption = html.escape(self.title)
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self.header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

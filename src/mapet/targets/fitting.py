@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -15,11 +14,11 @@ from torch import Tensor
 from mapet.config.keys import KMeansKeys
 from mapet.data.batches import DamageTally, ViewDataset, load_batches
 from mapet.data.seeds import Stream, fold_seed
-from mapet.engine.processes import join_processes, on_main
+from mapet.engine.parallel import join_processes, on_main
 from mapet.errors import MapetError
 from mapet.report.progress import Meter
-from mapet.tokenizers.base import KTokenizer
 from mapet.tokenizers.kmeans import all_cores
+from mapet.tokenizers.kmeans_tokenizers import KTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +79,15 @@ def fit_codebook(
     dataset: ViewDataset,
     tally: DamageTally,
     *,
-    seed: int,
     batch_size: int,
     workers: int,
     console: Console,
 ) -> None:
     """Fit a tokenizer's centroids in place; all processes call it and get the same centroids.
 
-    The sample takes ``4 * points * d`` bytes, at most ``sample_gib``, in the memory of the main process. Besides it,
-    one batch and its features are in memory, whatever the number of images.
+    The seed of the dataset's views also decides which patches are sampled and where k-means begins. The sample takes
+    ``4 * points * d`` bytes, at most ``sample_gib``, in the memory of the main process. Besides it, one batch and its
+    features are in memory, whatever the number of images.
 
     Raises:
         MapetError: if there are too few patches, or a feature is not finite.
@@ -99,21 +98,19 @@ def fit_codebook(
     logger.info("fitting %d ids to %d patches of %d images, %.2f GiB", vocab_size, plan.points, plan.images, gib)
     is_main = join_processes().is_main_process
     console = console if is_main else Console(quiet=True)
-    began = time.perf_counter()
     sample, filled = torch.empty(plan.points if is_main else 0, width), 0
     with Meter(console, "sampling patches", plan.images) as meter:
-        for points in _sampled(tokenizer, plan, dataset, tally, seed, batch_size, workers):
+        for points in _sampled(tokenizer, plan, dataset, tally, batch_size, workers):
             part = points[: len(sample) - filled]
             sample[filled : filled + len(part)] = part
             filled += len(part)
             meter.show(filled // plan.patches_per_image)
-    sampled = time.perf_counter()
 
     def cluster() -> None:
         with all_cores(), Meter(console, "k-means", config.kmeans_iterations * config.kmeans_restarts) as meter:
             tokenizer.fit(
                 sample,
-                seed,
+                dataset.draws.seed,
                 iterations=config.kmeans_iterations,
                 restarts=config.kmeans_restarts,
                 progress=lambda done, total, inertia: meter.show(done, f"mean squared distance {inertia:.4g}"),
@@ -121,23 +118,16 @@ def fit_codebook(
 
     on_main(cluster)
     broadcast(tokenizer.centroids)
-    logger.info("fitted: sampling %.1f s, k-means %.1f s", sampled - began, time.perf_counter() - sampled)
 
 
 def _sampled(
-    tokenizer: KTokenizer,
-    plan: SamplePlan,
-    dataset: ViewDataset,
-    tally: DamageTally,
-    seed: int,
-    batch_size: int,
-    workers: int,
+    tokenizer: KTokenizer, plan: SamplePlan, dataset: ViewDataset, tally: DamageTally, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
     """Yield sampled features ``(n, d)`` on the CPU, in an order that does not depend on the number of processes.
 
     Some features are repeated at the end, so that all processes compute the same number of equal batches.
     """
-    rank, world = join_processes().process_index, join_processes().num_processes
+    rank, world, seed = join_processes().process_index, join_processes().num_processes, dataset.draws.seed
     generator = torch.Generator().manual_seed(fold_seed(seed, Stream.SAMPLE))
     chosen = torch.randperm(len(dataset.images), generator=generator)[: plan.images].tolist()
     batch_size = min(batch_size, len(chosen))

@@ -14,7 +14,6 @@ from mapet.data.sources import ImageSet
 from mapet.errors import MapetError
 from mapet.tokenizers.base import Grid, Tokenizer, hash_content
 from mapet.tokenizers.files import load_tokenizer
-from mapet.tokenizers.kfeatures import features_on_grid
 from mapet.tokenizers.teachers import Teacher
 from mapet.tokenstore.store import TokenStore
 
@@ -25,7 +24,6 @@ class TargetSource(Protocol):
     Attributes:
         width: number of ids, or width of the features; 0 for pixels.
         content_hash: SHA-256 of everything that decides the values; a resumed run must have the same.
-        tokenizer_hash: SHA-256 of the tokenizer or teacher alone.
         view_size: side of the ``tokenizer_images`` that a batch must have; 0 for none.
         view_seed: seed of the crops and flips that the values are made for.
         needs_digests: whether a batch must have the digests of the images.
@@ -33,7 +31,6 @@ class TargetSource(Protocol):
 
     width: int
     content_hash: str
-    tokenizer_hash: str
     view_size: int
     view_seed: int
     needs_digests: bool
@@ -46,7 +43,7 @@ class NoSource:
     """Source of targets that are computed from the images alone, such as pixels."""
 
     width, view_size, needs_digests = 0, 0, False
-    content_hash = tokenizer_hash = "pixels"
+    content_hash = "pixels"
 
     def __init__(self, seed: int) -> None:
         self.view_seed = seed
@@ -64,7 +61,7 @@ class OnlineIds:
     def __init__(self, tokenizer: Tokenizer, device: torch.device, seed: int) -> None:
         self.tokenizer, self._device = tokenizer.to(device), device
         self.width, self.view_size, self.view_seed = tokenizer.vocab_size, tokenizer.input_size, seed
-        self.content_hash = self.tokenizer_hash = tokenizer.content_hash
+        self.content_hash = tokenizer.content_hash
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the ids of a batch of views, ``(B, P)`` int64."""
@@ -81,7 +78,6 @@ class StoredIds:
         self._rows = store.rows(images.keys)
         header = store.header
         self.width, self.view_seed, self.content_hash = header.vocab_size, header.seed, header.digest.hex()
-        self.tokenizer_hash = header.tokenizer_hash
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the stored ids of a batch, ``(B, P)`` int64.
@@ -139,10 +135,10 @@ class TeacherFeatures:
     def __init__(self, teacher: Teacher, size: int, grid: Grid, seed: int) -> None:
         self._teacher, self._grid = teacher, grid
         self.width, self.view_size, self.view_seed = teacher.width(size), size, seed
-        self.content_hash = self.tokenizer_hash = hash_content([teacher.config, size], teacher)
+        self.content_hash = hash_content([teacher.config, size], teacher)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the features of a batch of views, ``(B, P, d)``."""
         views = batch["tokenizer_images"].to(self._teacher.mean.device, non_blocking=True)
-        return (features_on_grid(self._teacher, views, self.view_size, self._grid),)
+        return (self._teacher.on_grid(views, self.view_size, self._grid),)

@@ -10,10 +10,9 @@ import torch
 
 from mapet.config.keys import KMeansKeys
 from mapet.errors import MapetError
-from mapet.tokenizers.base import Grid, KTokenizer, Tokenizer
-from mapet.tokenizers.files import PUBLISHED, holds_tokenizer, load_tokenizer
-from mapet.tokenizers.kfeatures import KFeatures
-from mapet.tokenizers.kpixels import KPixels
+from mapet.tokenizers.base import Grid, Tokenizer
+from mapet.tokenizers.files import PUBLISHED, find_tokenizer, load_tokenizer
+from mapet.tokenizers.kmeans_tokenizers import KFeatures, KPixels, KTokenizer
 from mapet.tokenizers.teachers import build_teacher, library_of
 
 MAX_VOCAB = 8192  # the paper's
@@ -31,7 +30,7 @@ WITHOUT_TEACHER: dict[str, Callable[[KMeansKeys, int, Grid, int, int], KTokenize
 
 def is_ready(name: str) -> bool:
     """Return whether a name means a tokenizer that needs no fitting: a published one, or a folder that holds one."""
-    return name in PUBLISHED or holds_tokenizer(name)
+    return name in PUBLISHED or find_tokenizer(name) is not None
 
 
 def settle_vocab_size(name: str, asked: int | None, points: int) -> int | None:

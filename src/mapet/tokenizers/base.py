@@ -1,4 +1,4 @@
-"""The base class of all visual tokenizers, and that of the tokenizers fitted by k-means."""
+"""The base class of all visual tokenizers."""
 
 import hashlib
 import json
@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
-
-from mapet.tokenizers.kmeans import fit_centroids, nearest_centroid
 
 Grid = tuple[int, int]
 
@@ -116,44 +114,3 @@ def resized(images: Tensor, size: int) -> Tensor:
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-class KTokenizer(Tokenizer):
-    """A tokenizer whose ids are the nearest centroids of patch features, by L2 distance.
-
-    A subclass defines ``patch_features``. The buffer ``centroids`` ``(V, d)`` is NaN until ``fit``.
-
-    Args:
-        grid, vocab_size, input_size, channels: see ``Tokenizer``.
-        width: ``d``, numbers in a feature vector.
-        spherical: scale feature vectors to length 1, so that only directions are compared.
-    """
-
-    centroids: Tensor
-
-    def __init__(
-        self, grid: Grid, vocab_size: int, input_size: int, channels: int, width: int, spherical: bool = False
-    ) -> None:
-        super().__init__(grid, vocab_size, input_size, channels)
-        self.spherical = spherical
-        self.register_buffer("centroids", torch.full((vocab_size, width), float("nan")))
-
-    def patch_features(self, images: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` images in [0, 1] to ``(B, P, d)`` float32 features in raster order."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Return the features that are clustered, ``(B, P, d)`` float32 in raster order."""
-        with full_precision(images.device):
-            features = self.patch_features(images.float())
-        return F.normalize(features, dim=-1) if self.spherical else features
-
-    def assign(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ids of the nearest centroids, and squared L2 distances."""
-        return nearest_centroid(self.features(images), self.centroids)
-
-    def fit(self, points: Tensor, seed: int, **options: Any) -> Self:
-        """Fit the centroids in place to ``(n, d)`` points of ``features``; see ``fit_centroids``."""
-        self.centroids.copy_(fit_centroids(points, self.vocab_size, seed, spherical=self.spherical, **options))
-        return self

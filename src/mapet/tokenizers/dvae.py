@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapet.errors import MapetError
-from mapet.models.tensors import check_fit, read_tensors
+from mapet.models.tensors import check_fit, fetch_tensors
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
-from mapet.tokenizers.weights import fetch_weights
 
 # Meta's conversion of OpenAI's encoder to float32; the decoder is not needed.
 PUBLISHED_WEIGHTS = "hf-hub:facebook/flava-image-codebook/pytorch_model.bin"
@@ -48,13 +47,10 @@ class DVAE(Tokenizer):
             raise MapetError(f"the dVAE cannot read images of {input_size} pixels; choose a multiple of {STRIDE}")
         side = input_size // STRIDE
         super().__init__((side, side), vocab_size, input_size)
-        self.config = dict(
-            input_size=input_size, vocab_size=vocab_size, hidden_size=hidden_size, blocks_per_group=blocks_per_group
-        )
+        sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+        self.config = {"input_size": input_size, **sizes, "blocks_per_group": blocks_per_group}
         flava = _import_transformers()
-        architecture = flava.FlavaImageCodebookConfig(
-            vocab_size=vocab_size, hidden_size=hidden_size, num_blocks_per_group=blocks_per_group
-        )
+        architecture = flava.FlavaImageCodebookConfig(**sizes, num_blocks_per_group=blocks_per_group)
         self.encoder = flava.FlavaImageCodebook(architecture)  # frozen by its configuration
 
     @classmethod
@@ -72,8 +68,8 @@ class DVAE(Tokenizer):
         """
         _import_transformers()  # before the download
         source = PUBLISHED_WEIGHTS if source is None else source
-        path, origin = fetch_weights(source)
-        state = {name.removeprefix("image_codebook."): tensor for name, tensor in read_tensors(path)[0].items()}
+        tensors, origin = fetch_tensors(source)
+        state = {name.removeprefix("image_codebook."): tensor for name, tensor in tensors.items()}
         shown_by = {"hidden_size": "blocks.input.bias", "vocab_size": "blocks.output.conv.bias"}
         sizes = {size: state[name].numel() for size, name in shown_by.items() if name in state}
         with torch.device("meta"):  # no memory and no random numbers, whatever sizes the file has

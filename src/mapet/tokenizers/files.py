@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from mapet.errors import MapetError
 from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.dvae import DVAE
-from mapet.tokenizers.kfeatures import KFeatures
-from mapet.tokenizers.kpixels import KPixels
+from mapet.tokenizers.kmeans_tokenizers import KFeatures, KPixels
 from mapet.tokenizers.vqkd import VQKD
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"pixels": KPixels, "features": KFeatures, "vqkd": VQKD, "dvae": DVAE}
@@ -35,12 +34,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def holds_tokenizer(name: str | Path) -> bool:
-    """Return whether a name is the folder of a tokenizer, or of a run that made one."""
-    return _find_folder(name) is not None
-
-
-def _find_folder(name: str | Path) -> Path | None:
+def find_tokenizer(name: str | Path) -> Path | None:
+    """Return the folder of a tokenizer: a name, or ``tokenizer/`` in the run that it names; None if it is neither."""
     # os.path.isfile returns False for text that cannot be a file name, where pathlib raises.
     found = (folder for folder in (Path(name), Path(name) / "tokenizer") if os.path.isfile(folder / CONFIG_FILE))  # noqa: PTH113
     return next(found, None)
@@ -58,10 +53,10 @@ def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
         MapetError: if the folder holds no tokenizer or a damaged one, or the weights cannot be read.
     """
     if name in PUBLISHED:
-        return PUBLISHED[str(name)](weights).eval()
+        return PUBLISHED[str(name)](weights)
     if weights is not None:
         raise MapetError(f"tokenizer {name} has its own weights; leave --teacher-weights out")
-    folder = _find_folder(name)
+    folder = find_tokenizer(name)
     if folder is None:
         raise MapetError(f"{name} holds no fitted tokenizer ({CONFIG_FILE}); fit one with: mapet tokenizer fit")
     try:

@@ -54,8 +54,6 @@ def fit_centroids(
             "the features to be clustered contain NaN or infinity; check the teacher's weights and the images"
         )
     data = points.numpy()
-    if len(data) == count:
-        return points.clone()
     best, least = np.empty(0, np.float32), float("inf")
     for restart in range(restarts):
         chosen = np.random.default_rng(seed + restart).choice(len(data), count, replace=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -11,17 +10,16 @@ from typing import Any, Self
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
-from safetensors import SafetensorError
 from timm.models import get_model_args
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from mapet.errors import MapetError, nearest
-from mapet.models.released import RELEASED, released_folder
-from mapet.models.tensors import check_fit, read_tensors
-from mapet.tokenizers.base import with_channels
-from mapet.tokenizers.weights import fetch_weights
+from mapet.models.networks import RELEASED, create_network, find_network, unfetched
+from mapet.models.tensors import check_fit, fetch_tensors
+from mapet.tokenizers.base import Grid, resized, with_channels
 
 IMAGENET_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -57,15 +55,13 @@ class Teacher(nn.Module):
         self.network = self.cut(network)
         self.requires_grad_(False).eval()
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.name}, stage {self.stage}, reads {self.channels} channels>"
-
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Teacher:
         """Build a teacher with random weights."""
         if config["library"] == "torchvision":
             return TorchvisionTeacher(config, torchvision.models.get_model(config["name"], weights=None))
-        return TimmTeacher(config, _timm_network(config["architecture"], pretrained=False, **config["model_args"]))
+        name, arguments = config["architecture"], config["model_args"]
+        return TimmTeacher(config, create_network(name, pretrained=False, any_size=True, num_classes=0, **arguments))
 
     def cut(self, network: Any) -> nn.Module:
         """Return the network without the parts after the stage."""
@@ -82,6 +78,13 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of images in [0, 1]."""
         return self.stage_output((with_channels(images, self.channels) - self.mean) / self.std)
+
+    def on_grid(self, images: Tensor, size: int, grid: Grid) -> Tensor:
+        """Return the features ``(B, P, d)`` of images resized to ``size``; the feature map is resized to ``grid``."""
+        feature_map: Tensor = self(resized(images, size))
+        if feature_map.shape[-2:] != grid:
+            feature_map = F.interpolate(feature_map, grid, mode="bilinear", antialias=True)
+        return feature_map.flatten(2).transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def width(self, size: int) -> int:
@@ -148,8 +151,8 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
     """Build a frozen pre-trained teacher.
 
     Args:
-        name: a timm model name, ``local-dir:FOLDER`` (or just the folder) as ``mapet`` and timm export it, the name of
-            a backbone that comes with the package, ``hf-hub:ID``, or a torchvision model name.
+        name: a run folder, an exported folder, the name of a backbone that comes with the package, a timm model name
+            (see ``find_network``), or a torchvision model name.
         stage: for timm the index of a stage or block (default: the last), for torchvision the name of a node
             (default: ``features`` or ``layer4``).
         weights: weights of the whole network: a file, a URL or ``hf-hub:OWNER/REPOSITORY/FILE``; None takes the
@@ -158,9 +161,17 @@ def build_teacher(name: str, stage: str | int | None = None, weights: str | Path
     Raises:
         MapetError: for an unknown name or stage, or weights that cannot be read or do not fit.
     """
-    library = library_of(name)
-    build = _torchvision_teacher if library == "torchvision" else _timm_teacher
-    return build(name, stage, weights)
+    is_timm = library_of(name) == "timm"
+    open_network = _open_timm if is_timm else _open_torchvision
+    config, network = open_network(name, stage, pretrained=weights is None)
+    origin = {"weights": config["name"] if is_timm else f"torchvision {name}"}
+    if weights is not None:
+        (state, origin), wanted = fetch_tensors(weights), network.state_dict()
+        check_fit(state, wanted, weights, f"teacher {name!r}")
+        network.load_state_dict({key: state[key] for key in wanted})
+    teacher = TimmTeacher(config, network) if is_timm else TorchvisionTeacher(config, network)
+    teacher.origin = origin
+    return teacher
 
 
 def library_of(name: str) -> str:
@@ -169,87 +180,48 @@ def library_of(name: str) -> str:
     Raises:
         MapetError: for a name that neither has.
     """
-    if _is_export(released_folder(name)) or ":" in name or timm.is_model(name):
+    if find_network(name) is not None:
         return "timm"
     of_torchvision = torchvision.models.list_models(module=torchvision.models)
     if name in of_torchvision:
         return "torchvision"
     if Path(name).is_dir():
         raise MapetError(
-            f"folder {name!r} holds neither a tokenizer nor an exported backbone (config.json); name the exported/ "
-            "folder of a run, or that of a fitted tokenizer"
+            f"folder {name!r} holds neither a tokenizer nor an exported backbone (config.json and model.safetensors); "
+            "name a run that was saved at least once, its exported/ folder, or the folder of a fitted tokenizer"
         )
     hint = nearest(name, {"pixels", *RELEASED, *timm.list_models(), *of_torchvision})
     raise MapetError(
         f"unknown tokenizer or teacher {name!r}{hint}; a tokenizer is 'pixels' or the folder of a fitted one, a "
-        "teacher is a timm or torchvision model name or the exported/ folder of an earlier run"
+        "teacher is a timm or torchvision model name or the folder of an earlier run"
     )
 
 
-def _is_export(name: str) -> bool:
-    # os.path.isfile returns False for text that cannot be a file name, where pathlib raises.
-    return os.path.isfile(Path(name) / "config.json")  # noqa: PTH113
-
-
-def _timm_teacher(name: str, stage: str | int | None, weights: str | Path | None) -> Teacher:
+def _open_timm(name: str, stage: str | int | None, pretrained: bool) -> tuple[dict[str, Any], nn.Module]:
+    """Return the configuration of a timm teacher, and the whole network without its classifier."""
     try:
         index = -1 if stage is None else int(stage)
     except ValueError:
         raise MapetError(f"stage {stage!r} of timm teacher {name!r} must be a number, e.g. -1 for the last") from None
-    folder = released_folder(name)
-    source = f"local-dir:{folder}" if _is_export(folder) else name
-    recorded = source if folder == name else name  # the name of a released backbone is valid everywhere
-    network = _timm_network(source, pretrained=weights is None)
+    found = str(find_network(name))
+    network = create_network(found, pretrained=pretrained, any_size=True, num_classes=0)
     # timm's own export records the other arguments too; these two are the same for all teachers.
     arguments = {k: v for k, v in get_model_args(network).items() if k not in ("num_classes", "dynamic_img_size")}
     published = network.pretrained_cfg
+    is_released = found == f"local-dir:{RELEASED.get(name)}"  # its name is valid on all machines
     config: dict[str, Any] = {key: list(published[key]) for key in ("mean", "std")}
     config |= {"architecture": published["architecture"], "model_args": arguments}
-    config |= {"library": "timm", "name": recorded, "stage": index}
-    origin = {"weights": recorded} if weights is None else _load_weights(network, name, weights)
-    teacher = TimmTeacher(config, network)
-    teacher.origin = origin
-    return teacher
+    config |= {"library": "timm", "name": name if is_released else found, "stage": index}
+    return config, network
 
 
-def _timm_network(name: str, pretrained: bool, **model_args: Any) -> Any:
-    arguments = {**model_args, "pretrained": pretrained, "num_classes": 0}
-    try:
-        try:
-            return timm.create_model(name, **arguments, dynamic_img_size=True)
-        except TypeError:  # only ViTs have the argument; with it they read images of any size
-            return timm.create_model(name, **arguments)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise _not_loaded(name, error) from error
-
-
-def _torchvision_teacher(name: str, stage: str | int | None, weights: str | Path | None) -> Teacher:
+def _open_torchvision(name: str, stage: str | int | None, pretrained: bool) -> tuple[dict[str, Any], nn.Module]:
+    """Return the configuration of a torchvision teacher, and the whole network."""
     try:
         with redirect_stdout(sys.stderr):  # torch announces downloads on standard output
-            network = torchvision.models.get_model(name, weights="DEFAULT" if weights is None else None)
+            network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
     except OSError as error:
-        raise _not_loaded(name, error) from error
+        raise unfetched(name, error) from error
     if stage is None:
         stage = "features" if hasattr(network, "features") else "layer4"
-    origin = {"weights": f"torchvision {name}"} if weights is None else _load_weights(network, name, weights)
-    config = {"library": "torchvision", "name": name, "stage": str(stage), **IMAGENET_NORMALISATION}
-    teacher = TorchvisionTeacher(config, network)
-    teacher.origin = origin
-    return teacher
-
-
-def _not_loaded(name: str, error: Exception) -> MapetError:
-    reason = " ".join(str(error).split())[:200]
-    return MapetError(
-        f"the weights of teacher {name!r} could not be fetched or read ({reason}); name another teacher, or pass a "
-        "local file with --teacher-weights"
-    )
-
-
-def _load_weights(network: nn.Module, name: str, weights: str | Path) -> dict[str, str]:
-    """Load the weights of the whole network from a file, and return their origin."""
-    path, origin = fetch_weights(weights)
-    (state, _), wanted = read_tensors(path), network.state_dict()
-    check_fit(state, wanted, weights, f"teacher {name!r}")
-    network.load_state_dict({key: state[key] for key in wanted})
-    return origin
+    return {"library": "torchvision", "name": name, "stage": str(stage), **IMAGENET_NORMALISATION}, network

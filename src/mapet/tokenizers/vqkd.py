@@ -13,11 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
-from mapet.models.tensors import check_fit, read_tensors
-from mapet.models.vit import build_vit
+from mapet.models.networks import build_vit
+from mapet.models.tensors import check_fit, fetch_tensors
 from mapet.tokenizers.base import Tokenizer, resized, with_channels
 from mapet.tokenizers.kmeans import nearest_centroid
-from mapet.tokenizers.weights import fetch_weights
 
 HEAD_WIDTH = 64  # channels of an attention head of the published networks; not recorded in their files
 
@@ -95,21 +94,15 @@ class VQKD(Tokenizer):
                 "the published VQ-KD weights have no permanent URL; pass a local file with --teacher-weights, e.g. "
                 "vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth of BEiT v2"
             )
-        path, origin = fetch_weights(source)
-        found, _ = read_tensors(path)
+        found, origin = fetch_tensors(source)
         try:
             tokenizer = _published_architecture(found)
         except (KeyError, ValueError) as error:
             raise MapetError(
-                f"weights {source} do not fit a VQ-KD tokenizer ({error}); pass the published weights"
+                f"the weights of {source} do not fit a VQ-KD tokenizer ({error}); pass the published weights"
             ) from error
         wanted = _published_tensors(tokenizer)
-        check_fit(found, wanted, source, "a VQ-KD tokenizer")
-        unknown = [name for name in found if name.startswith(("encoder.", "encode_task_layer.")) and name not in wanted]
-        if unknown:
-            raise MapetError(
-                f"weights {source} do not fit a VQ-KD tokenizer: {unknown[0]!r} is unknown; pass the published weights"
-            )
+        check_fit(found, wanted, source, "a VQ-KD tokenizer", prefixes=("encoder.", "encode_task_layer."))
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
         tokenizer.codebook.copy_(F.normalize(tokenizer.codebook, dim=-1))

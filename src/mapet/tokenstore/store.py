@@ -5,6 +5,8 @@ ids.npy        (rows, K, P) ids, in the smallest unsigned integer type
 images.npy     (rows,) records of ``IMAGE``: which image a row belongs to, and its state
 """
 
+import hashlib
+import json
 import zlib
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
@@ -13,19 +15,85 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, from_numpy
 
 from mapet.data.seeds import name_number
 from mapet.errors import MapetError
 from mapet.tokenstore.arrays import GrowingArray
-from mapet.tokenstore.header import Header
 
+FORMAT = 2
 HEADER_FILE, IDS_FILE, IMAGES_FILE = "header.json", "ids.npy", "images.npy"
 
 # 64 bits of a key's hash suffice: if two images had the same ones, their content digests would still differ.
 IMAGE = np.dtype([("key", "<u8"), ("content", "u1", 32), ("state", "u1"), ("checksum", "<u4")])
 
 Rows = NDArray[np.int64]
+
+
+class Header(BaseModel):
+    """Everything that decides the ids of a store, and their shape and type.
+
+    Args:
+        tokenizer: path or name of the tokenizer, for information only.
+        tokenizer_hash: ``content_hash`` of the tokenizer.
+        grid: rows and columns of patches; ``P`` is their product.
+        vocab_size: ``V``; ids are in ``[0, V)``.
+        view: settings of the tokenized views; a store compares these settings but does not interpret them.
+        views: ``K``, the number of stored views per image.
+        seed: seed of the views.
+        format: number of the store's file format.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    tokenizer: str
+    tokenizer_hash: str
+    grid: tuple[int, int]
+    vocab_size: int
+    view: dict[str, Any]
+    views: int
+    seed: int
+    format: int = FORMAT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(K, P)`` of the ids of one image."""
+        return self.views, self.grid[0] * self.grid[1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned integer type that holds every id, little-endian."""
+        return np.min_scalar_type(self.vocab_size - 1).newbyteorder("<")
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of all entries."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).digest()
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read a ``header.json``.
+
+        Raises:
+            MapetError: if the file is missing or damaged, or the store has another format.
+        """
+        try:
+            header = cls.model_validate_json(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise MapetError(f"{file.parent} is not a token store; make one with: mapet tokenizer encode") from None
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise MapetError(f"{file} is damaged ({reason}); restore it or encode into another folder") from error
+        if header.format != FORMAT:
+            raise MapetError(f"{file} has format {header.format}, not {FORMAT}; remove the store and encode again")
+        return header
+
+    def compared_entries(self) -> dict[str, Any]:
+        """Return the entries that change the ids, by name; ``tokenizer_hash`` identifies the tokenizer."""
+        entries = self.model_dump(exclude={"format", "tokenizer"})
+        # The settings of the views come first because the number of stored views follows from them.
+        return {f"view {name}": value for name, value in entries.pop("view").items()} | entries
 
 
 class State(IntEnum):
@@ -46,18 +114,24 @@ class TokenStore:
     Digests are SHA-256 of the images' content, ``(b, 32)`` uint8. The arrays are memory-mapped; looking up keys takes
     about 200 bytes per key while it lasts.
 
+    Args:
+        folder: of a store that ``create`` made.
+
     Attributes:
         header: what the ids were made with.
         ids: array of the ids, ``(rows, K, P)``.
+
+    Raises:
+        MapetError: if there is no store, or a file is damaged, cut short or belongs to another store.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.header = Header.read(folder / HEADER_FILE)
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.header = Header.read(self.folder / HEADER_FILE)
         self._seed = zlib.crc32(self.header.digest)
-        self._images = GrowingArray(folder / IMAGES_FILE, IMAGE, ())
+        self._images = GrowingArray(self.folder / IMAGES_FILE, IMAGE, ())
         # A kill inside of append() may leave more rows of ids than of images.
-        self.ids = GrowingArray(folder / IDS_FILE, self.header.dtype, self.header.shape, least_rows=len(self))
+        self.ids = GrowingArray(self.folder / IDS_FILE, self.header.dtype, self.header.shape, least_rows=len(self))
 
     @classmethod
     def create(cls, folder: Path, header: Header) -> Self:
@@ -76,15 +150,6 @@ class TokenStore:
         np.save(folder / IMAGES_FILE, np.empty(0, IMAGE))
         unnamed.rename(folder / HEADER_FILE)
         return cls(folder)
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Open a store.
-
-        Raises:
-            MapetError: if there is none, or a file is damaged, cut short or belongs to another store.
-        """
-        return cls(Path(folder))
 
     def __len__(self) -> int:
         return len(self._images.rows)

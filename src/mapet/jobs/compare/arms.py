@@ -23,7 +23,6 @@ from mapet.tokenizers.base import hash_content
 from mapet.tokenizers.teachers import build_teacher
 
 UNTRAINED = "random"  # instead of an objective: the network with its random initial weights
-COUNTED_IMAGES = 2
 # Keys of a single run that each arm may have nevertheless.
 OF_AN_ARM = {"objective", "tokenizer"}
 NOT_OF_AN_ARM = (marked(PretrainConfig, "single") | {"data", "epochs", "steps"}) - OF_AN_ARM
@@ -110,14 +109,13 @@ def build_arms(config: CompareConfig, shared: Mapping[str, Any], images: int) ->
         MapetError: naming an arm that cannot work.
     """
     read_teacher.cache_clear()  # its files may have changed
+    shared_by_all = NOT_OF_AN_ARM | ({"lr"} if config.lrs else set())
     named: dict[str, dict[str, Any]] = {name: {} for name in config.objectives}
     for name, own in (named | config.arms).items():
         if "objective" not in own and name in (*OBJECTIVES, UNTRAINED) and name not in (config.objectives or [name]):
             continue  # keys of an objective that is not compared
-        for key in NOT_OF_AN_ARM & own.keys():
+        for key in shared_by_all & own.keys():
             raise MapetError(f"arm {name!r} has its own {key!r}, which must be the same for all; leave it out")
-        if config.lrs and "lr" in own:
-            raise MapetError(f"arm {name!r} has its own 'lr', but all arms try the same lrs; leave one out")
         try:
             yield from _with_tokenizers(name, own, config.tokenizers, shared, images)
         except MapetError as error:
@@ -195,14 +193,14 @@ def count_flops(config: PretrainConfig, width: int) -> float:
         target = build_target(config.objective, config.targets, backbone, width, config.feature_loss)
         keys = config.mask_ratio, config.masking, config.objective_args
         objective = build_objective(config.objective, backbone, target, *keys)
-        images = torch.zeros(COUNTED_IMAGES, config.channels, config.image_size, config.image_size)
-        given = torch.zeros(COUNTED_IMAGES, objective.patches, width)
+        images = torch.zeros(1, config.channels, config.image_size, config.image_size)
+        given = torch.zeros(1, objective.patches, width)
         if config.targets == "ids":
             given = given[..., 0].long()
     # Some maskings depend on random values, which the meta device does not have.
-    mask = objective.draw_mask(COUNTED_IMAGES, torch.device("cpu"))
+    mask = objective.draw_mask(1, torch.device("cpu"))
     mask = type(mask)(mask.context.to("meta"), mask.target.to("meta"))
     # FlopCounterMode does not count torch's fused attention for CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(images, given, mask)["loss"].backward()
-    return float(counter.get_total_flops() / COUNTED_IMAGES)
+    return float(counter.get_total_flops())

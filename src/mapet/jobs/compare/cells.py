@@ -14,15 +14,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mapet.config.base import Config, marked
-from mapet.engine.files import replace_file, replace_folder
-from mapet.engine.runfolder import RunFolder, held_folder, lock_folder
+from mapet.engine.files import held_folder, replace_file, replace_folder
+from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
 from mapet.jobs.compare.arms import UNTRAINED, Arm
 from mapet.jobs.compare.table import read_results
@@ -119,8 +118,8 @@ class Cell:
                 _make(("tokenizer", "fit"), self.fit, tokenizer)
         if not self.arm.is_trained:
             config = self.arm.config.but(seed=self.seed)
-            export = partial(export_network, initial_backbone(config), mean=config.mean, std=config.std)
-            replace_folder(self.run.exported, export)
+            network = initial_backbone(config)
+            replace_folder(self.run.exported, lambda folder: export_network(network, folder, config.mean, config.std))
             self.run.write_config(config.but(objective=UNTRAINED))
         # A finished run may have lost its checkpoint since; its measures show that it is finished.
         elif not any(self.run.root.glob("*/results.json")):
@@ -216,15 +215,12 @@ def finish_cells(cells: Sequence[Cell]) -> Iterator[Cell]:
                 continue
             cell.root.mkdir(parents=True, exist_ok=True)
             try:
-                lock = lock_folder(cell.root)
-            except MapetError:
+                with held_folder(cell.root):
+                    logger.info("cell %d of %d: %s", number, len(cells), cell.title)
+                    _try_to_finish(cell)
+            except MapetError:  # another process holds it
                 others.append((number, cell))
                 continue
-            try:
-                logger.info("cell %d of %d: %s", number, len(cells), cell.title)
-                _try_to_finish(cell)
-            finally:
-                lock.release()
             yield cell
         if others:
             time.sleep(POLL_S)

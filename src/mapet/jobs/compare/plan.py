@@ -7,8 +7,7 @@ from typing import Any
 
 from mapet.config.base import marked, parse, settle
 from mapet.config.keys import KMeansKeys
-from mapet.data.labelled import open_labelled, train_and_test
-from mapet.data.open import open_images
+from mapet.data.open import open_images, open_labelled, train_and_test
 from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError, nearest
 from mapet.jobs.compare.arms import OF_AN_ARM, Arm, build_arms
@@ -21,8 +20,6 @@ from mapet.jobs.tokenizer.config import FitConfig
 from mapet.targets.tokenizer import is_ready
 
 TRIAL_SEED = 1000  # of the trials of learning rates; no table reports it
-# Keys that a comparison sets for each run; a recipe of pre-training that is the base of one has them too.
-SET_FOR_EACH = OF_AN_ARM | {"seed"}
 SINGLE = marked(PretrainConfig, "single")
 
 
@@ -107,7 +104,8 @@ def make_plan(asked: Mapping[str, Any], root: Path) -> Plan:
     Raises:
         MapetError: for what cannot work.
     """
-    known = {*CompareConfig.model_fields, *PretrainConfig.model_fields} - (SINGLE - SET_FOR_EACH)
+    # A recipe of pre-training that is the base of a comparison may have keys that are set for each run.
+    known = {*CompareConfig.model_fields, *PretrainConfig.model_fields} - (SINGLE - OF_AN_ARM - {"seed"})
     for key in asked.keys() - known:
         raise MapetError(f"a comparison has no key {key!r}{nearest(str(key), known) or '; leave it out'}")
     own = {key: value for key, value in asked.items() if key in CompareConfig.model_fields}
@@ -124,11 +122,13 @@ def make_plan(asked: Mapping[str, Any], root: Path) -> Plan:
     first = next((arm for arm in arms if arm.is_trained), None)
     if first is None:
         raise MapetError("no arm is trained, so there is nothing to compare; name an objective")
-    steps = {arm.label: {name: arm.count_steps(name, first, len(images)) for name in config.budget} for arm in arms}
+    steps: dict[str, dict[str, int]] = {}
+    for arm in arms:
+        if arm.label in steps:
+            raise MapetError(f"two arms are called {arm.label!r}, tokenizer included; name one differently")
+        steps[arm.label] = {budget: arm.count_steps(budget, first, len(images)) for budget in config.budget}
     measures = [_check_measure(kind, config, test.fingerprint) for kind in config.measures]
-    plan = Plan(config, arms, steps, measures, images.fingerprint, root)
-    _check_distinct(plan)
-    return plan
+    return Plan(config, arms, steps, measures, images.fingerprint, root)
 
 
 def _check_measure(kind: str, config: CompareConfig, test_images: str) -> Measure:
@@ -139,15 +139,3 @@ def _check_measure(kind: str, config: CompareConfig, test_images: str) -> Measur
     keys = parse(config_class, given, origin)
     decisive = {key: value for key, value in keys.items() if key not in marked(config_class, "free")}
     return Measure(kind, keys, folder_name(kind, decisive, test_images))
-
-
-def _check_distinct(plan: Plan) -> None:
-    """Refuse arms that a table or the cells cannot tell apart."""
-    labels: dict[str | Path, str] = {}
-    for arm in plan.arms:
-        if arm.label in labels:
-            raise MapetError(f"two arms are called {arm.label!r}, tokenizer included; name one differently")
-        root = plan.cell(arm, 0, plan.steps[arm.label][plan.config.budget[0]]).root
-        if root in labels:
-            raise MapetError(f"{labels[root]!r} and {arm.label!r} are the same training; leave one out")
-        labels |= {arm.label: arm.label, root: arm.label}

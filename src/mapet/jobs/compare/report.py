@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
-import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
@@ -19,15 +19,8 @@ from mapet.jobs.compare.table import MEASURES, Figures, tabulate
 from mapet.report.figures import FAINT, save_figure
 from mapet.report.tables import Table
 
-Groups = Mapping[str, Sequence[Figures]]
-
 COSTS = ("steps", "flops", "seconds")
-CURVE_POINTS = 60
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem}caption{font-weight:bold}"
-    "th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}img{max-width:100%}"
-    "th:first-child,td:first-child{text-align:left}"
-)
+PAGE = Template(Path(__file__).with_name("page.html").read_text())
 
 
 @dataclass(frozen=True)
@@ -58,11 +51,9 @@ class Comparison:
         for budget in config.budget:
             yield tabulate(f"Equal {budget}, on {config.data}", self.groups(budget), columns, config.seeds)
         if self.rates:
-            title = (
-                f"Learning rates: {MEASURES[str(config.judge)]} of held-out training images, equal {config.budget[0]}"
-            )
-            lrs = sorted(config.lrs)
+            judge, lrs = MEASURES[str(config.judge)], sorted(config.lrs)
             rows = [[label, *(_write_rate(lr, tried) for lr in lrs)] for label, tried in self.rates.items()]
+            title = f"Learning rates: {judge} of held-out training images, equal {config.budget[0]}"
             yield Table(["", *(f"{lr:g}" for lr in lrs)], rows, title)
 
     def remarks(self) -> Iterator[str]:
@@ -116,20 +107,15 @@ def _held_out(trial: Cell) -> float:
 
 
 def _read_figures(cell: Cell, found: Mapping[str, Mapping[str, Any]]) -> Figures:
-    figures: dict[str, Any] = {"label": cell.arm.label, "budgets": cell.budgets}
-    figures |= {"arm": cell.arm.name, "tokenizer": cell.arm.tokenizer, "seed": cell.seed}
-    figures |= {kind: results["accuracy"] for kind, results in found.items()}
+    arm = cell.arm
+    figures = {"label": arm.label, "arm": arm.name, "tokenizer": arm.tokenizer, "seed": cell.seed}
+    figures |= {"budgets": cell.budgets} | {kind: results["accuracy"] for kind, results in found.items()}
     if not (records := list(cell.run.metric_lines())):
         return figures
     steps = records[-1]["step"] + 1
     per_step = statistics.median(each["images"] / (each["step"] + 1) / each["images_per_s"] for each in records)
-    return figures | {
-        "lr": cell.values["lr"],
-        "steps": steps,
-        "flops": cell.arm.flops * records[-1]["images"],
-        "seconds": steps * per_step,
-        "curve": [(each["epoch"], each["loss"]) for each in records],
-    }
+    costs = {"steps": steps, "flops": arm.flops * records[-1]["images"], "seconds": steps * per_step}
+    return figures | {"lr": cell.values["lr"]} | costs
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -147,60 +133,42 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     replace_file(folder / "results.csv", Table(["budget", *columns], rows).to_csv())
     plot_comparison(comparison, folder / ".comparison.new.png")
     picture = (folder / ".comparison.new.png").replace(folder / "comparison.png")
-    image, title = base64.b64encode(picture.read_bytes()).decode(), html.escape(f"Comparison on {config.data}")
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1>{''.join(table.to_html() for table in tables)}"
-        f'<p><img alt="accuracies by seed, costs and losses" src="data:image/png;base64,{image}"></p>'
-        f"<ul>{''.join(f'<li>{html.escape(remark)}</li>' for remark in remarks)}</ul></html>\n"
+    page = PAGE.substitute(
+        title=html.escape(f"Comparison on {config.data}"),
+        tables="\n".join(table.to_html() for table in tables),
+        picture=base64.b64encode(picture.read_bytes()).decode(),
+        remarks="\n".join(f"<li>{html.escape(remark)}</li>" for remark in remarks),
     )
     replace_file(folder / "report.html", page)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Plot accuracies by seed, accuracy over FLOPs, and losses; a row of panels for each budget."""
-    config, arms = comparison.plan.config, comparison.plan.arms
-    colours = {arm.label: colormaps["tab10"](number % 10) for number, arm in enumerate(arms)}
-    width, height = len(config.measures) + 2, len(config.budget)
-    figure = Figure(figsize=(3.4 * width, 0.4 * len(arms) + 2.6 * height), layout="constrained")
-    for line, budget in zip(figure.subplots(height, width, squeeze=False), config.budget, strict=True):
-        groups = comparison.groups(budget)
-        for panel, kind in zip(line, config.measures, strict=False):
-            _plot_accuracies(panel, groups, kind, colours)
-        line[0].set_yticks(range(len(groups)), list(groups))
-        line[0].set_title(f"equal {budget}", fontsize=9, loc="left")
-        _plot_costs(line[-2], groups, config.measures[-1], colours)
-        _plot_losses(line[-1], groups, colours)
-        for panel in line:
+    """Plot accuracies by seed, and the last measure over FLOPs; a row of panels for each budget."""
+    config, labels = comparison.plan.config, [arm.label for arm in comparison.plan.arms]
+    width, height = len(config.measures) + 1, len(config.budget)
+    figure = Figure(figsize=(3.4 * width, 0.4 * len(labels) + 2.6 * height), layout="constrained")
+    for panels, budget in zip(figure.subplots(height, width, squeeze=False), config.budget, strict=True):
+        for row, runs in enumerate(comparison.groups(budget).values()):
+            _plot_arm(panels, row, runs, config.measures)
+        for panel, kind in zip(panels, config.measures, strict=False):
+            panel.set(xlabel=MEASURES[kind], yticks=[], ylim=(len(labels) - 0.5, -0.5))
+            panel.grid(axis="x", color=FAINT, linewidth=0.4)
+        panels[0].set_yticks(range(len(labels)), labels)
+        panels[0].set_title(f"equal {budget}", fontsize=9, loc="left")
+        panels[-1].set(xlabel="TFLOPs of the student", ylabel=MEASURES[config.measures[-1]])
+        for panel in panels:
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=8)
     save_figure(figure, path)
 
 
-def _plot_accuracies(panel: Any, groups: Groups, kind: str, colours: Mapping[str, Any]) -> None:
-    for height, (label, runs) in enumerate(groups.items()):
-        found = [100 * run[kind] for run in runs if kind in run]
-        panel.plot(found, [height] * len(found), "o", color=colours[label], alpha=0.5, markersize=5)
+def _plot_arm(panels: Sequence[Any], row: int, runs: Sequence[Figures], measures: Sequence[str]) -> None:
+    """Plot the runs of an arm: a point for each seed and a bar for the mean, in the colour of its row."""
+    colour = colormaps["tab10"](row % 10)
+    for panel, kind in zip(panels, measures, strict=False):
+        found = [(run.get("flops", 0) / 1e12, 100 * run[kind]) for run in runs if kind in run]
+        flops, accuracies = [each[0] for each in found], [each[1] for each in found]
+        panel.plot(accuracies, [row] * len(found), "o", color=colour, alpha=0.5, markersize=5)
         if found:
-            panel.plot(statistics.mean(found), height, "|", color=colours[label], markersize=18, mew=2)
-    panel.set_yticks([])
-    panel.set_ylim(len(groups) - 0.5, -0.5)
-    panel.set_xlabel(MEASURES[kind])
-    panel.grid(axis="x", color=FAINT, linewidth=0.4)
-
-
-def _plot_costs(panel: Any, groups: Groups, kind: str, colours: Mapping[str, Any]) -> None:
-    for label, runs in groups.items():
-        shown = [run for run in runs if kind in run]
-        flops, accuracies = [run.get("flops", 0) / 1e12 for run in shown], [100 * run[kind] for run in shown]
-        panel.plot(flops, accuracies, "o", color=colours[label], alpha=0.6, markersize=5)
-    panel.set(xlabel="TFLOPs of the student", ylabel=MEASURES[kind])
-
-
-def _plot_losses(panel: Any, groups: Groups, colours: Mapping[str, Any]) -> None:
-    for label, runs in groups.items():
-        for curve in (run["curve"] for run in runs if "curve" in run):
-            parts = np.array_split(np.array(curve), min(CURVE_POINTS, len(curve)))
-            epochs, losses = np.array([part.mean(axis=0) for part in parts]).T
-            panel.plot(epochs, losses, color=colours[label], alpha=0.7, linewidth=1)
-    panel.set(xlabel="epoch", ylabel="loss (not comparable between arms)")
+            panel.plot(statistics.mean(accuracies), row, "|", color=colour, markersize=18, mew=2)
+    panels[-1].plot(flops, accuracies, "o", color=colour, alpha=0.6, markersize=5)  # of the last measure

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from mapet.config.base import marked, override, read_recipe
-from mapet.engine.files import replace_file
-from mapet.engine.runfolder import explain_disk_errors, held_folder
+from mapet.engine.files import explain_disk_errors, held_folder, replace_file
+from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
 from mapet.jobs.compare.cells import finish_cells
 from mapet.jobs.compare.config import CompareConfig
@@ -33,11 +33,17 @@ def compare(values: Mapping[str, Any], out: str | Path, *, resume: bool = False)
     Raises:
         MapetError: for input that cannot work, before anything is trained. A cell that fails later is in the result.
     """
-    if not str(out):
-        raise MapetError("the name of the output folder is empty; say where with --out FOLDER")
-    root = Path(out)
+    root = RunFolder(out).root  # refuses an empty name
     with explain_disk_errors(root):
-        asked = _complete(values, root, resume)
+        asked = dict(values)
+        if (root / ASKED).exists():
+            if not resume:
+                raise MapetError(
+                    f"output folder {root} holds a comparison; pass --resume to continue or extend it, or another --out"
+                )
+            asked = override(read_recipe(root / ASKED), asked, CompareConfig, PretrainConfig)
+        elif root.exists() and (others := sorted(path.name for path in root.iterdir() if path.name != ".lock")):
+            raise MapetError(f"output folder {root} holds {others[0]!r}, but no comparison; choose another --out")
         plan = make_plan(asked, root)
         root.mkdir(parents=True, exist_ok=True)
         with held_folder(root):
@@ -70,20 +76,6 @@ def join_comparison(values: Mapping[str, Any], out: str | Path) -> Comparison:
                 "differ; name a copy of those that it began with"
             )
         return _finish(plan)
-
-
-def _complete(values: Mapping[str, Any], root: Path, resume: bool) -> dict[str, Any]:
-    """Return the values, which replace those that a resumed comparison has."""
-    if not (root / ASKED).exists():
-        others = sorted(path.name for path in root.iterdir() if path.name != ".lock") if root.exists() else []
-        if others:
-            raise MapetError(f"output folder {root} holds {others[0]!r}, but no comparison; choose another --out")
-        return dict(values)
-    if not resume:
-        raise MapetError(
-            f"output folder {root} holds a comparison; pass --resume to continue or extend it, or another --out"
-        )
-    return override(read_recipe(root / ASKED), dict(values), CompareConfig, PretrainConfig)
 
 
 def _finish(plan: Plan) -> Comparison:

@@ -1,7 +1,6 @@
 """Tables of runs. A run is a mapping of figures by name; a row stands for one run, or for the seeds of one setting."""
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,9 +87,7 @@ def tabulate_runs(folders: Sequence[str]) -> Table:
     config_keys = dict.fromkeys(key for figures, config in runs.values() for key in config if key not in figures)
     names = list(dict.fromkeys(name for figures, _ in runs.values() for name in figures))
     names += [key for key in config_keys if len({str(config.get(key)) for _, config in runs.values()}) > 1]
-    parent = os.path.commonpath([Path(folder).absolute().parent for folder in folders])
-    groups = {os.path.relpath(folder, parent): [{**config, **figures}] for folder, (figures, config) in runs.items()}
-    return tabulate("", groups, names)
+    return tabulate("", {folder: [{**config, **figures}] for folder, (figures, config) in runs.items()}, names)
 
 
 def _read_figures(folder: str) -> tuple[Figures, Figures]:
@@ -102,12 +99,9 @@ def _read_figures(folder: str) -> tuple[Figures, Figures]:
     if run is None:
         raise MapetError(f"{folder!r} holds no run; name run folders, such as runs/photos")
     figures = {key: run.config.get(key) for key in ("objective", "targets", "tokenizer")}
-    figures |= {
-        "steps": run.last.get("step", -1) + 1,
-        "epochs": run.last.get("epoch"),
-        "images": run.last.get("images"),
-    }
-    figures |= {"loss": run.metrics.get("loss"), "baseline": run.baseline.get("entropy") or run.baseline.get("level")}
+    last, baseline = run.last, run.baseline
+    figures |= {"steps": last.get("step", -1) + 1, "epochs": last.get("epoch"), "images": last.get("images")}
+    figures |= {"loss": run.metrics.get("loss"), "baseline": baseline.get("entropy") or baseline.get("level")}
     figures |= {key: value for key, value in run.results.items() if key in MEASURES}
     for place in sorted(Path(folder).iterdir()):
         results = read_results(place) or {}

@@ -1,31 +1,25 @@
 """Conversion of a checkpoint of MaPeT's authors into a folder that timm and every command load."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mapet.config.base import settle
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.runfolder import explain_disk_errors
 from mapet.errors import MapetError
 from mapet.inference.models import class_names
 from mapet.jobs.convert.config import ConvertConfig
 from mapet.models.export import export_network
-from mapet.models.upstream import PRETRAINING_FILE
-from mapet.objectives.mapet import MaPeT
-from mapet.objectives.upstream import load_upstream
+from mapet.models.upstream import load_backbone
 
 CLASSIFIER_CROP_PCT = 0.9  # of the authors' evaluation
 
 
 def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
-    """Convert a checkpoint of MaPeT's authors into an exported folder.
-
-    A pre-training checkpoint also gives ``pretraining.safetensors``: its mask vector and head, for
-    ``mapet pretrain --init FOLDER --init-parts all``.
+    """Convert the network of a checkpoint of MaPeT's authors into an exported folder.
 
     Args:
         values: configuration by key, see ``ConvertConfig``; ``file`` is needed.
@@ -33,8 +27,7 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
 
     Returns:
         JSON-able: ``architecture``, ``num_heads``, ``num_heads_assumed`` (whether the configuration left the number
-        out), ``image_size``, ``channels``, ``classes`` (their number), ``parameters`` and ``pretraining`` (whether mask
-        vector and head were kept).
+        out), ``image_size``, ``channels``, ``classes`` (their number) and ``parameters``.
 
     Raises:
         MapetError: if the file cannot be read, does not fit, or holds NaN or infinity; nothing is written then.
@@ -44,10 +37,7 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
         raise MapetError("the name of the output folder is empty; name the folder with --out FOLDER")
     folder = Path(out)
     with claimed_folder(folder):
-        loaded = load_upstream(config.file, {} if config.num_heads is None else {"num_heads": config.num_heads})
-        objective = loaded if isinstance(loaded, MaPeT) else None
-        network: Any = objective.backbone if objective else loaded
-        network.eval()
+        network: Any = load_backbone(config.file, {"num_heads": config.num_heads} if config.num_heads else {})[0]
         channels = network.patch_embed.proj.in_channels
         mean, std = config.mean or IMAGENET_DEFAULT_MEAN, config.std or IMAGENET_DEFAULT_STD
         if not len(mean) == len(std) == channels:
@@ -55,17 +45,10 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
                 f"checkpoint {config.file} takes {channels} channel(s); pass as many values to --mean and --std"
             )
         crop_pct = config.crop_pct or (CLASSIFIER_CROP_PCT if network.num_classes else 1.0)
-
-        def write(fresh: Path) -> None:
-            names = class_names(network)
-            export_network(network, fresh, mean, std, crop_pct=crop_pct, classes=names, tag="upstream")
-            if objective:
-                state = objective.state_dict()
-                parts = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
-                save_file(parts, fresh / PRETRAINING_FILE)
-
-        with explain_disk_errors(folder):
-            replace_folder(folder, write)
+        write = partial(
+            export_network, network, mean=mean, std=std, crop_pct=crop_pct, classes=class_names(network), tag="upstream"
+        )
+        replace_folder(folder, write)
     return {
         "architecture": network.pretrained_cfg["architecture"],
         "num_heads": network.blocks[0].attn.num_heads,
@@ -74,5 +57,4 @@ def convert(values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
         "channels": channels,
         "classes": network.num_classes,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "pretraining": objective is not None,
     }

@@ -16,19 +16,18 @@ def run(call: Call) -> int:
         return 0
     what = f"classifier of {result['classes']} classes" if result["classes"] else "network without a classifier"
     assumed = " (assumed: the file does not tell; if wrong, pass --num-heads)" if result["num_heads_assumed"] else ""
-    more = ", mask vector and head beside it" if result["pretraining"] else ""
     call.say(
-        f"{result['architecture']}, {what}, {result['image_size']} px, {result['num_heads']} attention heads{assumed}"
-        f'{more}: {call.out}\nuse it: timm.create_model("local-dir:{call.out}", pretrained=True)'
+        f"{result['architecture']}, {what}, {result['image_size']} px, {result['num_heads']} attention heads{assumed}: "
+        f'{call.out}\nuse it: timm.create_model("local-dir:{call.out}", pretrained=True)'
     )
     return 0
 
 
 UPSTREAM = Verb(
     summary="turn a checkpoint of MaPeT's authors into a folder for timm and every command",
-    about="Turn a checkpoint of MaPeT's authors, a classifier or a pre-training checkpoint, into an exported folder.\n"
-    "No code in the file is run, and a weight that does not fit is an error. Published weights of MAE, BEiT and\n"
-    "BEiT v2 need no conversion: every command takes timm's names for them.",
+    about="Turn the network of a checkpoint of MaPeT's authors, a classifier or a pre-training checkpoint, into an\n"
+    "exported folder. No code in the file is run, and a weight that does not fit is an error. Published weights of\n"
+    "MAE, BEiT and BEiT v2 need no conversion: every command takes timm's names for them.",
     example="  mapet convert upstream mapet_base.tar --out models/mapet",
     configs=(ConvertConfig,),
     run=run,

@@ -1,6 +1,6 @@
 """The evaluations by name, and their configurations."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,7 +9,6 @@ from mapet.config.keys import KNN_TEMPERATURE, BatchSize, Count, InferenceKeys, 
 
 Rates = Annotated[tuple[LearningRate, ...], Field(min_length=1)]
 Decays = Annotated[tuple[WeightDecay, ...], Field(min_length=1)]
-Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class FeatureKeys(InferenceKeys):
@@ -24,6 +23,8 @@ class FeatureKeys(InferenceKeys):
 
 class HeadKeys(Config):
     """How the heads of a probe are trained."""
+
+    most_passes: ClassVar[int | None] = None  # limit of the default steps
 
     steps: Count | None = key(
         None,
@@ -42,7 +43,7 @@ class HeadKeys(Config):
 class KNNConfig(FeatureKeys):
     """A weighted k-NN classifier."""
 
-    k: Counts = key(
+    k: Annotated[tuple[Count, ...], Field(min_length=1)] = key(
         (1, 5, 10, 20, 50, 100, 200),
         "numbers of neighbours; the best one on held-out training images is used",
         common=True,
@@ -62,6 +63,8 @@ class LinearConfig(HeadKeys, FeatureKeys):
 
 class AttentiveConfig(HeadKeys, InferenceKeys):
     """An attentive probe."""
+
+    most_passes = 300
 
     lr: Rates = key((3e-4, 1e-3, 3e-3), "learning rates to choose from")
     weight_decay: Decays = key((0.01,), "weight decays to choose from")

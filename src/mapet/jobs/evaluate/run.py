@@ -3,50 +3,42 @@
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
-from mapet.config.base import settle
+from mapet.config.base import read_recipe, settle
 from mapet.config.keys import InferenceKeys
-from mapet.data.labelled import open_labelled, open_test
+from mapet.data.open import labels_to_use, open_labelled, open_test
+from mapet.data.sources import ImageSet
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.runfolder import check_out, explain_disk_errors
-from mapet.inference.from_config import open_on_device, stream_options
-from mapet.inference.models import OpenModel
+from mapet.engine.runfolder import check_out, run_of
+from mapet.errors import MapetError
+from mapet.inference.models import OpenModel, open_on_device
+from mapet.inference.streaming import stream_options
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.evaluate.config import EVALUATIONS, AttentiveConfig, ClassifyConfig, KNNConfig, LinearConfig
 from mapet.jobs.evaluate.results import write_results
-from mapet.jobs.evaluate.seen import count_seen
-from mapet.probes.attentive import MOST_PASSES, fit_attentive
-from mapet.probes.classifier import score_classifier
-from mapet.probes.features import Features, extract_features
-from mapet.probes.heads import Fit, Training, evaluate_probe, grid
+from mapet.probes.fits import fit_attentive, fit_linear
+from mapet.probes.heads import Fit, Training, default_steps, evaluate_probe, grid
 from mapet.probes.knn import evaluate_knn
-from mapet.probes.linear import fit_linear
-from mapet.probes.metrics import Scores, summarise
+from mapet.probes.labelled import Features, extract_features, score_classifier, summarise
 from mapet.report.progress import Meter
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
-# Features of the training and the test images, by the configuration values that they depend on.
-Memo = dict[tuple[Any, ...], tuple[Features, Features]]
+Parts = tuple[Features, Features]  # training and test images
 
 
 def evaluate(
-    kind: str,
-    values: Mapping[str, Any],
-    out: str | Path | None = None,
-    *,
-    console: Console | None = None,
-    memo: Memo | None = None,
+    kind: str, values: Mapping[str, Any], out: str | Path | None = None, *, console: Console | None = None
 ) -> Results:
     """Measure a model on labelled images.
 
@@ -55,7 +47,6 @@ def evaluate(
         values: keys of the configuration; ``model`` and ``data`` are required.
         out: a new folder for ``results.json``, ``results.md`` and ``confusion.csv``; None: nothing is written.
         console: shows the progress; None: standard error.
-        memo: keeps pooled features for further calls with the same model and images.
 
     Returns:
         the content of ``results.json``: ``accuracy`` in 0..1 (the mean over the seeds; ``least`` and ``greatest`` are
@@ -70,53 +61,51 @@ def evaluate(
         check_out(config.data, out)
     with nullcontext() if out is None else claimed_folder(Path(out)):
         opened = open_on_device(config, classifier=kind == "classify")
-        measure, console = MEASURES[kind], console or Console(stderr=True)
         results = {
             "kind": kind,
             **{key: getattr(config, key) for key in ("model", "data", "reinit", "seed")},
             "image_size": list(opened.view.size),
-            **measure(config, opened, console, {} if memo is None else memo),
+            **MEASURES[kind](config, opened, console or Console(stderr=True)),
         }
         if out is not None:
-            with explain_disk_errors(Path(out)):
-                replace_folder(Path(out), partial(write_results, results))
+            replace_folder(Path(out), partial(write_results, results))
     return results
 
 
-def _measure_knn(config: KNNConfig, opened: OpenModel, console: Console, memo: Memo) -> Results:
-    train, test = _pooled_features(config, opened, console, memo)
-    result = evaluate_knn(train, test, config.k, config.temperature, config.seed)
+def _measure_knn(config: KNNConfig, opened: OpenModel, console: Console) -> Results:
+    train, test = _extract(config.features, config, opened, console)
+    scores, k, sweep = evaluate_knn(train, test, config.k, config.temperature, config.seed)
     return {
-        **_summarise_probe([result.scores], train, test),
+        **summarise([scores]),
+        "train_images": len(train),
+        "test_images": len(test),
         "features": config.features,
-        "k": result.k,
+        "k": k,
         "temperature": config.temperature,
-        "sweep": [{"k": k, "held_out": held, "test": result.test[k]} for k, held in result.held_out.items()],
+        "sweep": sweep,
     }
 
 
-def _measure_linear(config: LinearConfig, opened: OpenModel, console: Console, memo: Memo) -> Results:
-    train, test = _pooled_features(config, opened, console, memo)
-    return {"features": config.features, **_train_probe(fit_linear, config, train, test, opened, console)}
+def _measure_linear(config: LinearConfig, opened: OpenModel, console: Console) -> Results:
+    parts = _extract(config.features, config, opened, console)
+    return {"features": config.features, **_train_probe(fit_linear, config, parts, opened, console)}
 
 
-def _measure_attentive(config: AttentiveConfig, opened: OpenModel, console: Console, memo: Memo) -> Results:
+def _measure_attentive(config: AttentiveConfig, opened: OpenModel, console: Console) -> Results:
     with tempfile.TemporaryDirectory(prefix="mapet-") as folder:
-        train, test = _extract("patches", config, opened, console, Path(folder))
-        return _train_probe(fit_attentive, config, train, test, opened, console, MOST_PASSES)
+        parts = _extract("patches", config, opened, console, Path(folder))
+        return _train_probe(fit_attentive, config, parts, opened, console)
 
 
-def _measure_classifier(config: ClassifyConfig, opened: OpenModel, console: Console, memo: Memo) -> Results:
+def _measure_classifier(config: ClassifyConfig, opened: OpenModel, console: Console) -> Results:
     images = open_test(config.data, opened.require_classes(), f"model {config.model!r}")
     view = replace(opened.view, interpolation="bicubic")  # as in fine-tuning
-    seen = None if config.reinit else count_seen(config.model, images)
+    seen = None if config.reinit else _count_seen(config.model, images)
     if seen:
         logger.warning(
-            "%d of the %d images measured are among those that %s was trained on, so the accuracy says little about "
-            "new images; results.json of the run has the accuracy on images that were held out",
-            seen,
-            len(images),
-            config.model,
+            f"{seen} of the {len(images)} images measured are among those that {config.model} was trained on, so the "
+            "accuracy says little about new images; results.json of the run has the accuracy on images that were held "
+            "out"
         )
     with Meter(console, "images", len(images)) as meter:
         options = stream_options(config, opened, images)
@@ -125,7 +114,7 @@ def _measure_classifier(config: ClassifyConfig, opened: OpenModel, console: Cons
     return found if seen is None else {**found, "images_trained_on": seen}
 
 
-MEASURES: dict[str, Callable[[Any, OpenModel, Console, Memo], Results]] = {
+MEASURES: dict[str, Callable[[Any, OpenModel, Console], Results]] = {
     "knn": _measure_knn,
     "linear": _measure_linear,
     "attentive": _measure_attentive,
@@ -133,19 +122,9 @@ MEASURES: dict[str, Callable[[Any, OpenModel, Console, Memo], Results]] = {
 }
 
 
-def _pooled_features(
-    config: KNNConfig | LinearConfig, opened: OpenModel, console: Console, memo: Memo
-) -> tuple[Features, Features]:
-    """Return the features of the training and the test images, ``(n, D)``, from the memo if they are there."""
-    key = (config.features, *(getattr(config, name) for name in InferenceKeys.model_fields))
-    if key not in memo:
-        memo[key] = _extract(config.features, config, opened, console)
-    return memo[key]
-
-
 def _extract(
     features: str, config: InferenceKeys, opened: OpenModel, console: Console, folder: Path | None = None
-) -> tuple[Features, Features]:
+) -> Parts:
     """Compute the features of the training and the test images; with a folder they are stored in it."""
 
     def network(images: Tensor) -> Tensor:
@@ -160,36 +139,51 @@ def _extract(
 
 
 def _train_probe(
-    fit: Fit,
-    config: LinearConfig | AttentiveConfig,
-    train: Features,
-    test: Features,
-    opened: OpenModel,
-    console: Console,
-    most_passes: int | None = None,
+    fit: Fit, config: LinearConfig | AttentiveConfig, parts: Parts, opened: OpenModel, console: Console
 ) -> Results:
     """Evaluate a probe with each seed."""
     settings, probes, runs = grid(config.lr, config.weight_decay), [], []
+    train, test = parts
+    steps = config.steps or default_steps(len(train), config.probe_batch, config.most_passes)
     for number in range(config.seeds):
-        training = Training(config.seed + number, opened.device, config.steps, config.probe_batch, most_passes)
         what = f"probe, seed {number + 1} of {config.seeds} (choose a setting, then train with it)"
-        with Meter(console, what, 2 * training.steps_for(len(train))) as meter:
-            probe = evaluate_probe(fit, train, test, settings, replace(training, show=meter.show))
+        with Meter(console, what, 2 * steps) as meter:
+            training = Training(config.seed + number, opened.device, steps, config.probe_batch, meter.show)
+            probe = evaluate_probe(fit, train, test, settings, training)
         probes.append(probe)
-        runs.append(
-            {
-                "seed": training.seed,
-                "accuracy": probe.scores.accuracy,
-                **asdict(probe.setting),
-                "held_out": probe.held_out[probe.setting],
-            }
-        )
-    sweep = [
-        {**asdict(setting), "held_out": statistics.mean(probe.held_out[setting] for probe in probes)}
-        for setting in settings
-    ]
-    return {**_summarise_probe([probe.scores for probe in probes], train, test), "runs": runs, "sweep": sweep}
+        run = {"seed": training.seed, "accuracy": probe.scores.accuracy, **asdict(probe.setting)}
+        runs.append({**run, "held_out": probe.held_out[probe.setting]})
+    held_out = [statistics.mean(probe.held_out[setting] for probe in probes) for setting in settings]
+    return {
+        **summarise([probe.scores for probe in probes]),
+        "train_images": len(train),
+        "test_images": len(test),
+        "runs": runs,
+        "sweep": [{**asdict(setting), "held_out": held} for setting, held in zip(settings, held_out, strict=True)],
+    }
 
 
-def _summarise_probe(scores: Sequence[Scores], train: Features, test: Features) -> Results:
-    return {**summarise(scores), "train_images": len(train), "test_images": len(test)}
+def _count_seen(model: str, images: ImageSet) -> int | None:
+    """Count the files of ``images`` that a fine-tuned run was trained on; None if that cannot be determined.
+
+    Args:
+        model: see ``engine.runfolder.run_of``.
+        images: the evaluated images.
+    """
+    run = run_of(model)
+    if run is None:
+        return None
+    try:
+        config = read_recipe(run.config)
+        choice = config["label_share"], config["labels_per_class"], config["seed"]
+        seen = labels_to_use(open_labelled(config["data"], config["seed"])[0], *choice)
+    except (MapetError, KeyError, TypeError):  # a run of another command, a changed config, or missing images
+        return None
+    return len(_files(images) & _files(seen))
+
+
+def _files(images: ImageSet) -> set[Path]:
+    """Return the real paths of the image files; two names of one folder give the same paths."""
+    real = cache(Path.resolve)
+    paths = (images.path(index) for index in range(len(images)))
+    return {real(path.parent) / path.name for path in paths if path is not None}

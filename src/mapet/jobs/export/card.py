@@ -1,6 +1,8 @@
 """The model card of an export, which the Hugging Face hub shows: written from the record of the run."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -9,63 +11,46 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from mapet import __version__
-from mapet.engine.lineage import AVERAGED, LAST_RECORDS, RunRecord, strip_paths
+from mapet.engine.lineage import AVERAGED, LAST_RECORDS, RunRecord, read_run, strip_paths
 from mapet.inference.models import OpenModel
-from mapet.jobs.export.program import output_name
+from mapet.jobs.export.config import TimmExportConfig
 
-CITATION = """@article{baraldi2025mapet,
-  title   = {Learning to Mask and Permute Visual Tokens for Vision Transformer Pre-Training},
-  author  = {Baraldi, Lorenzo and Amoroso, Roberto and Cornia, Marcella and Baraldi, Lorenzo and Pilzer, Andrea and
-             Cucchiara, Rita},
-  journal = {Computer Vision and Image Understanding},
-  year    = {2025},
-  doi     = {10.1016/j.cviu.2025.104294},
-  note    = {arXiv:2306.07346}
-}"""
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
-def model_card(opened: OpenModel, run: RunRecord | None, name: str, license: str, *, untrained: bool = False) -> str:
+def model_card(opened: OpenModel, config: TimmExportConfig, name: str) -> str:
     """Return a model card, Markdown with YAML front matter.
 
     Args:
         opened: the model.
-        run: the record of its run; None if it was not trained here, or its weights are not the run's.
+        config: of the export. The record of the model's run is shown unless its weights are random.
         name: of the exported folder.
-        license: of the weights, as the hub names it.
-        untrained: whether its weights are random.
     """
+    run = None if config.reinit else read_run(config.model)
+    runs = [] if run is None else list(_with_origins(run))
     task = "image-classification" if opened.classes else "image-feature-extraction"
     tags = ["timm", task, *(["mapet"] if run else [])]
-    data = ModelCardData(license=license, library_name="timm", pipeline_tag=task, tags=tags)
-    facts = [
-        *_model_facts(opened, untrained),
-        *(_run_facts(run) if run else [("exported from", strip_paths(opened.name))]),
-    ]
-    facts.append(("exported by", f"mapet {__version__}, torch {torch.__version__}, timm {timm.__version__}"))
-    sections = [
-        f"# {_one_line(name)}",
-        "\n".join(f"- {what}: {_one_line(value)}" for what, value in facts),
-        f"## Usage\n\n{_fenced('python', _snippet(opened))}",
-    ]
-    if license == "unknown":
-        sections.append("## Licence\n\nNo licence has been chosen. Name one under `license:` at the top of this file.")
-    if run is not None:
-        sections.append(f"## Configuration\n\n{_yaml(run.config)}")
-        for origin in _origins(run.origin):
-            sections.append(
-                f"## Configuration of the run before, {_one_line(origin['run'])}\n\n{_yaml(origin['config'])}"
-            )
-        if run.results:
-            sections.append(f"## Results\n\n{_yaml(run.results)}")
-        sections.append(f"## Citation\n\nmapet implements the pre-training of\n\n{_fenced('bibtex', CITATION)}")
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    card = ModelCard.from_template(
+        ModelCardData(license=config.license, library_name="timm", pipeline_tag=task, tags=tags),
+        template_path=str(TEMPLATE),
+        name=name,
+        facts=[
+            *_model_facts(opened, "random parameters" if config.reinit else "parameters"),
+            *(_run_facts(run, runs) if run else [("exported from", strip_paths(opened.name))]),
+            ("exported by", f"mapet {__version__}, torch {torch.__version__}, timm {timm.__version__}"),
+        ],
+        opened=opened,
+        runs=runs,
+        results=run and run.results,
+        to_yaml=_to_yaml,
+    )
+    return f"{card}\n"
 
 
-def _model_facts(opened: OpenModel, untrained: bool) -> Iterator[tuple[str, str]]:
+def _model_facts(opened: OpenModel, parameters: str) -> Iterator[tuple[str, str]]:
     network: Any = opened.network
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    architecture = network.pretrained_cfg.get("architecture", type(network).__name__)
-    yield "network", f"{architecture} with {parameters:,} {'random ' if untrained else ''}parameters"
+    count = sum(parameter.numel() for parameter in network.parameters())
+    yield "network", f"{network.pretrained_cfg['architecture']} with {count:,} {parameters}"
     (rows, columns), colour = opened.view.size, "grey" if opened.channels == 1 else "RGB"
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (opened.view.mean, opened.view.std))
     yield "input", f"{rows} x {columns} pixels, {colour}; mean {mean}, std {std}"
@@ -76,15 +61,17 @@ def _model_facts(opened: OpenModel, untrained: bool) -> Iterator[tuple[str, str]
         yield "output", f"{getattr(network, 'head_hidden_size', network.num_features)} features"
 
 
-def _run_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
-    yield "trained on", _training_data(run.config, run.images)
-    for key in ("model", "objective", "tokenizer"):
-        if run.config.get(key) is not None:
-            yield key, str(run.config[key])
-    if run.last:
-        yield "length", _length(run.last)
-    for origin in _origins(run.origin):
-        yield f"before that, {origin['run']}", _describe_origin(origin)
+def _with_origins(run: RunRecord) -> Iterator[Mapping[str, Any]]:
+    """Yield the record of a run, then those of the runs that its weights come from, the latest first."""
+    record: Mapping[str, Any] = asdict(run)
+    while record:
+        yield record
+        record = record["origin"]
+
+
+def _run_facts(run: RunRecord, runs: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for record in runs:
+        yield f"before that, {record['run']}" if "run" in record else "trained on", _describe(record)
     for key, value in run.metrics.items():
         averaged = f", mean of the last {LAST_RECORDS} logged steps" if key in AVERAGED else ""
         yield f"{key}{averaged}", f"{value:.4g}"
@@ -94,55 +81,20 @@ def _run_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield f"{run.baseline['metric']} without looking at the image", f"{run.baseline['level']:.4g}"
 
 
-def _origins(origin: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the records of the runs that a run's weights come from, the latest first."""
-    while origin:
-        yield origin
-        origin = origin["origin"]
-
-
-def _describe_origin(origin: Mapping[str, Any]) -> str:
-    config = origin["config"]
-    parts = [_training_data(config, origin["images"])]
+def _describe(record: Mapping[str, Any]) -> str:
+    """Return the images, the method and the length of a run in words."""
+    config, images, last = record["config"], record["images"], record["last"]
+    parts = [str(config.get("data", "unknown images"))]
+    if images is not None:
+        parts.append(f"{images:,} images")
     parts += [f"{key} {config[key]}" for key in ("objective", "tokenizer") if config.get(key) is not None]
-    parts += [_length(origin["last"])] if origin["last"] else []
+    if last:
+        parts.append(f"{last['step'] + 1:,} steps")
+    if last.get("epoch") is not None:
+        parts.append(f"{last['epoch']:.4g} epochs")
     return ", ".join(parts)
 
 
-def _training_data(config: Mapping[str, Any], images: int | None) -> str:
-    return f"{config.get('data', 'unknown images')}" + ("" if images is None else f", {images:,} images")
-
-
-def _length(last: Mapping[str, Any]) -> str:
-    """Return the length of a run by the last record of its metrics."""
-    epochs = "" if last.get("epoch") is None else f", {last['epoch']:.4g} epochs"
-    return f"{last['step'] + 1:,} steps{epochs}"
-
-
-def _snippet(opened: OpenModel) -> str:
-    mode = "L" if opened.channels == 1 else "RGB"
-    name = output_name(opened)
-    shown = 'print(model.pretrained_cfg["label_names"][logits.argmax()])' if opened.classes else "print(features.shape)"
-    return f"""import timm
-import torch
-from PIL import Image
-
-model = timm.create_model("local-dir:.", pretrained=True).eval()  # this folder; from the hub: "hf-hub:OWNER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = transform(Image.open("image.jpg").convert("{mode}"))
-with torch.no_grad():
-    {name} = model(image[None])
-{shown}"""
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
+def _to_yaml(values: Mapping[str, Any]) -> str:
     given = {key: value for key, value in values.items() if value is not None}
-    return _fenced("yaml", yaml.safe_dump(given, sort_keys=False))
-
-
-def _fenced(language: str, text: str) -> str:
-    return f"```{language}\n{text.strip()}\n```"
+    return yaml.safe_dump(given, sort_keys=False).strip()

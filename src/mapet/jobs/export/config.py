@@ -1,8 +1,9 @@
 """The configuration of an export."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from mapet.config.base import key
+from mapet.config.base import CHOSEN, key
 from mapet.config.keys import Count, ModelKeys, Text
 
 
@@ -16,18 +17,18 @@ class ExportConfig(ModelKeys):
         common=True,
     )
     check_images: Count = key(100, "number of images that are compared", common=True)
-    tolerance: float | None = key(
-        None,
+    tolerance: float = key(
+        CHOSEN,
         "largest absolute difference between outputs that is accepted; default: 1e-4, and 0.02 for weights rounded to "
         "float16",
         common=True,
         ge=0,
     )
 
-    @property
-    def allowed_difference(self) -> float:
-        """The tolerance, or its default."""
-        return 1e-4 if self.tolerance is None else self.tolerance
+    @classmethod
+    def choose(cls, given: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+        """Return the tolerance."""
+        return {"tolerance": given.get("tolerance", 0.02 if given.get("dtype") == "float16" else 1e-4)}
 
 
 class TimmExportConfig(ExportConfig):
@@ -42,11 +43,6 @@ class TimmExportConfig(ExportConfig):
     dtype: Literal["float32", "float16"] = key(
         "float32", "type of the stored weights; float16 halves the file and rounds the weights", common=True
     )
-
-    @property
-    def allowed_difference(self) -> float:
-        """The tolerance, or its default."""
-        return 0.02 if self.tolerance is None and self.dtype == "float16" else super().allowed_difference
 
 
 # Configuration of each format, and the ending of its file; "" for a folder.

@@ -1,30 +1,29 @@
 """Export of a model, kept only if the export gives what the model gives."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mapet.config.base import read_recipe, settle
 from mapet.data.open import open_images
 from mapet.data.sources import ImageSet
 from mapet.engine.files import claimed_folder, new_file, replace_folder
-from mapet.engine.lineage import read_run
-from mapet.engine.runfolder import RunFolder, explain_disk_errors
+from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError, nearest
 from mapet.inference.models import OpenModel, open_model
+from mapet.inference.streaming import stream
 from mapet.jobs.export.card import model_card
-from mapet.jobs.export.check import compare
 from mapet.jobs.export.config import CONFIGS, SUFFIXES, ExportConfig, TimmExportConfig
-from mapet.jobs.export.onnx import read_onnx, require_onnx, write_onnx
-from mapet.jobs.export.program import read_program, write_program
-from mapet.models.export import export_network
+from mapet.jobs.export.formats import Exported, first_line, require_onnx, write_onnx, write_timm, write_torch
 
 logger = logging.getLogger(__name__)
+
+# Batches of 32 images are cut at these indices into 1, 3 and 28 images: an export must take any number of images.
+BATCH_SIZE, CUTS = 32, (1, 4)
 
 
 def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[str, Any]:
@@ -58,15 +57,21 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
         )
         images = _choose_images(config)
         logger.info("exporting %s", config.model)
-        exported = _write_and_read(form, opened, fresh, config, target.name)
+        if isinstance(config, TimmExportConfig):
+            exported = write_timm(opened, fresh, config)
+            card = model_card(opened, config, target.name)
+            # File names need not be valid Unicode.
+            (fresh / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        else:
+            exported = write_onnx(opened, fresh) if form == "onnx" else write_torch(opened, fresh)
         logger.info("comparing with the model on %d images of %s", len(images), images.name)
         compared, difference = compare(opened, exported, images)
         # Not ">": the difference may be NaN.
-        if not difference <= config.allowed_difference:
+        if not difference <= config.tolerance:
             raise MapetError(
                 f"the {form} export of {config.model!r} differs from the model by up to {difference:.3g} on {compared} "
-                f"images, more than the tolerance {config.allowed_difference:g}, so it was not kept; use another "
-                "format, or raise --tolerance"
+                f"images, more than the tolerance {config.tolerance:g}, so it was not kept; use another format, or "
+                "raise --tolerance"
             )
         found.update(
             input_size=[opened.channels, *opened.view.size],
@@ -76,51 +81,48 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
             largest_difference=difference,
         )
 
-    with explain_disk_errors(target.parent):
-        if suffix:
-            with new_file(target) as fresh:
-                export(fresh)
-        else:
-            with claimed_folder(target):
-                replace_folder(target, export)
+    if suffix:
+        with new_file(target) as fresh:
+            export(fresh)
+    else:
+        with claimed_folder(target):
+            replace_folder(target, export)
     size = sum(file.stat().st_size for file in (target, *target.glob("*")) if file.is_file())
-    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.allowed_difference, **found}
+    return {"path": str(target), "format": form, "bytes": size, "tolerance": config.tolerance, **found}
 
 
-def _write_and_read(
-    form: str, opened: OpenModel, path: Path, config: ExportConfig, name: str
-) -> Callable[[Tensor], Tensor]:
-    """Write an export that will be called ``name``, and return the function that it computes."""
-    if form == "onnx":
-        write_onnx(opened, path)
-        return read_onnx(path)
-    if form == "torch":
-        write_program(opened, path)
-        return read_program(path)
-    assert isinstance(config, TimmExportConfig)
-    _write_timm(opened, path, config, name)
-    network: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
-    return network.eval()
+def compare(opened: OpenModel, exported: Exported, images: ImageSet) -> tuple[int, float]:
+    """Run a model and its export on images, in float32, in batches of several sizes.
+
+    Args:
+        opened: the model.
+        exported: takes ``(B, C, H, W)`` images on the CPU, as the model does, and should return the same.
+        images: to compare on; damaged images are left out.
+
+    Returns:
+        The number of images, and the largest absolute difference between outputs; NaN if an output holds a NaN.
+
+    Raises:
+        MapetError: if the export cannot be run, or no image can be read.
+    """
+
+    def difference(batch: Tensor) -> Tensor:
+        parts = [part for part in batch.tensor_split(CUTS) if len(part)]
+        return torch.stack([(_run(exported, part) - opened.network(part)).abs().max() for part in parts]).max()
+
+    count, largest = 0, torch.tensor(0.0)
+    for indices, found in stream(
+        difference, images, opened.view, opened.channels, device=opened.device, batch_size=BATCH_SIZE
+    ):
+        count, largest = count + len(indices), torch.maximum(largest, found)
+    return count, largest.item()
 
 
-def _write_timm(opened: OpenModel, folder: Path, config: TimmExportConfig, name: str) -> None:
-    view = opened.view
-    export_network(
-        opened.network,
-        folder,
-        view.mean,
-        view.std,
-        crop_pct=view.crop_pct,
-        interpolation=view.interpolation,
-        classes=opened.classes,
-        license=config.license,
-        tag="untrained" if config.reinit else None,
-        dtype=getattr(torch, config.dtype),
-    )
-    run = None if config.reinit else read_run(config.model)
-    card = model_card(opened, run, name, config.license, untrained=config.reinit)
-    # File names need not be valid Unicode.
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+def _run(exported: Exported, images: Tensor) -> Tensor:
+    try:
+        return exported(images)
+    except Exception as error:  # of ONNX Runtime, or a guard of torch.export
+        raise MapetError(f"the export cannot be run on {len(images)} images: {first_line(error)}") from error
 
 
 def _choose_images(config: ExportConfig) -> ImageSet:

@@ -6,12 +6,6 @@ from functools import partial
 from mapet.config.verb import Call, Verb
 from mapet.jobs.export.config import CONFIGS, SUFFIXES
 
-WHAT = {
-    "timm": "a folder for timm and the Hugging Face hub, with a model card",
-    "onnx": "an ONNX file with a dynamic batch (needs 'mapet[onnx]')",
-    "torch": "a torch.export program with a dynamic batch",
-}
-
 
 def run(form: str, call: Call) -> int:
     """Export."""
@@ -28,11 +22,11 @@ def run(form: str, call: Call) -> int:
     return 0
 
 
-def _verb(form: str) -> Verb:
+def _verb(form: str, what: str) -> Verb:
     suffix = SUFFIXES[form]
     return Verb(
-        summary=f"export a model as {WHAT[form]}",
-        about=f"Export a model as {WHAT[form]}.\nThe export is read back and compared with the model on real images "
+        summary=f"export a model as {what}",
+        about=f"Export a model as {what}.\nThe export is read back and compared with the model on real images "
         "before it is kept.",
         example=f"  mapet export {form} runs/classifier --out classifier{suffix}",
         configs=(CONFIGS[form],),
@@ -46,4 +40,6 @@ def _verb(form: str) -> Verb:
     )
 
 
-TIMM, ONNX, TORCH = map(_verb, ("timm", "onnx", "torch"))
+TIMM = _verb("timm", "a folder for timm and the Hugging Face hub, with a model card")
+ONNX = _verb("onnx", "an ONNX file with a dynamic batch (needs 'mapet[onnx]')")
+TORCH = _verb("torch", "a torch.export program with a dynamic batch")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from mapet.config.base import CHOSEN, default_of, key
-from mapet.config.keys import BatchSize, Count, LearningRate, LeastRate, ModelKeys, Share, Text, TrainKeys
+from mapet.config.keys import Count, LeastRate, ModelKeys, Share, Text, TrainKeys
 
 # Names of timm's augmentation policies. timm ignores parts of a name that it does not understand.
 POLICY = (
@@ -33,17 +33,6 @@ class FinetuneConfig(TrainKeys, ModelKeys):
         None, "share of each class's labels that is used, at least one; 1: all", common=True, gt=0, le=1
     )
     labels_per_class: Count | None = key(None, "labels of each class that are used; default: all", common=True)
-    batch_size: BatchSize = key(
-        CHOSEN,
-        "images per optimiser step, over all devices; default: 512, or fewer for fewer than 5,120 images, so that an "
-        "epoch has ten steps or more",
-        common=True,
-    )
-    lr: LearningRate = key(
-        CHOSEN,
-        "peak learning rate; default: upstream's, 5e-4 * sqrt(batch size / 512), where batches below 32 count as 32",
-        common=True,
-    )
     min_lr: LeastRate = key(1e-6, "learning rate at the end of the cosine")
     warmup: float = key(0.2, "share of the run that warms up", ge=0, lt=1)
     layer_decay: float | None = key(

@@ -16,14 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mapet.config.base import continued, default_of, parse, read_recipe, settle
 from mapet.data.augment import AugmentedView
 from mapet.data.batches import DamageTally, ViewDataset
-from mapet.data.labelled import labels_to_use, open_labelled
+from mapet.data.open import labels_to_use, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.engine.files import replace_file
 from mapet.engine.lineage import record_origin
 from mapet.engine.optimizer import build_optimizer
-from mapet.engine.parallel import fast_precision
-from mapet.engine.processes import agree, count_workers, join_processes, main_first, on_main
+from mapet.engine.parallel import agree, count_workers, fast_precision, join_processes, main_first, on_main
 from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
 from mapet.engine.trainer import Result, Trainer
@@ -32,8 +31,7 @@ from mapet.inference.models import OpenModel, open_model
 from mapet.jobs.finetune.classification import Classification
 from mapet.jobs.finetune.config import FinetuneConfig
 from mapet.models.export import export_network
-from mapet.probes.classifier import score_classifier
-from mapet.probes.metrics import Scores, summarise
+from mapet.probes.labelled import Scores, score_classifier, summarise
 from mapet.report.progress import ProgressSink
 
 

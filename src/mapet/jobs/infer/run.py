@@ -16,10 +16,8 @@ from mapet.config.base import settle
 from mapet.config.keys import InferenceKeys
 from mapet.data.open import open_images
 from mapet.errors import MapetError
-from mapet.inference.finite import check_finite
-from mapet.inference.from_config import open_on_device, stream_options
-from mapet.inference.models import OpenModel
-from mapet.inference.streaming import stream
+from mapet.inference.models import OpenModel, open_on_device
+from mapet.inference.streaming import check_finite, stream, stream_options
 from mapet.inference.tokens import Tokens, read_tokens
 from mapet.jobs.infer.config import EmbedConfig, PredictConfig
 from mapet.jobs.infer.tables import Columns, WriteTable, new_table
@@ -66,14 +64,14 @@ def embed_images(values: Mapping[str, Any], out: str | Path, *, console: Console
         about = {"features": list(config.features), "grid": list(tokens.grid or ()) or None}
 
         def features(tokens: Tokens, keys: list[str]) -> Columns:
-            columns = {
-                kind: tokens.choose(kind).flatten(1).to(getattr(torch, config.dtype)) for kind in config.features
-            }
-            for kind, values in columns.items():
+            columns: dict[str, Any] = {}
+            for kind in config.features:
+                values = tokens.choose(kind).flatten(1).to(getattr(torch, config.dtype))
                 check_finite(values, keys, f"the {kind} feature")
-            return {kind: values.cpu().numpy() for kind, values in columns.items()}
+                columns[kind] = values.cpu().numpy()
+            return columns
 
-        return _write_rows(write, about, config, opened, read, features, "embedding", console)
+        return _write_rows(write, config, opened, read, features, console, about)
 
 
 def predict_images(
@@ -112,27 +110,26 @@ def predict_images(
                 columns[f"probability{suffix}"] = [round(p, 6) for p in probabilities[:, rank].tolist()]
             return columns
 
-        return _write_rows(write, {}, config, opened, opened.network, predictions, "predicting", console)
+        return _write_rows(write, config, opened, opened.network, predictions, console)
 
 
 def _write_rows(
     write: WriteTable,
-    about: Mapping[str, Any],
     config: InferenceKeys,
     opened: OpenModel,
     network: Callable[[Tensor], Any],
     columns: Callable[[Any, list[str]], Columns],
-    what: str,
     console: Console | None,
+    about: Mapping[str, Any] | None = None,
 ) -> InferenceResult:
     """Run a network over all images, and write the key of each image and the columns of its output."""
     images, view, began, written = open_images(config.data), opened.view, time.monotonic(), 0
     options = stream_options(config, opened, images)
 
-    def batches(meter: Meter) -> Iterator[Columns]:
+    def batches() -> Iterator[Columns]:
         nonlocal written
         for indices, output in stream(network, images, view, opened.channels, **options):
-            keys = [encodable(images.keys[i]) for i in indices.tolist()]
+            keys = [encodable(images.key(index)) for index in indices.tolist()]
             yield {"key": keys, **columns(output, keys)}
             written += len(keys)
             meter.show(int(indices[-1]) + 1, f"{written / (time.monotonic() - began):.0f} images/s")
@@ -145,10 +142,10 @@ def _write_rows(
         "channels": opened.channels,
         **{key: getattr(view, key) for key in ("mean", "std", "crop_pct", "interpolation", "squash")},
         "precision": config.precision,
-        **about,
+        **(about or {}),
     }
-    with Meter(console or Console(stderr=True), what, len(images)) as meter:
-        write(batches(meter), made_by)
+    with Meter(console or Console(stderr=True), "images", len(images)) as meter:
+        write(batches(), made_by)
     return InferenceResult(written, len(options["tally"].indices), time.monotonic() - began)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from mapet.engine.files import new_file
-from mapet.engine.runfolder import explain_disk_errors
 from mapet.errors import MapetError
 
 # The rows of a batch, by column: text or numbers, or in Parquet files also an ``(n, d)`` array.
@@ -37,7 +37,7 @@ def new_table(out: str | Path | TextIO, endings: Collection[str] = ENDINGS) -> I
         raise MapetError(f"output {str(out)!r} does not end in {' or '.join(endings)}; choose another --out")
     if ending == ".parquet" and find_spec("pyarrow") is None:
         raise MapetError("Parquet files need pyarrow; install it with: pip install 'mapet[parquet]'")
-    with explain_disk_errors(Path(out).parent), new_file(Path(out)) as fresh:
+    with new_file(Path(out)) as fresh:
         if ending == ".parquet":
             yield partial(write_parquet, fresh)
         else:
@@ -74,22 +74,19 @@ def write_parquet(file: Path, batches: Iterable[Columns], about: Mapping[str, An
     import pyarrow
     from pyarrow import parquet
 
-    writer = None
-    try:
-        for columns in batches:
-            arrays = {
-                name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
-                if isinstance(values, np.ndarray)
-                else pyarrow.array(values)
-                for name, values in columns.items()
-            }
-            table = pyarrow.table(arrays, metadata={"mapet": json.dumps(about)})
-            if writer is None:
-                # Keys do not repeat, so a dictionary is useless, and so are the statistics of features.
-                writer = parquet.ParquetWriter(
-                    file, table.schema, compression="zstd", use_dictionary=False, write_statistics=["key"]
-                )
+    def to_arrow(columns: Columns) -> Any:
+        arrays = {
+            name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
+            if isinstance(values, np.ndarray)
+            else pyarrow.array(values)
+            for name, values in columns.items()
+        }
+        return pyarrow.table(arrays, metadata={"mapet": json.dumps(about)})
+
+    tables = map(to_arrow, batches)
+    first = next(tables)
+    # Keys do not repeat, so a dictionary is useless, and so are the statistics of features.
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["key"]}
+    with parquet.ParquetWriter(file, first.schema, **options) as writer:
+        for table in chain([first], tables):
             writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()

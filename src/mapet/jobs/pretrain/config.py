@@ -32,9 +32,6 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         common=True,
         single=True,
     )
-    init_parts: Literal["backbone", "all"] = key(
-        "backbone", "all: begin with the mask vector and the head of --init as well, for the same targets", single=True
-    )
     model: str = key("vit_small_patch16_224", "a timm Vision Transformer by name", common=True)
     image_size: Pixels = key(224, "side of the square input in pixels", common=True)
     objective: str = key("mapet", "mapet, pim, mim, raster, cae, mae or simmim", common=True, single=True)
@@ -103,8 +100,6 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         super().check_together(given)
         if given.get("std") is not None and min(given["std"]) <= 0:
             raise ValueError("std must be positive")
-        if given.get("init_parts") == "all" and given.get("init") is None:
-            raise ValueError("init_parts is 'all', but there is no init; name what the run begins with")
         if given.get("mirror") and given.get("views") is None and given.get("tokens") is None:
             raise ValueError("mirror needs views: without a fixed number of views each is drawn anew, flip included")
 

@@ -13,21 +13,20 @@ from torch import Tensor
 
 from mapet.config.base import continued, parse, read_recipe
 from mapet.data.batches import DamageTally, ViewDataset, collate, draw_batches, load_batches
-from mapet.data.labelled import open_labelled
-from mapet.data.open import open_images
+from mapet.data.open import open_images, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView
 from mapet.engine.files import replace_folder
 from mapet.engine.lineage import record_origin
 from mapet.engine.optimizer import build_optimizer
-from mapet.engine.processes import agree, count_workers, join_processes, main_first, on_main
+from mapet.engine.parallel import agree, count_workers, join_processes, main_first, on_main
 from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
 from mapet.engine.trainer import Evaluator, Result, Trainer
 from mapet.jobs.pretrain.config import PretrainConfig
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
-from mapet.jobs.pretrain.start import Start, read_start
+from mapet.jobs.pretrain.start import load_weights, read_weights
 from mapet.models.export import export_network
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, build_target
@@ -80,25 +79,23 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     device = torch.device(join_processes().device)
     workers = count_workers(config.workers, images, device)
     evaluators = _evaluators(config, workers)
-    backbone, start = initial_backbone(config), None
-    if config.init is not None and not agree(folder.holds_checkpoint()):
-        start = main_first(lambda: read_start(config))
-        start.load_backbone(backbone, config.model)
+    backbone = initial_backbone(config)
+    begins_with_init = config.init is not None and not agree(folder.holds_checkpoint())
+    if begins_with_init:
+        load_weights(backbone, main_first(lambda: read_weights(config)), config)
     on_main(lambda: folder.open(resume=resume))
     source = _open_source(config, images, backbone.patch_embed.grid_size, folder, device, workers, console)
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, config.mirror)
-    dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
+    dataset = ViewDataset(images, view, config.channels, draws)
 
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
     target = build_target(config.objective, config.targets, backbone, source.width, config.feature_loss)
     objective = build_objective(
         config.objective, backbone, target, config.mask_ratio, config.masking, config.objective_args
     )
-    if start is not None:
-        start.load_parts(objective, source)
     objective.to(device)
-    on_main(lambda: _write_start(config, start, source, folder))
+    on_main(lambda: _write_start(config, source, folder))
     baseline = on_main(lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(lambda: _plot_start(objective, source, dataset, config, folder))
 
@@ -116,7 +113,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
         evaluators=evaluators,
         evaluate_every=config.eval_every,
         targets_name="the teacher" if config.targets == "features" else "the tokenizer or token store",
-        save_first=start is not None,
+        save_first=begins_with_init,
     )
     result = trainer.run()
     if result.is_main:
@@ -140,7 +137,7 @@ def _open_source(
         teacher = main_first(lambda: build_teacher(str(config.teacher), config.teacher_stage, config.teacher_weights))
         return TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, grid, config.seed)
     if config.tokens is not None:
-        return StoredIds(TokenStore.open(config.tokens), images, device)
+        return StoredIds(TokenStore(config.tokens), images, device)
     if agree(folder.tokenizer.exists()):
         return OnlineIds(load_tokenizer(folder.tokenizer), device, config.seed)
     name = str(config.tokenizer)
@@ -156,7 +153,6 @@ def _open_source(
             config,
             dataset,
             DamageTally(images, config.max_damaged),
-            seed=config.seed,
             batch_size=64,
             workers=workers,
             console=console,
@@ -164,11 +160,11 @@ def _open_source(
     return OnlineIds(tokenizer, device, config.seed)
 
 
-def _write_start(config: PretrainConfig, start: Start | None, source: TargetSource, folder: RunFolder) -> None:
+def _write_start(config: PretrainConfig, source: TargetSource, folder: RunFolder) -> None:
     """Write what the run begins with; before this, nothing in the folder tells that there is a run."""
     folder.write_config(config)
-    if start is not None:
-        record_origin(folder, start.name)
+    if config.init is not None:
+        record_origin(folder, config.init)
     if isinstance(source, OnlineIds) and not folder.tokenizer.exists():
         replace_folder(folder.tokenizer, partial(save_tokenizer, source.tokenizer))
 

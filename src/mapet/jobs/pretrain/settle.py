@@ -11,7 +11,7 @@ from mapet.data.seeds import Stream, fold_seed
 from mapet.engine.parallel import check_precision, fast_precision
 from mapet.jobs.pretrain.config import PretrainConfig, check_targets
 from mapet.jobs.pretrain.start import inherit
-from mapet.models.vit import build_vit
+from mapet.models.networks import build_vit
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import build_objective, find_objective
 from mapet.objectives.targets import Ids
@@ -41,7 +41,7 @@ def settle_run(asked: Mapping[str, Any], images: int, processes: int = 1) -> Pre
     published = {"targets": kind.default_targets, "masking": objective.masking, "mask_ratio": kind.default_mask_ratio}
     view, vocab_size = {}, given.get("vocab_size")
     if given.get("tokens") is not None:
-        store = TokenStore.open(given["tokens"])
+        store = TokenStore(given["tokens"])
         view, vocab_size = settle_view(store, given), store.header.vocab_size
         check_grid(f"token store {str(store.folder)!r}", store.header.grid, objective.backbone.patch_embed.grid_size)
     elif targets == "ids":

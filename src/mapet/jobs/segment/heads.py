@@ -1,15 +1,17 @@
-"""Heads on frozen patch features and their training.
+"""Heads on frozen patch features: training, and prediction in full resolution by overlapping windows.
 
 A linear head on frozen patches is the protocol of DINOv2 (Oquab et al., 2304.07193, section 7.4).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import crop
 
 from mapet.data.augment import seeded
 from mapet.data.seeds import Stream, fold_seed
@@ -19,12 +21,12 @@ from mapet.inference.models import OpenModel
 from mapet.inference.streaming import autocast
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.segment.config import SegmentConfig
-from mapet.jobs.segment.dataset import Batch
-from mapet.jobs.segment.masks import IGNORED
+from mapet.jobs.segment.data import IGNORED, Batch
 from mapet.report.progress import Meter
 
 HIDDEN_CHANNELS = 256
 STEPS_PER_CHECK = 10  # reading the loss makes an accelerator wait
+CLASSES_AT_A_TIME = 16  # enlarged to full resolution: memory does not grow with the number of classes
 
 
 def build_head(kind: str, width: int, classes: int, seed: int) -> nn.Sequential:
@@ -67,7 +69,7 @@ class Segmenter:
 
 
 @torch.no_grad()
-def patch_maps(opened: OpenModel, images: Tensor, precision: str = "no") -> Tensor:
+def patch_maps(opened: OpenModel, images: Tensor, precision: str) -> Tensor:
     """Return the frozen features of normalised ``(B, C, H, W)`` images as ``(B, D, rows, columns)`` float32 maps.
 
     Raises:
@@ -127,3 +129,62 @@ def masked_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 def enlarge(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     """Interpolate ``(B, K, h, w)`` logits bilinearly to ``(B, K, *size)``."""
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def predict_classes(segmenter: Segmenter, batches: Iterable[Batch]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield ``(index, truth, prediction)`` for each image in order, both ``(H, W)`` int64 in full resolution.
+
+    Windows of the size of the model's input are laid over an image; their logits are enlarged to pixels, averaged
+    where windows overlap, and enlarged to the size of the mask.
+
+    Args:
+        segmenter: with a head in evaluation mode.
+        batches: of one whole image each, see ``SegmentationDataset``; ``batch_size`` images are held in memory.
+    """
+    size, config = segmenter.opened.view.size, segmenter.config
+    remaining = iter(batches)
+    while group := list(islice(remaining, config.batch_size)):
+        images = [batch["images"][0] for batch in group]
+        corners = [window_corners(image.shape[-2:], size, config.overlap) for image in images]
+        windows = [crop(image, *corner, *size) for image, own in zip(images, corners, strict=True) for corner in own]
+        logits = torch.cat([segmenter.logits(part) for part in torch.stack(windows).split(config.batch_size)])
+        of_images = logits.split([len(own) for own in corners])
+        for batch, image, own, own_logits in zip(group, images, corners, of_images, strict=True):
+            truth, averaged = batch["masks"][0], _average(own_logits, own, size, image.shape[-2:])
+            yield int(batch["index"][0]), truth, _enlarged_argmax(averaged, truth.shape).cpu()
+
+
+def window_corners(size: Sequence[int], window: Sequence[int], overlap: float) -> list[tuple[int, ...]]:
+    """Return (top, left) of the fewest windows that cover an image with an overlap; the last windows end at its edges.
+
+    Args:
+        size: rows and columns of the image.
+        window: rows and columns of a window.
+        overlap: smallest share of a window that the next one shows too.
+    """
+    starts = []
+    for length, side in zip(size, window, strict=True):
+        stride = max(1, int(side * (1 - overlap)))
+        starts.append([*range(0, length - side, stride), length - side])
+    return list(product(*starts))
+
+
+def _average(logits: Tensor, corners: Sequence[Sequence[int]], window: tuple[int, int], size: torch.Size) -> Tensor:
+    """Average the ``(W, K, rows, columns)`` logits of the windows of an image into ``(K, *size)``."""
+    total, count = logits.new_zeros(logits.shape[1], *size), logits.new_zeros(size)
+    for (top, left), own in zip(corners, logits, strict=True):
+        here = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        total[here] += enlarge(own[None], window)[0]
+        count[here] += 1
+    return total / count
+
+
+def _enlarged_argmax(logits: Tensor, size: torch.Size) -> Tensor:
+    """Return the class of the greatest logit of each pixel, ``size``, after enlarging ``(K, h, w)`` logits to it."""
+    best, classes = logits.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.long, device=logits.device)
+    for first in range(0, len(logits), CLASSES_AT_A_TIME):
+        value, index = enlarge(logits[None, first : first + CLASSES_AT_A_TIME], size)[0].max(dim=0)
+        better = value > best
+        best, classes = torch.where(better, value, best), torch.where(better, index + first, classes)
+    return classes

@@ -1,19 +1,17 @@
 """``mapet eval segment``: train heads on frozen patch features, measure them, write the results."""
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import to_dtype
@@ -22,25 +20,19 @@ from mapet.config.base import settle
 from mapet.data.batches import DamageTally, SampleKey, StepSampler, in_order
 from mapet.data.workers import loading_processes
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.parallel import check_precision
-from mapet.engine.processes import count_workers, one_device
-from mapet.engine.runfolder import check_out, explain_disk_errors
+from mapet.engine.parallel import check_precision, count_workers, one_device
+from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError
 from mapet.inference.models import OpenModel, open_model
 from mapet.jobs.segment.config import SegmentConfig
-from mapet.jobs.segment.dataset import Batch, MaskedViews, SegmentationDataset
-from mapet.jobs.segment.heads import Segmenter, build_head, patch_maps, train_head
-from mapet.jobs.segment.masks import MOST_CLASSES, MaskedSet, count_pixels, open_masked
-from mapet.jobs.segment.metrics import Confusion
-from mapet.jobs.segment.report import plot_segmentation, segmentation_markdown
-from mapet.jobs.segment.windows import predict_classes
+from mapet.jobs.segment.data import MOST_CLASSES, Batch, MaskedSet, SegmentationDataset, count_pixels, open_masked
+from mapet.jobs.segment.heads import Segmenter, build_head, patch_maps, predict_classes, train_head
+from mapet.jobs.segment.results import Confusion, Example, write_results
 from mapet.report.progress import Meter
 
 logger = logging.getLogger(__name__)
 
 SHOWN_IMAGES = 6
-
-Example = tuple[Tensor, Tensor, Tensor]  # image, truth, prediction
 
 
 def segment(
@@ -63,15 +55,13 @@ def segment(
     Raises:
         MapetError: for input that cannot work; no part of the folder is written then.
     """
-    config = settle(SegmentConfig, values)
-    with ExitStack() as held:
+    config, console = settle(SegmentConfig, values), console or Console(stderr=True)
+    if out is not None:
+        check_out(config.data, out)
+    with nullcontext() if out is None else claimed_folder(Path(out)):
+        result, head, examples = _Evaluation(config, console).measure()
         if out is not None:
-            check_out(config.data, out)
-            held.enter_context(claimed_folder(Path(out)))
-        result, head, examples = _Evaluation(config, console or Console(stderr=True)).measure()
-        if out is not None:
-            with explain_disk_errors(Path(out)):
-                replace_folder(Path(out), partial(_write, result, head, examples))
+            replace_folder(Path(out), partial(write_results, result, head, examples))
     return result
 
 
@@ -85,12 +75,8 @@ class _Evaluation:
         if train.reduce_zero_label:
             logger.info("value 0 in the masks of %s means no class, value 1 means class 0, and so on", config.data)
         self.opened = self._open_model(config.seed)
-        maps = patch_maps(self.opened, torch.zeros(1, self.opened.channels, *self.opened.view.size))
-        self.width = maps.shape[1]
-        if config.batch_size * maps[0, 0].numel() < 2:
-            raise MapetError(
-                f"model {config.model!r} makes a single patch of an image; take a larger --image-size or --batch-size"
-            )
+        blank = torch.zeros(1, self.opened.channels, *self.opened.view.size)
+        self.width = patch_maps(self.opened, blank, config.precision).shape[1]
         self.train, train_pixels = self._check_masks(train, "training")
         self.test, test_pixels = self._check_masks(test, "test")
         if len(self.train) < config.batch_size:
@@ -98,7 +84,8 @@ class _Evaluation:
                 f"batch size {config.batch_size} is larger than the training part of {len(self.train)} images; lower it"
             )
         self.classes = _check_classes(config, train_pixels, test_pixels)
-        self.train_pixels, self.test_pixels = train_pixels[: self.classes], test_pixels[: self.classes]
+        self.majority = Confusion(self.classes)
+        self.majority.counts[:, int(train_pixels.argmax())] = test_pixels[: self.classes]
 
     def _open_model(self, seed: int) -> OpenModel:
         config = self.config
@@ -110,43 +97,39 @@ class _Evaluation:
         """Return the images that can be read, and the number of pixels of each class, ``(MOST_CLASSES,)``."""
         readable, pixels = [], torch.zeros(MOST_CLASSES, dtype=torch.long)
         tally = DamageTally(part, self.config.max_damaged)
-        pool = ThreadPoolExecutor(count_workers(self.config.workers, part, torch.device("cpu")) or 1)
-        try:
-            with Meter(self.console, f"checking the {name} masks", len(part)) as meter:
-                for index, found in enumerate(pool.map(partial(count_pixels, part), range(len(part)))):
-                    if isinstance(found, str):
-                        tally.add([[(index, found)]])
-                    else:
-                        readable.append(index)
-                        pixels[: len(found)] += found
-                    meter.show(index + 1)
-        finally:
-            pool.shutdown(cancel_futures=True)  # an error need not wait for the masks after it
+        threads = count_workers(self.config.workers, part, torch.device("cpu")) or 1
+        # After an error the pool does not wait for the masks that are left.
+        with ThreadPool(threads) as pool, Meter(self.console, f"checking the {name} masks", len(part)) as meter:
+            for index, found in enumerate(pool.imap(partial(count_pixels, part), range(len(part)))):
+                if isinstance(found, str):
+                    tally.add([[(index, found)]])
+                else:
+                    readable.append(index)
+                    pixels[: len(found)] += found
+                meter.show(index + 1)
         return part.subset(readable), pixels
 
     def measure(self) -> tuple[dict[str, Any], nn.Module, list[Example]]:
         """Train and evaluate a head per seed; return the results, and head and examples of the first seed."""
         config, began, seconds = self.config, time.monotonic(), 0.0
-        runs, confusions, first = [], [], None
+        runs, confusions = [], []
         for seed in range(config.seed, config.seed + config.seeds):
             segmenter = self._train(seed)
             started = time.monotonic()
-            confusion, examples = self._evaluate(segmenter)
+            confusion, shown = self._evaluate(segmenter)
             seconds += time.monotonic() - started
             runs.append({"seed": seed, "miou": confusion.miou, "pixel_accuracy": confusion.pixel_accuracy})
             logger.info("seed %d: mIoU %.4f, pixel accuracy %.4f", *runs[-1].values())
             confusions.append(confusion)
-            first = first or (segmenter.head, examples)
-        assert first is not None, "there is at least one seed"
-        majority = Confusion(self.classes)
-        majority.counts[:, int(self.train_pixels.argmax())] = self.test_pixels
+            if seed == config.seed:
+                head, examples = segmenter.head, shown
         result = {
             **_mean_and_std("miou", runs),
             **_mean_and_std("pixel_accuracy", runs),
             "accuracy": fmean(run["pixel_accuracy"] for run in runs),
             "iou_per_class": [_mean(values) for values in zip(*(c.iou_per_class for c in confusions), strict=True)],
-            "majority_miou": majority.miou,
-            "majority_accuracy": majority.pixel_accuracy,
+            "majority_miou": self.majority.miou,
+            "majority_accuracy": self.majority.pixel_accuracy,
             "runs": runs,
             "train_images": len(self.train),
             "test_images": len(self.test),
@@ -158,38 +141,37 @@ class _Evaluation:
             "reduce_zero_label": self.train.reduce_zero_label,
             "steps": config.total_steps(len(self.train)),
         }
-        return result, *first
+        return result, head, examples
 
     def _train(self, seed: int) -> Segmenter:
         config, steps = self.config, self.config.total_steps(len(self.train))
         opened = self._open_model(seed) if config.reinit else self.opened
-        head = build_head(config.head, self.width, self.classes, seed).to(opened.device)
+        head = build_head(config.head, self.width, self.classes, seed).to(self.device)
         segmenter = Segmenter(opened, head, config)
-        crops = SegmentationDataset(self.train, MaskedViews(opened.view, config).random_crop, opened.channels, seed)
-        batches = self._load(crops, StepSampler(len(self.train), config.batch_size, seed, 0, steps))
+        batches = self._load(self.train, StepSampler(len(self.train), config.batch_size, seed, 0, steps), seed)
         with Meter(self.console, f"training, seed {seed}", steps) as meter:
             train_head(segmenter, batches, steps, meter)
         return segmenter
 
     def _evaluate(self, segmenter: Segmenter) -> tuple[Confusion, list[Example]]:
-        opened, count = segmenter.opened, len(self.test)
-        images = SegmentationDataset(self.test, MaskedViews(opened.view, self.config).whole_image, opened.channels)
-        batches = self._load(images, in_order(count, 1))  # images differ in size
-        confusion, examples = Confusion(self.classes), []
+        count, confusion, examples = len(self.test), Confusion(self.classes), []
+        batches = self._load(self.test, in_order(count, 1))  # images differ in size
         shown = {number * count // SHOWN_IMAGES for number in range(SHOWN_IMAGES)}
         with Meter(self.console, "evaluating", count) as meter:
             for index, truth, prediction in predict_classes(segmenter, batches):
                 confusion.add(truth, prediction)
                 if index in shown:
-                    image = to_dtype(self.test.load(index, opened.channels), torch.float32, scale=True)
+                    image = to_dtype(self.test.load(index, self.opened.channels), torch.float32, scale=True)
                     examples.append((image, truth, prediction))
                 meter.show(index + 1)
         return confusion, examples
 
-    def _load(self, dataset: SegmentationDataset, keys: StepSampler | list[list[SampleKey]]) -> Iterable[Batch]:
-        device = self.opened.device
-        processes = loading_processes(count_workers(self.config.workers, dataset.images, device))
-        return DataLoader(dataset, batch_sampler=keys, pin_memory=device.type == "cuda", **processes)
+    def _load(
+        self, images: MaskedSet, keys: StepSampler | list[list[SampleKey]], seed: int | None = None
+    ) -> Iterable[Batch]:
+        dataset = SegmentationDataset(images, self.opened.view, self.opened.channels, self.config, seed)
+        processes = loading_processes(count_workers(self.config.workers, images, self.device))
+        return DataLoader(dataset, batch_sampler=keys, pin_memory=self.device.type == "cuda", **processes)
 
 
 def _check_classes(config: SegmentConfig, train_pixels: Tensor, test_pixels: Tensor) -> int:
@@ -226,12 +208,3 @@ def _mean_and_std(key: str, runs: Sequence[Mapping[str, float]]) -> dict[str, fl
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
-
-
-def _write(result: dict[str, Any], head: nn.Module, examples: list[Example], folder: Path) -> None:
-    (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "results.md").write_text(segmentation_markdown(result))
-    tensors = {key: value.contiguous().cpu() for key, value in head.state_dict().items()}
-    metadata = {key: str(result[key]) for key in ("head", "model", "classes", "image_size")}
-    save_file(tensors, folder / "head.safetensors", metadata=metadata)
-    plot_segmentation(examples, result["classes"], folder / "predictions.png")

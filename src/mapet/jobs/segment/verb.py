@@ -10,7 +10,7 @@ from mapet.jobs.segment.config import SegmentConfig
 
 def run(call: Call) -> int:
     """Train and measure the heads, and print the results."""
-    from mapet.jobs.segment.report import segmentation_table
+    from mapet.jobs.segment.results import segmentation_table
     from mapet.jobs.segment.run import segment
 
     result = segment(call.values, call.out, console=call.console)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,30 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mapet.config.base import settle
+from mapet.data.batches import DamageTally
 from mapet.data.open import open_images
-from mapet.engine.processes import count_workers, join_processes, main_first, on_main
-from mapet.engine.runfolder import check_out, explain_disk_errors, held_folder
+from mapet.data.seeds import Draws
+from mapet.data.sources import ImageSet
+from mapet.data.views import TrainView
+from mapet.data.workers import loading_processes, one_thread
+from mapet.engine.files import explain_disk_errors, held_folder
+from mapet.engine.parallel import count_workers, join_processes, main_first, on_main, one_device
+from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError
 from mapet.jobs.tokenizer.config import CheckConfig, EncodeConfig
-from mapet.jobs.tokenizer.passes import StoredImages
+from mapet.report.progress import Meter
 from mapet.targets.tokenizer import check_readable, is_ready
 from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.files import load_tokenizer
-from mapet.tokenstore.header import Header
-from mapet.tokenstore.store import HEADER_FILE, State, TokenStore
+from mapet.tokenstore.store import HEADER_FILE, Header, Rows, State, TokenStore
 
 logger = logging.getLogger(__name__)
 
+CHECKED_IMAGES = 256
 # Where two codes are equally near, ids may differ: features differ in the last digit by batch and device.
 LEAST_AGREEMENT = 0.99
 
@@ -58,7 +67,10 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
     check_readable(config.tokenizer, tokenizer, header.view["channels"])
     workers = count_workers(config.workers, images, world.device)
 
-    with _open_together(Path(out), header, images.keys) as store:
+    folder = Path(out)
+    with ExitStack() as held, explain_disk_errors(folder):
+        on_main(lambda: held.enter_context(_completed_store(folder, header, images.keys)))
+        store = TokenStore(folder)
         stored = StoredImages(images, store, store.find(images.keys), workers, console)
         if (stored.rows < 0).any():
             raise MapetError(f"images were added to {config.data} while it was opened; run the command again")
@@ -96,15 +108,15 @@ def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -
     Raises:
         MapetError: if the store cannot be opened, or was made with another tokenizer.
     """
-    config = settle(CheckConfig, values)
-    store = TokenStore.open(config.tokens)
+    config, device = settle(CheckConfig, values), one_device()
+    store = TokenStore(config.tokens)
     states = store.states(np.arange(len(store)))
     counts = {state.name.lower(): int((states == state).sum()) for state in State}
     found: dict[str, Any] = {"rows": len(store), **counts, "missing": [], "changed": [], "agreement": None}
     if config.data is not None:
         images = open_images(config.data)
         tokenizer = _tokenizer_of(store, config)
-        workers = count_workers(config.workers, images, torch.device("cpu"))
+        workers = count_workers(config.workers, images, device)
         stored = StoredImages(images, store, store.find(images.keys), workers, console or Console(stderr=True))
         states = np.append(states, State.EMPTY)[stored.rows]  # of each image; row -1 stands for no row
         changed = stored.changed(np.flatnonzero((states == State.WRITTEN) | (states == State.DAMAGED)))
@@ -112,46 +124,39 @@ def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -
         found["changed"] = [images.keys[i] for i in changed]
         if tokenizer is not None:
             unchanged = np.setdiff1d(np.flatnonzero(states == State.WRITTEN), changed)
-            found["agreement"] = stored.agreement(unchanged, tokenizer)
+            found["agreement"] = stored.agreement(unchanged, tokenizer.to(device))
     agrees = found["agreement"] is None or found["agreement"] >= LEAST_AGREEMENT
     found["ok"] = agrees and not any(found[key] for key in ("empty", "corrupt", "missing", "changed"))
     return found
 
 
 def _header(config: EncodeConfig, tokenizer: Tokenizer) -> Header:
-    channels = tokenizer.channels if config.channels is None else config.channels
-    view = {"crop_min": config.crop_min, "flip": config.flip, "mirror": config.mirror}
+    view = {name: getattr(config, name) for name in ("crop_min", "flip", "mirror", "views")}
     return Header(
         tokenizer=config.tokenizer,
         tokenizer_hash=tokenizer.content_hash,
         grid=tokenizer.grid,
         vocab_size=tokenizer.vocab_size,
-        view={**view, "views": config.views, "channels": channels},
+        view={**view, "channels": config.channels or tokenizer.channels},
         views=config.views * (2 if config.mirror else 1),
         seed=config.seed,
     )
 
 
 @contextmanager
-def _open_together(folder: Path, header: Header, keys: Sequence[str]) -> Iterator[TokenStore]:
-    """Yield the store on every process, with a row for each key; the main process holds the folder meanwhile.
+def _completed_store(folder: Path, header: Header, keys: Sequence[str]) -> Iterator[None]:
+    """Make a store, or complete one, so that each key has a row; hold its folder for this process meanwhile.
 
     Raises:
         MapetError: if the folder cannot be used, or another run writes to it.
     """
-    with ExitStack() as held:
-
-        def append() -> None:
-            with explain_disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(held_folder(folder))
-                has_store = (folder / HEADER_FILE).exists()
-                store = TokenStore.open(folder) if has_store else TokenStore.create(folder, header)
-                store.check_header(header)
-                store.append(keys)
-
-        on_main(append)
-        yield TokenStore.open(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held_folder(folder):
+        has_store = (folder / HEADER_FILE).exists()
+        store = TokenStore(folder) if has_store else TokenStore.create(folder, header)
+        store.check_header(header)
+        store.append(keys)
+        yield
 
 
 def _tokenizer_of(store: TokenStore, config: CheckConfig) -> Tokenizer | None:
@@ -169,4 +174,115 @@ def _tokenizer_of(store: TokenStore, config: CheckConfig) -> Tokenizer | None:
         raise MapetError(
             f"token store {store.folder} was not made with tokenizer {name!r}; pass that one or encode again"
         )
-    return tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    return tokenizer
+
+
+class AllViews(Dataset[tuple[int, Tensor, Tensor, str]]):
+    """All views of each image that a token store with this header holds the ids of.
+
+    An item is the image's index, the digest of its content ``(32,)`` uint8, its views ``(K, C, H, W)`` in [0, 1], and
+    the reason if the image cannot be decoded (its views are then blank), else an empty string.
+    """
+
+    def __init__(self, images: ImageSet, header: Header, view_size: int) -> None:
+        settings = header.view
+        self.images, self.channels, self.count = images, settings["channels"], header.views
+        self.view = TrainView(0, view_size, settings["crop_min"], settings["flip"], 0.0, (), ())
+        self.draws = Draws(header.seed, header.seed, settings["views"], settings["mirror"])
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, str]:
+        reason = ""
+        try:
+            image, digest = self.images.load_with_digest(index, self.channels)
+        except Exception as error:  # Pillow's plug-ins raise errors of many types for damaged files
+            image, digest = torch.zeros(self.channels, 1, 1, dtype=torch.uint8), _digest(self.images, index)
+            reason = f"{type(error).__name__}: {error}"
+        drawn = [self.draws.draw(number, self.images.keys[index]) for number in range(self.count)]
+        with one_thread():
+            views = torch.stack([self.view(image, draw)[0] for draw in drawn])
+        return index, digest, views, reason
+
+
+@dataclass(frozen=True)
+class ContentDigests(Dataset[tuple[int, Tensor]]):
+    """The index of each image and the digest of its content, ``(32,)`` uint8, without decoding it."""
+
+    images: ImageSet
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, _digest(self.images, index)
+
+
+def _digest(images: ImageSet, index: int) -> Tensor:
+    """Return the digest of an image's content; zeros if its file cannot be read."""
+    try:
+        return images.digest(index)
+    except OSError:
+        return torch.zeros(32, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images with their token store; the methods take images by index, ``(n,)``.
+
+    Args:
+        images: the data set.
+        store: the token store.
+        rows: row of each image in the store, ``(len(images),)``; -1 for an image without a row.
+        workers: number of processes that load images.
+        console: where progress is shown.
+    """
+
+    images: ImageSet
+    store: TokenStore
+    rows: Rows
+    workers: int
+    console: Console
+
+    def pending(self, indices: Rows) -> Rows:
+        """Return which images need ids: new, changed and damaged ones, and those with corrupt rows."""
+        # Damaged images are tried again in each run, because the decoder may have been the reason.
+        written = self.store.states(self.rows[indices]) == State.WRITTEN
+        return np.union1d(indices[~written], self.changed(indices[written]))
+
+    def changed(self, indices: Rows) -> Rows:
+        """Return which images have another content than when the store was made."""
+        changed = np.empty(0, np.int64)
+        for index, digests in self._load("reading images", ContentDigests(self.images), indices, 256):
+            unchanged = self.store.unchanged(self.rows[index], digests.numpy())
+            changed = np.append(changed, index[~unchanged])
+        return changed
+
+    def encode(self, indices: Rows, tokenizer: Tokenizer, batch_size: int) -> int:
+        """Encode images, ``batch_size`` views at a time, and write their rows; return how many are damaged."""
+        tally = DamageTally(self.images, most_share=1.0)
+        at_once = max(1, batch_size // self.store.header.views)
+        for index, digests, ids, reasons in self._encoded("encoding", indices, tokenizer, at_once):
+            tally.add([[(i, reason)] if reason else [] for i, reason in zip(index.tolist(), reasons, strict=True)])
+            decoded = np.array([not reason for reason in reasons])
+            self.store.write(self.rows[index], digests.numpy(), ids, decoded)
+        return len(tally.indices)
+
+    def agreement(self, indices: Rows, tokenizer: Tokenizer) -> float | None:
+        """Encode a sample of images again; return the share of ids that are as stored, None if there is no image."""
+        sample = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:CHECKED_IMAGES].numpy()
+        same = []
+        for index, _, ids, (reason,) in self._encoded("encoding again", indices[sample], tokenizer, 1):
+            if not reason:
+                same.append(self.store.ids.rows[self.rows[index]] == ids.numpy())
+        return float(np.mean(same)) if same else None
+
+    def _encoded(self, what: str, indices: Rows, tokenizer: Tokenizer, batch_size: int) -> Iterator[Any]:
+        """Yield batches of images: index, digests, ids ``(B, K, P)`` on the CPU, and reasons as in ``AllViews``."""
+        all_views = AllViews(self.images, self.store.header, tokenizer.input_size)
+        for index, digests, views, reasons in self._load(what, all_views, indices, batch_size):
+            ids = tokenizer.encode(views.flatten(0, 1).to(tokenizer.device))
+            yield index, digests, ids.cpu().view(*views.shape[:2], -1), reasons
+
+    def _load(self, what: str, dataset: Dataset[Any], indices: Rows, batch_size: int) -> Iterator[Any]:
+        """Yield batches of items, in the order of ``indices``, and show progress; the first entry is a NumPy array."""
+        batches = DataLoader(dataset, batch_size, sampler=indices.tolist(), **loading_processes(self.workers))
+        with Meter(self.console, what, len(indices)) as meter:
+            for done, (index, *rest) in enumerate(batches, 1):
+                yield index.numpy(), *rest  # a tensor of one element would index arrays like an integer
+                meter.show(min(done * batch_size, len(indices)))

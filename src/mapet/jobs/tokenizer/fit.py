@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from mapet.config.base import settle
 from mapet.data.batches import DamageTally, ViewDataset, draw_batches, load_batches
@@ -19,11 +20,10 @@ from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView, View
 from mapet.engine.files import claimed_folder, replace_folder
-from mapet.engine.processes import count_workers, join_processes, main_first, on_main
-from mapet.engine.runfolder import check_out, explain_disk_errors
+from mapet.engine.parallel import count_workers, join_processes, main_first, on_main, one_device
+from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError
-from mapet.jobs.tokenizer.atlas import AtlasRow, cut_patch, plot_atlas, plot_usage
-from mapet.jobs.tokenizer.codebook import CodebookReport, measure_codebook, nearest_patches, shortcomings, spread_codes
+from mapet.jobs.tokenizer.codebook import CodebookReport, measure_codebook, plot_atlas, plot_usage, shortcomings
 from mapet.jobs.tokenizer.config import FitConfig, ReportConfig
 from mapet.report.figures import plot_tokens
 from mapet.report.progress import Meter
@@ -37,9 +37,7 @@ logger = logging.getLogger(__name__)
 REPORT_EPOCH = -2  # neither a training epoch nor that of fitting: a report is on other views
 # Enough patches to tell a dead code from a rare one, within bounds on the number of images.
 PATCHES_PER_CODE, MOST_REPORT_IMAGES, LEAST_REPORT_IMAGES = 50, 20_000, 1000
-SHOWN_IMAGES, ATLAS_CODES, ATLAS_PATCHES = 8, 32, 16
-
-WriteReport = Callable[[Path], None]
+SHOWN_IMAGES = 8
 
 
 def fit_tokenizer(
@@ -59,41 +57,25 @@ def fit_tokenizer(
         MapetError: for input that cannot work; nothing is half-written.
     """
     config = settle(FitConfig, values)
-    console = console or Console(stderr=True)
     check_out(config.data, out)
     if is_ready(config.teacher):
         raise MapetError(f"teacher {config.teacher!r} is a tokenizer already; use it as it is, with --tokenizer")
+    console = console or Console(stderr=True)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(claimed_folder(Path(out))))
-        return _fit(config, Path(out), console)
-
-
-def _fit(config: FitConfig, out: Path, console: Console) -> tuple[Tokenizer, CodebookReport | None]:
-    images = main_first(lambda: open_images(config.data))
-    device = torch.device(join_processes().device)
-    workers = count_workers(config.workers, images, device)
-    side = config.image_size // config.patch_size
-    config = config.but(vocab_size=settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2))
-    tokenizer = main_first(
-        lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels)
-    ).to(device)
-    dataset = _views(images, tokenizer, config.channels, config.seed, config.crop_min)
-    tally = DamageTally(images, config.max_damaged)
-    batch_size, seed = config.batch_size, config.seed
-    fit_codebook(tokenizer, config, dataset, tally, seed=seed, batch_size=batch_size, workers=workers, console=console)
-
-    def finish() -> CodebookReport:
-        report, write_report = make_report(tokenizer, dataset, workers, console)
-
-        def write(folder: Path) -> None:
-            save_tokenizer(tokenizer, folder)
-            write_report(folder)
-
-        with explain_disk_errors(out):
-            replace_folder(out, write)
-        return report
-
-    return tokenizer.eval(), on_main(finish)
+        images = main_first(lambda: open_images(config.data))
+        device = torch.device(join_processes().device)
+        workers = count_workers(config.workers, images, device)
+        side = config.image_size // config.patch_size
+        config = config.but(vocab_size=settle_vocab_size(config.teacher, config.vocab_size, len(images) * side**2))
+        tokenizer = main_first(
+            lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels)
+        ).to(device)
+        dataset = _views(images, tokenizer, config.channels, config.seed, config.crop_min)
+        tally = DamageTally(images, config.max_damaged)
+        fit_codebook(tokenizer, config, dataset, tally, batch_size=config.batch_size, workers=workers, console=console)
+        report = on_main(lambda: _report(Path(out), tokenizer, dataset, workers, console, with_tokenizer=True))
+    return tokenizer.eval(), report
 
 
 def report_on_tokenizer(
@@ -109,29 +91,24 @@ def report_on_tokenizer(
     Raises:
         MapetError: for input that cannot work; nothing is half-written.
     """
-    config = settle(ReportConfig, values)
+    config, device = settle(ReportConfig, values), one_device()
     check_out(config.data, out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with claimed_folder(Path(out)):
         images, tokenizer = open_images(config.data), load_tokenizer(config.tokenizer, config.teacher_weights)
         channels = config.channels or tokenizer.channels
         check_readable(config.tokenizer, tokenizer.to(device), channels)
         workers = count_workers(config.workers, images, device)
         dataset = _views(images, tokenizer, channels, config.seed, None)
-        report, write_report = make_report(tokenizer, dataset, workers, console or Console(stderr=True))
-        with explain_disk_errors(Path(out)):
-            replace_folder(Path(out), write_report)
-    return report
+        console = console or Console(stderr=True)
+        return _report(Path(out), tokenizer, dataset, workers, console, with_tokenizer=False)
 
 
-def make_report(
-    tokenizer: Tokenizer, dataset: ViewDataset, workers: int, console: Console
-) -> tuple[CodebookReport, WriteReport]:
-    """Measure a tokenizer's codebook on views of random images.
+def _report(
+    out: Path, tokenizer: Tokenizer, dataset: ViewDataset, workers: int, console: Console, *, with_tokenizer: bool
+) -> CodebookReport:
+    """Measure a codebook on views of random images; write the report, perhaps with the tokenizer, into ``out``.
 
-    Returns:
-        the report, and a function that writes ``report.json``, ``atlas.png``, ``token_maps.png`` and ``usage.png`` into
-        an existing folder.
+    The report is ``report.json``, ``atlas.png``, ``token_maps.png`` and ``usage.png``.
     """
     wanted = PATCHES_PER_CODE * tokenizer.vocab_size // math.prod(tokenizer.grid)
     count = min(len(dataset), max(LEAST_REPORT_IMAGES, min(MOST_REPORT_IMAGES, wanted)))
@@ -150,23 +127,20 @@ def make_report(
     for sentence in shortcomings(report):
         logger.warning("%s", sentence)
 
-    def view(image: int) -> torch.Tensor:
+    def view(image: int) -> Tensor:
         return dataset[keys[image]]["tokenizer_images"]
 
     def write(folder: Path) -> None:
-        counts = torch.bincount(ids.flatten(), minlength=tokenizer.vocab_size)
-        rows = []
-        for code in spread_codes(counts, ATLAS_CODES):
-            nearest = nearest_patches(ids, distances, code, ATLAS_PATCHES)
-            patches = [cut_patch(view(image), tokenizer.grid, patch) for image, patch in nearest]
-            rows.append(AtlasRow(code, float(counts[code] / counts.sum()), patches))
+        if with_tokenizer:
+            save_tokenizer(tokenizer, folder)
         shown = torch.stack([view(image) for image in range(min(SHOWN_IMAGES, count))])
         (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-        plot_atlas(rows, ATLAS_PATCHES, folder / "atlas.png")
+        plot_atlas(ids, distances, tokenizer.grid, view, folder / "atlas.png")
         plot_tokens(shown, ids[: len(shown)], tokenizer.grid, tokenizer.vocab_size, folder / "token_maps.png")
-        plot_usage(counts, folder / "usage.png")
+        plot_usage(ids, tokenizer.vocab_size, folder / "usage.png")
 
-    return report, write
+    replace_folder(out, write)
+    return report
 
 
 def _views(images: ImageSet, tokenizer: Tokenizer, channels: int, seed: int, crop_min: float | None) -> ViewDataset:

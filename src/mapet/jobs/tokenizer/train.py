@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from mapet.config.base import continued, parse, read_recipe, settle
 from mapet.data.batches import ViewDataset
@@ -15,8 +14,7 @@ from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import TrainView
 from mapet.engine.optimizer import build_optimizer
-from mapet.engine.parallel import fast_precision
-from mapet.engine.processes import join_processes, main_first, on_main
+from mapet.engine.parallel import fast_precision, join_processes, main_first, on_main
 from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
 from mapet.engine.trainer import Result, Trainer
@@ -81,17 +79,12 @@ def _train(config: VQKDConfig, images: ImageSet, folder: RunFolder, resume: bool
         inputs=lambda batch: (batch["images"].to(device, non_blocking=True), *source(batch)),
         folder=folder,
         exported=folder.tokenizer,
-        export=_save,
+        export=lambda _, fresh: save_tokenizer(tokenizer, fresh),  # trained in place
         targets_hash=source.content_hash,
         progress=ProgressSink(console, _describe),
         targets_name="the teacher",
     )
     return trainer.run()
-
-
-def _save(tokenizer: nn.Module, folder: Path) -> None:
-    assert isinstance(tokenizer, VQKD)
-    save_tokenizer(tokenizer, folder)
 
 
 def _describe(record: Record) -> str:

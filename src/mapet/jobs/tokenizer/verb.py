@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 
@@ -15,17 +17,12 @@ IMAGES = {"data": "images; may also stand in the recipe"}
 
 def run_fit(call: Call) -> int:
     """Fit a tokenizer."""
-    from mapet.jobs.tokenizer.codebook import report_table
     from mapet.jobs.tokenizer.fit import fit_tokenizer
 
     _, report = fit_tokenizer(call.values, call.out, console=call.console)
-    if report is None:
-        return 0
-    if call.flags.json:
-        print(json.dumps({"tokenizer": call.out, **asdict(report)}))
-    else:
-        Console().print(report_table(report).to_terminal())
-        call.say(f"tokenizer and pictures: {call.out}\nuse it: mapet pretrain ... --tokenizer {call.out}")
+    if report is not None:
+        remark = f"tokenizer and pictures: {call.out}\nuse it: mapet pretrain ... --tokenizer {call.out}"
+        _show_report(call, report, {"tokenizer": call.out}, remark)
     return 0
 
 
@@ -45,16 +42,22 @@ def run_train(call: Call) -> int:
 
 def run_report(call: Call) -> int:
     """Report on a tokenizer."""
-    from mapet.jobs.tokenizer.codebook import report_table
     from mapet.jobs.tokenizer.fit import report_on_tokenizer
 
     report = report_on_tokenizer(call.values, call.out, console=call.console)
+    _show_report(call, report, {}, f"pictures: {call.out}")
+    return 0
+
+
+def _show_report(call: Call, report: Any, names: dict[str, str], remark: str) -> None:
+    """Print a ``CodebookReport`` as JSON, after ``names``, or as a table with a remark."""
+    from mapet.jobs.tokenizer.codebook import report_table
+
     if call.flags.json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps({**names, **asdict(report)}))
     else:
         Console().print(report_table(report).to_terminal())
-        call.say(f"pictures: {call.out}")
-    return 0
+        call.say(remark)
 
 
 def run_encode(call: Call) -> int:
@@ -98,46 +101,35 @@ def run_check(call: Call) -> int:
     return 0 if found["ok"] else 1
 
 
-FIT = Verb(
+_on_images = partial(Verb, positional=IMAGES, json=JSON, check_data=check_images)
+FIT = _on_images(
     summary="fit a codebook by k-means over pixels or a teacher's features",
     example="  mapet tokenizer fit ./photos --teacher vit_small_patch14_dinov2.lvd142m --out tok",
     configs=(FitConfig,),
     run=run_fit,
-    positional=IMAGES,
     out="the tokenizer's folder",
-    json=JSON,
-    check_data=check_images,
 )
-TRAIN = Verb(
+TRAIN = _on_images(
     summary="train a VQ-KD tokenizer (BEiT v2) on a teacher's features",
     example="  mapet tokenizer train ./photos --teacher vit_base_patch16_clip_224.openai --out vqkd",
     configs=(VQKDConfig,),
     run=run_train,
-    positional=IMAGES,
     out="the run folder; the tokenizer is in it",
     resume="continue the run in --out exactly, or begin it",
-    json=JSON,
-    check_data=check_images,
 )
-REPORT = Verb(
-    summary="measure a codebook on images: usage, entropies, pictures",
+REPORT = _on_images(
+    summary="measure a codebook on images: usage, entropy, pictures",
     example="  mapet tokenizer report ./photos --tokenizer tok --out report",
     configs=(ReportConfig,),
     run=run_report,
-    positional=IMAGES,
     out="the report's folder",
-    json=JSON,
-    check_data=check_images,
 )
-ENCODE = Verb(
+ENCODE = _on_images(
     summary="make the ids of all images once, or bring them up to date",
     example="  mapet tokenizer encode ./photos --tokenizer tok --out tokens",
     configs=(EncodeConfig,),
     run=run_encode,
-    positional=IMAGES,
     out="the token store's folder; a store that is there is completed",
-    json=JSON,
-    check_data=check_images,
 )
 CHECK = Verb(
     summary="verify a token store: files, images, a sample of the ids",

@@ -1,30 +1,30 @@
-"""Network outputs and frozen features of labelled images."""
-
-from __future__ import annotations
+"""What networks give for labelled images: outputs, frozen features, and scores of predicted classes."""
 
 import errno
 import os
 import shutil
+import statistics
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
 from mapet.errors import MapetError
-from mapet.inference.finite import check_finite
-from mapet.inference.streaming import stream
-from mapet.probes.metrics import IntArray
+from mapet.inference.streaming import check_finite, stream
 
 FloatArray = np.ndarray[Any, np.dtype[Any]]
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 Network = Callable[[Tensor], Tensor]  # from normalised ``(B, C, H, W)`` images to ``(B, ...)``
+Show = Callable[[int], None]  # called with the amount of work done
 FOLDS = 5  # one fold is held out
+MOST_GUESSES = 5
 
 
 @dataclass(frozen=True)
@@ -55,29 +55,21 @@ class Features:
         """Return features and class indices of the given images, in memory."""
         return self.store[self.rows[indices]], self.y[indices]
 
-    def subset(self, indices: IntArray) -> Features:
+    def subset(self, indices: IntArray) -> Self:
         """Return the given images; the store is not copied."""
-        return Features(self.store, self.rows[indices], self.y[indices], self.classes)
+        return replace(self, rows=self.rows[indices], y=self.y[indices])
 
 
 def stream_labelled(
-    network: Network,
-    images: ImageSet,
-    view: View,
-    channels: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    show: Callable[[int], None] = lambda done: None,
-    **options: Any,
+    network: Network, images: ImageSet, view: View, channels: int, *, show: Show = lambda done: None, **options: Any
 ) -> Iterator[tuple[IntArray, Tensor]]:
-    """Yield ``(labels, output)`` of each batch, in the order of the images; damaged images are left out.
+    """Yield ``(labels, output in float32)`` of each batch, in the order of the images; damaged images are left out.
 
     Args:
         network: maps normalised ``(B, C, H, W)`` images to ``(B, ...)``.
         images: labelled images.
         view, channels: see ``inference.streaming.stream``.
-        dtype: of the output.
-        show: called with the number of images done.
+        show: called with the number of images that are done.
         options: ``device``, ``batch_size``, ``workers``, ``precision`` and ``tally`` of ``inference.streaming.stream``.
 
     Raises:
@@ -86,9 +78,8 @@ def stream_labelled(
     assert images.labels is not None
     labels, done = np.asarray(images.labels, dtype=np.int64), 0
     for indices, output in stream(network, images, view, channels, **options):
-        output = output.float().to(dtype)
         check_finite(output, [images.keys[i] for i in indices.tolist()], "the network's output")
-        yield labels[indices.numpy()], output
+        yield labels[indices.numpy()], output.float()
         done += len(indices)
         show(done)
 
@@ -108,9 +99,12 @@ def extract_features(
     Raises:
         MapetError: if a feature is NaN or infinite, too many images are damaged, or the disk is too small.
     """
-    store, y = np.empty(0), np.empty(len(images), dtype=np.int64)
-    dtype, done = torch.float32 if file is None else torch.float16, 0
-    for labels, output in stream_labelled(network, images, view, channels, dtype=dtype, **options):
+
+    def stored(inputs: Tensor) -> Tensor:
+        return network(inputs).to(torch.float32 if file is None else torch.float16)
+
+    store, y, done = np.empty(0), np.empty(len(images), dtype=np.int64), 0
+    for labels, output in stream_labelled(stored, images, view, channels, **options):
         if not done:
             shape = (len(images), *output.shape[1:])
             store = np.empty(shape, np.float32) if file is None else allocate_on_disk(file, shape)
@@ -160,3 +154,80 @@ def hold_out(y: IntArray, seed: int) -> tuple[IntArray, IntArray]:
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds are allowed
         rest, held_out = next(iter(folds.split(y, y)))
     return rest, held_out
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the predicted classes of test images.
+
+    Attributes:
+        classes: names of the ``C`` classes.
+        accuracy: share of images in 0..1 whose most probable class is the true one.
+        top5: share of images in 0..1 whose true class is among the five most probable; None for five classes or fewer.
+        confusion: ``(C, C)`` numbers of images: rows are true classes, columns predicted classes.
+    """
+
+    classes: tuple[str, ...]
+    accuracy: float
+    top5: float | None
+    confusion: IntArray
+
+
+def accuracy(truth: IntArray, guesses: IntArray) -> float:
+    """Return the share of images in 0..1 whose most probable class is the true one; see ``score``."""
+    return float((guesses[:, 0] == truth).mean())
+
+
+def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
+    """Score predicted classes.
+
+    Args:
+        truth: ``(n,)`` class indices.
+        guesses: ``(n, min(5, C))`` class indices, the most probable first.
+        classes: names of the ``C`` classes.
+    """
+    from sklearn.metrics import confusion_matrix  # imported here: it takes as long as torch
+
+    return Scores(
+        tuple(classes),
+        accuracy(truth, guesses),
+        float((guesses == truth[:, None]).any(axis=1).mean()) if len(classes) > MOST_GUESSES else None,
+        confusion_matrix(truth, guesses[:, 0], labels=range(len(classes))),
+    )
+
+
+def score_classifier(network: nn.Module, images: ImageSet, view: View, channels: int, **options: Any) -> Scores:
+    """Score a classifier on labelled images; damaged images are left out.
+
+    Args:
+        network: gives ``(B, C)`` logits; it is put into evaluation mode.
+        images: labelled with the classes of the network, in its order.
+        view, channels: see ``inference.streaming.stream``.
+        options: ``show`` and the options of ``stream_labelled``.
+
+    Raises:
+        MapetError: if the logits contain NaN or infinity, or too many images are damaged.
+    """
+    truth, guesses = [], []
+    for labels, logits in stream_labelled(network.eval(), images, view, channels, **options):
+        truth.append(labels)
+        guesses.append(logits.topk(min(MOST_GUESSES, logits.shape[1])).indices.cpu().numpy())
+    return score(np.concatenate(truth), np.concatenate(guesses), images.classes)
+
+
+def summarise(scores: Sequence[Scores]) -> dict[str, Any]:
+    """Return the scores of several seeds as one JSON object; see ``evaluate`` for the keys.
+
+    ``per_class`` is the accuracy in 0..1 of each class, None for a class without images.
+    """
+    confusion = np.sum([one.confusion for one in scores], axis=0)
+    accuracies = [one.accuracy for one in scores]
+    tops = [one.top5 for one in scores if one.top5 is not None]
+    of_classes = zip(scores[0].classes, confusion.diagonal().tolist(), confusion.sum(axis=1).tolist(), strict=True)
+    return {
+        "accuracy": statistics.mean(accuracies),
+        **({"least": min(accuracies), "greatest": max(accuracies)} if len(scores) > 1 else {}),
+        "top5": statistics.mean(tops) if tops else None,
+        "per_class": {name: right / images if images else None for name, right, images in of_classes},
+        "confusion": confusion.tolist(),
+    }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from tests.cli.test_main import refused
 
@@ -12,7 +13,21 @@ from mapet.cli import main
 from mapet.data.open import open_images
 
 
-def test_standard_output_is_csv_and_nothing_else(
+def test_features_in_a_file(
+    pretrained_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "features.parquet"
+    command = ["embed", str(pretrained_run), str(digits), "--out", str(out), "--workers", "0"]
+    assert main([*command, "--features", "class", "mean", "--dtype", "float16"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("60 images in ")
+    assert printed.err.rstrip().endswith(f" images/s): {out}")
+    assert pq.read_schema(out).names == ["key", "class", "mean"]
+    assert f"output {out} is there already" in refused(capsys, *command)
+
+
+def test_predictions_on_standard_output_are_csv_and_nothing_else(
     classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out = ["predict", str(classifier), str(digits), "--workers", "0"], str(tmp_path / "p.jsonl")
@@ -54,18 +69,28 @@ def test_a_closed_pipe_ends_the_command_and_names_may_lie_outside_of_the_encodin
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["MODEL", "DIGITS", "--out", "p.txt"], "'p.txt' does not end in .csv or .jsonl or .parquet"),
-        (["MODEL", "DIGITS", "--top", "5"], "top is 5, but model"),
-        (["MODEL", "DIGITS", "--top", "0"], "top = 0"),
-        (["RUN", "DIGITS"], "has no classifier; fine-tune it first with mapet finetune"),
-        (["MODEL"], "lacks 'data'"),
-        (["MODEL", "/no/images"], "neither a folder of images"),
+        ("embed RUN DIGITS --out features.csv", "'features.csv' does not end in .parquet"),
+        ("embed RUN DIGITS --out /proc/f.parquet", "output /proc/f.parquet cannot be written to"),
+        ("embed RUN DIGITS --features klass", "features = klass"),
+        ("embed RUN DIGITS --image-size 30", "30 is not divisible by its patch size 7; take 28 or 35"),
+        ("embed RUN DIGITS --precision fp16", "precision 'fp16' needs a GPU"),
+        ("embed RUN", "lacks 'data'"),
+        ("embed /no/run DIGITS", "does not exist"),
+        ("embed DIGITS RUN", "neither a run"),
+        ("embed RUN /no/images", "neither a folder of images, nor an image"),
+        ("embed RUN CUT", "cannot be read, the first being 'cut.png'"),
+        ("predict MODEL DIGITS --out p.txt", "'p.txt' does not end in .csv or .jsonl or .parquet"),
+        ("predict MODEL DIGITS --top 5", "top is 5, but model"),
+        ("predict MODEL DIGITS --top 0", "top = 0"),
+        ("predict RUN DIGITS", "has no classifier; fine-tune it first with mapet finetune"),
+        ("predict MODEL", "lacks 'data'"),
+        ("predict MODEL /no/images", "neither a folder of images"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
-    arguments: list[str],
+    command: str,
     message: str,
     classifier: Path,
     pretrained_run: Path,
@@ -75,7 +100,8 @@ def test_bad_input_is_refused_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"MODEL": str(classifier), "RUN": str(pretrained_run), "DIGITS": str(digits)}
-    given = [names.get(argument, argument) for argument in arguments]
-    assert message in refused(capsys, "predict", "--out", "p.csv", *given)
-    assert os.listdir() == []
+    names = {"MODEL": str(classifier), "RUN": str(pretrained_run), "DIGITS": str(digits), "CUT": "cut.png"}
+    Path("cut.png").write_bytes((digits / "class 0" / "0.png").read_bytes()[:50])
+    verb, *given = [names.get(word, word) for word in command.split()]
+    assert message in refused(capsys, verb, "--out", "out.parquet", *given)
+    assert os.listdir() == ["cut.png"]

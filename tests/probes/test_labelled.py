@@ -5,14 +5,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, top_k_accuracy_score
 from torch import Tensor, nn
 
 from mapet import MapetError
 from mapet.data.batches import DamageTally
-from mapet.data.labelled import from_labelled_folder
+from mapet.data.open import from_labelled_folder
 from mapet.data.views import PlainView
-from mapet.probes.features import Features, allocate_on_disk, extract_features, hold_out
+from mapet.probes.labelled import (
+    Features,
+    allocate_on_disk,
+    extract_features,
+    hold_out,
+    score,
+    score_classifier,
+    summarise,
+)
 
 VIEW = PlainView((28, 28), (0.5,), (0.5,))
 
@@ -85,3 +95,40 @@ def test_a_fifth_of_each_class_is_held_out() -> None:
     for labels, message in (([0, 1, 2], "single training image"), ([1, 1, 1], "the 3 training images .* one class")):
         with pytest.raises(MapetError, match=message):
             hold_out(np.array(labels), seed=0)
+
+
+def test_scores_equal_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    truth, logits = rng.integers(0, 8, 300), rng.normal(size=(300, 8))
+    logits[np.arange(300), truth] += 1
+    predicted = logits.argmax(1)
+    scores = score(truth, (-logits).argsort(axis=1)[:, :5], [f"c{i}" for i in range(8)])
+    assert scores.accuracy == accuracy_score(truth, predicted)
+    assert scores.top5 == pytest.approx(top_k_accuracy_score(truth, logits, k=5))
+    assert np.array_equal(scores.confusion, confusion_matrix(truth, predicted))
+    assert summarise([scores])["per_class"]["c3"] == pytest.approx((predicted == 3)[truth == 3].mean())
+
+
+def test_no_accuracy_for_a_class_without_images_and_no_top5_for_few_classes() -> None:
+    scores = score(np.array([0, 0, 2]), np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0]]), ["a", "b", "c"])
+    assert summarise([scores])["per_class"] == {"a": 0.5, "b": None, "c": 1.0}
+    assert scores.top5 is None
+
+
+def test_scores_are_those_of_the_logits_without_damaged_images(digits: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"img_size": 32, "in_chans": 1, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
+    network = timm.create_model("vit_tiny_patch16_224", **small, drop_path_rate=0.5).train()
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    (folder / "class 4" / "2.png").write_bytes(b"cut")
+    images = from_labelled_folder(folder)
+    view = PlainView((32, 32), (0.5,), (0.5,))
+    found = score_classifier(network, images, view, 1, device=torch.device("cpu"), batch_size=7)
+    assert not network.training
+    kept = [i for i, key in enumerate(images.keys) if key != "class 4/2.png"]
+    with torch.no_grad():
+        logits = network(torch.stack([view(images.load(i, 1))[1] for i in kept]))
+    labels = torch.tensor(images.labels)[kept]
+    assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert found.top5 == pytest.approx(float((logits.topk(5).indices == labels[:, None]).any(1).double().mean()))
+    assert found.confusion.sum(1).tolist() == [6, 6, 6, 6, 5, 6, 6, 6, 6, 6]

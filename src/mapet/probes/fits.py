@@ -1,17 +1,21 @@
-"""Linear probe: softmax regression on standardised features."""
+"""The linear probe, a softmax regression on standardised features, and the attentive probe: heads and their fit."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from mapet.probes.features import Features, FloatArray
+from mapet.data.augment import seeded
+from mapet.data.seeds import Stream, fold_seed
 from mapet.probes.heads import Setting, Training, cross_entropy
+from mapet.probes.labelled import Features, FloatArray
 
 CHUNK = 8192  # images at a time
 DAMPING = 1e-2  # added to the variances (1 on average) that the whitening divides by
 CONSTANT = 1e-12  # a feature is constant if its variance is below this share of its mean square
+HEAD_WIDTH = 64  # channels of an attention head
 
 
 class LinearHeads(nn.Module):
@@ -24,13 +28,9 @@ class LinearHeads(nn.Module):
         classes: number of classes.
     """
 
-    mean: Tensor
-    whiten: Tensor
-
     def __init__(self, mean: Tensor, whiten: Tensor, heads: int, classes: int) -> None:
         super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("whiten", whiten)
+        self.mean, self.whiten = nn.Buffer(mean), nn.Buffer(whiten)
         self.weight = nn.Parameter(torch.zeros(heads, classes, whiten.shape[1]))
         self.bias = nn.Parameter(torch.zeros(heads, classes))
 
@@ -68,14 +68,12 @@ def fit_linear(features: Features, settings: Sequence[Setting], training: Traini
     decay = torch.tensor([setting.weight_decay for setting in settings], device=training.device)
     # One optimiser trains all heads: its learning rate is 1, and each head's loss is multiplied by its own.
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps_for(len(features)))
-    for x, y in training.batches(whitened(features, heads)):
-        data_loss = cross_entropy(heads.logits(x), y).mean(0)
+
+    def loss(prepared: Tensor, labels: Tensor) -> Tensor:
         penalty = decay / 2 * (heads.weight.square() * penalty_scale).sum((1, 2))
-        optimizer.zero_grad()
-        (lr * (data_loss + penalty)).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return (lr * (cross_entropy(heads.logits(prepared), labels).mean(0) + penalty)).sum()
+
+    training.minimise(optimizer, loss, whitened(features, heads))
     return heads.eval()
 
 
@@ -108,3 +106,47 @@ def whitened(features: Features, heads: LinearHeads) -> Features:
         chunk = slice(start, start + CHUNK)
         store[chunk] = heads.prepare(torch.from_numpy(features.take(chunk)[0]).to(heads.weight.device)).cpu().numpy()
     return Features(store, np.arange(len(features)), features.y, features.classes)
+
+
+class AttentiveHeads(nn.Module):
+    """One attentive head for each setting, all on the same patches.
+
+    A head has no MLP, as in CAPI (2502.08769); V-JEPA (2404.08471) adds one.
+
+    Args:
+        width: channels of the patches; attention heads have 64 channels if that divides the width, else there is one.
+        classes: number of classes.
+        heads: number of heads.
+    """
+
+    def __init__(self, width: int, classes: int, heads: int) -> None:
+        super().__init__()
+        attention_heads = width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else 1
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width),  # some networks do not normalise their last patches
+                AttentionPoolLatent(width, out_features=0, num_heads=attention_heads, q_proj=False),
+                nn.Linear(width, classes),
+            )
+            for _ in range(heads)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``(B, heads, C)`` logits of ``(B, P, D)`` patches."""
+        return torch.stack([head(tokens) for head in self.heads], dim=1)
+
+
+def fit_attentive(features: Features, settings: Sequence[Setting], training: Training) -> AttentiveHeads:
+    """Train an attentive head for each setting on the same batches, with AdamW and a cosine schedule."""
+    with seeded(fold_seed(training.seed, Stream.HEAD)):
+        heads = AttentiveHeads(features.store.shape[-1], len(features.classes), len(settings)).to(training.device)
+    groups = [
+        {"params": list(head.parameters()), "lr": setting.lr, "weight_decay": setting.weight_decay}
+        for head, setting in zip(heads.heads, settings, strict=True)
+    ]
+
+    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(heads(tokens), labels).mean(0).sum()
+
+    training.minimise(torch.optim.AdamW(groups), loss, features)
+    return heads.eval()

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mapet import MapetError
-from mapet.models.tensors import read_tensors
-from mapet.tokenizers.weights import fetch_weights
+from mapet.models.tensors import fetch_tensors, fetch_weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
 
@@ -63,15 +62,19 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server, and an empty cache for its files."""
+    """A server, also in place of the hub, and empty caches; HF_ENDPOINT and HF_HOME are read at import."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the retries of the hub's client
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    settings = huggingface_hub.constants
     with Server() as server:
+        template = settings.HUGGINGFACE_CO_URL_TEMPLATE.replace(settings.ENDPOINT, server.url)
+        changes = {"HUGGINGFACE_CO_URL_TEMPLATE": template, "ENDPOINT": server.url, "HF_HUB_OFFLINE": False}
+        for name, value in {**changes, "HF_HUB_CACHE": str(tmp_path / "hub")}.items():
+            monkeypatch.setattr(settings, name, value)
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
-    torch.hub.set_dir(before)
 
 
 def test_files_are_identified_by_their_digest(tmp_path: Path) -> None:
@@ -87,22 +90,32 @@ def test_files_are_identified_by_their_digest(tmp_path: Path) -> None:
             fetch_weights(tmp_path / name)
 
 
-def test_a_url_is_downloaded_once(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_are_downloaded_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     save_file(TENSORS, tmp_path / "w.safetensors")
-    server.files["/x/w.safetensors"] = (tmp_path / "w.safetensors").read_bytes()
-    server.files["/y/w.safetensors"] = b"of the same name"
-    url = f"{server.url}/x/w.safetensors?download=true"
-    with caplog.at_level(logging.INFO, "mapet"):
-        path, origin = fetch_weights(url)
+    content = (tmp_path / "w.safetensors").read_bytes()
+    url, of_hub = f"{server.url}/x/w.safetensors?download=true", "hf-hub:some/model/sub/w.safetensors"
+    for source, place, cache in (
+        (url, "/x/w.safetensors", "cache"),
+        (of_hub, "/some/model/resolve/main/sub/w.safetensors", "hub"),
+    ):
+        server.files[place] = content
+        with caplog.at_level(logging.INFO, "mapet"):
+            path, origin = fetch_weights(source)
+        assert origin == {"weights": source, "sha256": hashlib.sha256(content).hexdigest()}
+        assert path.is_relative_to(tmp_path / cache)
+        assert fetch_weights(source) == (path, origin)
+        assert sum(request.startswith(f"GET {place}") for request in server.requests) == 1
+        with pytest.raises(MapetError, match=f"not 00: it is another file.* delete {path} to fetch it again"):
+            fetch_weights(f"{source}#sha256=00")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        tensors, from_cache = fetch_tensors(source)
+        assert (tensors.keys(), from_cache) == (TENSORS.keys(), origin)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert f"downloading {url}" in caplog.text
-    assert origin == {"weights": url, "sha256": hashlib.sha256(server.files["/x/w.safetensors"]).hexdigest()}
-    assert path.is_relative_to(tmp_path / "cache")
-    assert fetch_weights(url) == (path, origin)
-    assert server.requests == ["GET /x/w.safetensors?download=true"]
+    server.files["/y/w.safetensors"] = b"of the same name"
     assert fetch_weights(f"{server.url}/y/w.safetensors")[0].read_bytes() == b"of the same name"
-    assert read_tensors(path)[0].keys() == TENSORS.keys()
-    with pytest.raises(MapetError, match=f"not 00: it is another file.* delete {path} to fetch it again"):
-        fetch_weights(f"{url}#sha256=00")
 
 
 def test_broken_downloads_are_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
@@ -118,45 +131,12 @@ def test_broken_downloads_are_refused_and_not_kept(server: Server, tmp_path: Pat
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-@pytest.fixture
-def hub(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """The server in place of the hub, and an empty cache; the variables HF_ENDPOINT and HF_HOME are read at import."""
-    settings = huggingface_hub.constants
-    template = settings.HUGGINGFACE_CO_URL_TEMPLATE.replace(settings.ENDPOINT, server.url)
-    monkeypatch.setattr(settings, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(settings, "ENDPOINT", server.url)
-    monkeypatch.setattr(settings, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's retries
-    return server
-
-
-def test_a_file_of_the_hub_is_downloaded_once(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.files["/some/model/resolve/main/sub/w.bin"] = b"weights"
-    source, digest = "hf-hub:some/model/sub/w.bin", hashlib.sha256(b"weights").hexdigest()
-    path, origin = fetch_weights(source)
-    assert origin == {"weights": source, "sha256": digest}
-    assert path.read_bytes() == b"weights"
-    assert path.is_relative_to(tmp_path / "hub")
-    assert fetch_weights(source) == (path, origin)
-    assert hub.requests.count("GET /some/model/resolve/main/sub/w.bin") == 1
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert fetch_weights(source) == (path, origin)
-    with pytest.raises(MapetError, match="to fetch it again"):
-        fetch_weights(f"{source}#sha256=00")
-
-
-def test_files_that_the_hub_does_not_give_are_refused(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.files["/some/model/resolve/main/cut.bin"] = b"weights!"
-    for file, reason in (("none.bin", "404 .*Not Found"), ("cut.bin", "closed connection")):
+def test_files_that_the_hub_does_not_give_are_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("hf-hub:model", "hf-hub:some/model", "hf-hub:some/model/", "hf-hub:/model/w.bin"):
+        with pytest.raises(MapetError, match=f"'{name}' name no file; write hf-hub:OWNER/REPOSITORY/FILE"):
+            fetch_weights(name)
+    server.files["/some/model/resolve/main/cut.bin"] = b"weights!"
+    for file, reason in (("none.bin", "404 .*Not Found"), ("cut.bin", "closed connection"), ("cut.bin", "")):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not reason)
         with pytest.raises(MapetError, match=rf"{file} could not be fetched \(.*{reason}.*\); pass a local file$"):
             fetch_weights(f"hf-hub:some/model/{file}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(MapetError, match=r"cut.bin could not be fetched \(.*\); pass a local file$"):
-        fetch_weights("hf-hub:some/model/cut.bin")
-
-
-@pytest.mark.parametrize("name", ["hf-hub:model", "hf-hub:some/model", "hf-hub:some/model/", "hf-hub:/model/w.bin"])
-def test_hub_names_without_a_file_are_refused(name: str) -> None:
-    with pytest.raises(MapetError, match=f"'{name}' name no file; write hf-hub:OWNER/REPOSITORY/FILE"):
-        fetch_weights(name)

@@ -1,4 +1,4 @@
-"""Images with masks of class ids: recognising the layout of a folder, reading and checking masks."""
+"""Images with masks of class ids: layout of a folder, checks, crops for training, whole images for evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +9,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 
-from mapet.data.labelled import train_and_test
+from mapet.data.augment import seeded
+from mapet.data.batches import SampleKey
+from mapet.data.open import train_and_test
+from mapet.data.seeds import Stream, fold_seed, name_number
 from mapet.data.sources import ImageSet, from_folder
+from mapet.data.views import PlainView
+from mapet.data.workers import one_thread
 from mapet.errors import MapetError
 from mapet.jobs.segment.config import SegmentConfig
+
+# Collated samples of SegmentationDataset: images (B, C, h, w) float32, masks (B, H, W) int64, index (B,).
+Batch = dict[str, Tensor]
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp")  # lossless formats: JPEG would change the ids
@@ -42,7 +54,18 @@ class MaskedSet(ImageSet):
         Raises:
             MapetError: if the mask cannot be read, or is a colour picture.
         """
-        values = _read_values(self.masks[index])
+        path = self.masks[index]
+        try:
+            with Image.open(path) as opened:
+                pixels = np.asarray(ImageOps.exif_transpose(opened))  # of a palette the indices, not the colours
+        except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
+            raise MapetError(f"mask {path} cannot be read ({error}); repair it, or remove it and its image") from error
+        if pixels.ndim != 2:
+            raise MapetError(
+                f"mask {path} is a colour picture, but its pixels must be class ids; save it with one channel or a "
+                "palette"
+            )
+        values = torch.from_numpy(pixels.astype(np.int64))
         ids = values - 1 if self.reduce_zero_label else values
         return ids if self.ignore_index is None else ids.masked_fill(values == self.ignore_index, IGNORED)
 
@@ -73,7 +96,10 @@ def open_masked(config: SegmentConfig) -> tuple[MaskedSet, MaskedSet]:
     meaning = {"ignore_index": config.ignore_index, "reduce_zero_label": reduce_zero_label}
     image_parts, mask_parts = train_and_test(images), train_and_test(masks)
     if image_parts is None or mask_parts is None:
-        return _hold_out(_pair(images, masks, meaning), config.seed)
+        masked = _pair(images, masks, meaning)
+        order = torch.randperm(len(masked), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        held_out = max(1, round(0.2 * len(masked)))
+        return masked.subset(sorted(order[held_out:])), masked.subset(sorted(order[:held_out]))
     return _pair(image_parts[0], mask_parts[0], meaning), _pair(image_parts[1], mask_parts[1], meaning)
 
 
@@ -91,25 +117,6 @@ def _pair(folder: Path, mask_folder: Path, meaning: dict[str, Any]) -> MaskedSet
         )
     masks = tuple(found[Path(key).with_suffix("")] for key in images.keys)
     return MaskedSet(images.name, images.source, masks=masks, **meaning)
-
-
-def _hold_out(masked: MaskedSet, seed: int) -> tuple[MaskedSet, MaskedSet]:
-    order = torch.randperm(len(masked), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, round(0.2 * len(masked)))
-    return masked.subset(sorted(order[held_out:])), masked.subset(sorted(order[:held_out]))
-
-
-def _read_values(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as opened:
-            values = np.asarray(ImageOps.exif_transpose(opened))  # of a palette the indices, not the colours
-    except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
-        raise MapetError(f"mask {path} cannot be read ({error}); repair it, or remove it and its image") from error
-    if values.ndim != 2:
-        raise MapetError(
-            f"mask {path} is a colour picture, but its pixels must be class ids; save it with one channel or a palette"
-        )
-    return torch.from_numpy(values.astype(np.int64))
 
 
 def count_pixels(masked: MaskedSet, index: int) -> Tensor | str:
@@ -134,3 +141,70 @@ def count_pixels(masked: MaskedSet, index: int) -> Tensor | str:
     if size != ids.shape:
         raise MapetError(f"mask {mask} has {tuple(ids.shape)} rows and columns, but its image has {tuple(size)}")
     return torch.bincount(ids[ids != IGNORED])
+
+
+@dataclass(frozen=True)
+class SegmentationDataset(Dataset[dict[str, Any]]):
+    """Inputs of the network (``images``) with class ids (``masks``), by epoch and index.
+
+    Args:
+        images: readable images with masks.
+        view: size, normalisation and interpolation of the network's input.
+        channels: 1 or 3.
+        config: crops, flips, and size of the images in evaluation.
+        seed: of random crops and flips; None: whole images.
+    """
+
+    images: MaskedSet
+    view: PlainView
+    channels: int
+    config: SegmentConfig
+    seed: int | None = None
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        epoch, index = key
+        with one_thread():
+            image, mask = self.images.load(index, self.channels), self.images.load_mask(index)
+            if self.seed is None:
+                image = self.whole_image(image)
+            else:
+                seed = fold_seed(self.seed, Stream.VIEW, epoch, name_number(self.images.key(index)))
+                image, mask = self.random_crop(image, mask, seed)
+        return {"images": image, "masks": mask, "index": index}
+
+    def random_crop(self, image: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return a random resized crop, perhaps flipped, of ``(C, H, W)`` and ``(H, W)``, in the input's size.
+
+        The area of a crop is drawn between ``crop_min`` and all of the area that a window shows in evaluation, so that
+        objects have about the same scale in training and in evaluation.
+        """
+        window, resized = self.view.size, self.evaluated_size(ids.shape)
+        shown = window[0] * window[1] / (resized[0] * resized[1])
+        rows, columns = ids.shape if self.config.mode == "whole" else window
+        ratio = (columns / rows * 3 / 4, columns / rows * 4 / 3)
+        crop = RandomResizedCrop(1, scale=(self.config.crop_min * shown, shown), ratio=ratio)
+        with seeded(seed):
+            box = crop.make_params([image])
+            flipped = bool(torch.rand(()) < self.config.flip)
+        # torchvision's choice for masks, "nearest", is shifted by up to half a pixel.
+        ids = F.resized_crop(ids[None], **box, size=list(window), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+        image = self._input(F.crop(image, **box), window)
+        return (F.horizontal_flip(image), F.horizontal_flip(ids)) if flipped else (image, ids)
+
+    def whole_image(self, image: Tensor) -> Tensor:
+        """Return an image resized for evaluation."""
+        return self._input(image, self.evaluated_size(image.shape[1:]))
+
+    def evaluated_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Return rows and columns to which an image of ``size`` is resized in evaluation, neither below a window's."""
+        rows, columns = self.view.size
+        if self.config.mode == "whole":
+            return rows, columns
+        short_side = self.config.short_side or min(rows, columns)
+        scale = max(short_side / min(size), rows / size[0], columns / size[1])
+        return max(rows, round(scale * size[0])), max(columns, round(scale * size[1]))
+
+    def _input(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        image, mode = F.to_dtype(image, torch.float32, scale=True), InterpolationMode(self.view.interpolation)
+        resized = F.resize(image, list(size), mode).clamp(0, 1)
+        return F.normalize(resized, list(self.view.mean), list(self.view.std))  # type: ignore[no-any-return]

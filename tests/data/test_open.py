@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mapet import MapetError
-from mapet.data.labelled import few_per_class, labels_to_use, open_labelled, open_test, split
+from mapet.data.open import few_per_class, labels_to_use, open_labelled, open_test, split
 
 
 def test_a_fifth_of_each_class_is_held_out(digits: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_number_of_labels_of_each_class() -> None:
         few_per_class(train, 401, seed=0)
 
 
-def test_a_share_of_each_class() -> None:
+def test_a_share_of_each_class_contains_each_smaller_share(digits: Path) -> None:
     train = open_labelled("mnist")[0].subset(range(2000))
     share = labels_to_use(train, 0.1, None, seed=0)
     assert share.keys[:5] == ("0", "1", "39", "53", "83")
@@ -77,9 +77,6 @@ def test_a_share_of_each_class() -> None:
         assert (share.labels or ()).count(label) == round((train.labels or ()).count(label) / 10)
     assert share.keys != labels_to_use(train, 0.1, None, seed=1).keys
     assert labels_to_use(train, None, None, seed=0) is train
-
-
-def test_a_share_contains_each_smaller_share_and_every_class(digits: Path) -> None:
     images = open_labelled(str(digits))[0].subset([0, 5, 6, 7, 8])  # one of the first class, four of the second
     parts = [labels_to_use(images, share, None, seed=0) for share in (0.1, 0.6, 0.9, 1.0)]
     assert [part.labels for part in parts] == [(0, 1), (0, 1, 1), (0, 1, 1, 1, 1), (0, 1, 1, 1, 1)]
