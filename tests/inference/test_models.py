@@ -96,11 +96,7 @@ def test_damaged_weights_are_refused(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [
-        ({"mean": [0.1, 0.2]}, r"mean \(0.1, 0.2\).* do not fit"),
-        ({"std": [0]}, ""),
-        ({"crop_pct": "0.9"}, ""),
-    ],
+    [({"mean": [0.1, 0.2]}, r"mean \(0.1, 0.2\).* do not fit"), ({"std": [0]}, ""), ({"crop_pct": "0.9"}, "")],
 )
 def test_damaged_input_settings_are_refused(settings: dict[str, Any], says: str, copy: Path) -> None:
     content = json.loads((copy / "config.json").read_text())
