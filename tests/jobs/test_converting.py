@@ -48,8 +48,8 @@ def test_the_network_of_a_pretraining_checkpoint_is_converted(oracle: Callable[.
     torch.nn.init.zeros_(objective.backbone.pos_embed)
     objective.backbone.load_state_dict(converted.state_dict())
     order = tensors["order"][:, 1:] - 1  # the authors' orders begin with the class token
-    output = objective(tensors["images"], tensors["token_ids"], mapet.Mask.split(order, objective.targets))
-    assert (output["prediction"] - tensors["logits"]).abs().max() < 1e-5
+    prediction = objective.predict(tensors["images"], mapet.Mask.split(order, objective.targets))
+    assert (prediction - tensors["logits"]).abs().max() < 1e-5
 
 
 def test_published_classifiers_get_timms_name_and_the_classes_of_imagenet(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mapet import MapetError
-from mapet.models.attention import attend, use_layouts
+from mapet.models.attention import additive_mask, attend, use_layouts
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_attend_equals_the_definition(
     mask = torch.rand(7, 5) < 0.6
     mask[:, 0] = True
     scores = (query @ key.mT / 8**0.5).masked_fill(~mask, float("-inf"))
-    result = attend(query.to(dtype), key.to(dtype), value.to(dtype), mask)
+    result = attend(query.to(dtype), key.to(dtype), value.to(dtype), additive_mask(mask, dtype))
     assert (result.double() - scores.softmax(-1) @ value).abs().max() < tolerance
 
 
@@ -48,8 +48,10 @@ def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dic
     mask[:, 0] = True
     square = F.pad(mask, (0, 4), value=False)
     expected = plain.blocks[0](x, attn_mask=torch.zeros(11, 11).double().masked_fill(~square, float("-inf")))
-    assert torch.allclose(ours.blocks[0](x, attn_mask=mask), expected, atol=1e-12)
-    assert torch.allclose(ours.blocks[0](x, attn_mask=mask[-3:]), expected[:, -3:], atol=1e-12)
+    mask = additive_mask(mask, x.dtype)
+    assert torch.allclose(ours.blocks[0](x, mask, rows=11, keys=7), expected, atol=1e-12)
+    assert torch.allclose(ours.blocks[0](x, mask[-3:], rows=3, keys=7), expected[:, -3:], atol=1e-12)
+    assert torch.allclose(ours.blocks[0](x, rows=3, keys=11), plain.blocks[0](x)[:, -3:], atol=1e-12)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert torch.equal(ours(images), plain(images))
 
@@ -57,7 +59,7 @@ def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dic
 def test_stochastic_depth_decides_once_for_all_rows_of_an_image(tiny_vit: Callable[..., Any]) -> None:
     block = tiny_vit(drop_path=0.5).blocks[-1].train()
     x = torch.randn(64, 6, 32)
-    dropped = (block(x, attn_mask=torch.ones(6, 6, dtype=torch.bool)) == x).all(dim=-1)
+    dropped = (block(x, rows=6, keys=6) == x).all(dim=-1)
     assert dropped.any()
     assert torch.equal(dropped.all(dim=1), dropped.any(dim=1))
 

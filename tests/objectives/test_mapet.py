@@ -30,7 +30,7 @@ def changed_rows(objective: Any, images: Tensor, ids: Tensor, mask: Mask, patch:
     row, column = divmod(patch, 4)
     changed = images.clone()
     changed[0, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] += 1.0
-    before, after = (objective(pixels, ids, mask)["prediction"][0] for pixels in (images, changed))
+    before, after = (objective.predict(pixels, mask)[0] for pixels in (images, changed))
     return (after != before).any(dim=-1)
 
 
@@ -88,11 +88,11 @@ def test_predictions_depend_on_the_context_and_on_earlier_targets_only(kind: typ
 @pytest.mark.parametrize(("kind", "depends"), [(MaPeT, True), (PIM, False)])
 def test_mapet_alone_knows_the_positions_still_to_be_visited(kind: type[MaPeT], depends: bool) -> None:
     objective = make(kind)
-    images, ids, mask = draw_batch(objective, 1)
-    before = objective(images, ids, mask)["prediction"][0, 0]
+    images, _, mask = draw_batch(objective, 1)
+    before = objective.predict(images, mask)[0, 0]
     with torch.no_grad():  # the first query sees the slot of the last target, not its content
         objective.backbone.pos_embed[0, mask.target[0, -1] + 1] += 1.0
-    assert torch.equal(objective(images, ids, mask)["prediction"][0, 0], before) is not depends
+    assert torch.equal(objective.predict(images, mask)[0, 0], before) is not depends
 
 
 def test_mim_is_a_plain_vit_with_mask_tokens() -> None:
@@ -105,15 +105,15 @@ def test_mim_is_a_plain_vit_with_mask_tokens() -> None:
     tokens = vit._pos_embed(torch.where(masked[..., None], objective.mask_token, vit.patch_embed(images)))
     logits = objective.head(vit.norm(vit.blocks(tokens)))[:, 1:]
     expected = logits.gather(1, mask.target[..., None].expand(-1, -1, 11))
-    assert torch.allclose(output["prediction"], expected, atol=1e-12)
+    assert torch.allclose(objective.predict(images, mask), expected, atol=1e-12)
     assert torch.allclose(output["loss"], F.cross_entropy(logits[masked], ids[masked]))
 
 
 def test_raster_is_mapet_in_raster_order() -> None:
     raster, mapet = make(Raster), make(MaPeT)
-    images, ids, _ = draw_batch(raster)
+    images, _, _ = draw_batch(raster)
     in_order = Mask.split(torch.arange(16).expand(2, -1), 11)
-    assert torch.equal(raster(images, ids)["prediction"], mapet(images, ids, in_order)["prediction"])
+    assert torch.equal(raster.predict(images, raster.draw_mask(2, images.device)), mapet.predict(images, in_order))
 
 
 @pytest.mark.parametrize("kind", [MaPeT, PIM])
@@ -122,10 +122,10 @@ def test_fewer_predictions_equal_the_first_ones_of_all(kind: type[MaPeT]) -> Non
     images, ids, mask = draw_batch(whole)
     part = kind(whole.backbone, Ids(11), 11 / 16, targets_per_image=4).double().eval()
     part.load_state_dict(whole.state_dict())
-    first, everything = part(images, ids, mask), whole(images, ids, mask)
-    assert torch.allclose(first["prediction"], everything["prediction"][:, :4], atol=1e-12)
-    loss = F.cross_entropy(first["prediction"].flatten(0, 1), ids.gather(1, mask.target[:, :4]).flatten())
-    assert torch.allclose(first["loss"], loss)
+    first = part.predict(images, mask)
+    assert torch.allclose(first, whole.predict(images, mask)[:, :4], atol=1e-12)
+    loss = F.cross_entropy(first.flatten(0, 1), ids.gather(1, mask.target[:, :4]).flatten())
+    assert torch.allclose(part(images, ids, mask)["loss"], loss)
     assert sum(part.rows.values()) == len(part.visible) == len(whole.visible) - 2 * 7  # content and queries
     with pytest.raises(MapetError, match="targets_per_image is 12, but an image has 11 targets; take less"):
         make(kind, targets_per_image=12)

@@ -23,7 +23,7 @@ def build_optimizer(trained: nn.Module, config: TrainKeys, layer_decay: float | 
         groups = param_groups_weight_decay(trained, config.weight_decay, no_weight_decay_list=exempt)
     else:
         groups = param_groups_layer_decay(trained, config.weight_decay, exempt, layer_decay=layer_decay)
-    return AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    return AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
 def learning_rate(config: TrainKeys, step: int) -> float:

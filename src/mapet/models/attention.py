@@ -1,17 +1,17 @@
 """timm's attention and block with rectangular masks; parameters and state-dict keys stay timm's.
 
-The shape of the mask tells which rows are computed: with an ``(R, K)`` mask the *last* ``R`` rows are the queries and
-the *first* ``K`` rows the keys. Without a mask the computation is timm's.
+The *last* ``rows`` rows are the queries and the *first* ``keys`` rows the keys. Without these numbers the computation
+is timm's.
 """
 
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import LayerScale, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapet.errors import MapetError
 
@@ -23,13 +23,33 @@ def cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+def product_type(x: Tensor) -> torch.dtype:
+    """Return the type that products with ``x`` are computed in: autocast's where it is on, else that of ``x``."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to attention scores: 0, or -inf where a row may not attend.
+
+    Made once for all blocks: a boolean mask is converted in each of them, and kept by each for the backward pass.
+
+    Args:
+        visible: ``(R, K)`` boolean, true where a row may attend to a key.
+        dtype: that attention is computed in.
+    """
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Return scaled dot-product attention, computed in the form that is faster on the device and for the type.
 
     Args:
         query: ``(B, heads, R, d)``.
         key: ``(B, heads, K, d)``; ``value`` likewise.
-        mask: ``(R, K)`` boolean, true where a row may attend to a key.
+        mask: ``(R, K)``, see ``additive_mask``; None: every row attends to every key.
         dropout: probability of dropping an attention weight.
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bfloat16():
@@ -37,25 +57,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: flo
         # on 2 cores with AVX512-bf16 the fused kernel gains nothing from bfloat16 and the matrix products below run
         # about 2.4 times faster than it; on a CPU with AVX2 alone they run 2.5 times slower.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
         return F.dropout(weights, dropout) @ value if dropout else weights @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 class LayoutAttention(Attention):  # type: ignore[misc]
-    """timm's ``Attention`` with rectangular masks: the last ``R`` rows attend to the first ``K`` rows."""
+    """timm's ``Attention`` whose last ``rows`` rows attend to the first ``keys`` rows."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map ``(B, N, D)`` to ``(B, R, D)``; without a mask, R is N and the computation is timm's."""
-        if attn_mask is None:
-            return super().forward(x, is_causal=is_causal)  # type: ignore[no-any-return]
-        rows, keys = attn_mask.shape
-        x_rows = x[:, -rows:]
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rows: int | None = None,
+        keys: int | None = None,
+    ) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, rows, D)``; without ``rows`` and ``keys`` the computation is timm's."""
+        if rows is None or keys is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
+        x_rows, x_keys = last_rows(x, rows), x if keys == x.shape[1] else x[:, :keys]
         # Rows and keys are projected separately: a row that is never a key needs no key and no value.
         q_weight, kv_weight = self.qkv.weight.tensor_split([self.attn_dim])
         q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([self.attn_dim])
         q = F.linear(x_rows, q_weight, q_bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        kv = F.linear(x[:, :keys], kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim))
+        kv = F.linear(x_keys, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.0)
@@ -66,15 +92,35 @@ class LayoutAttention(Attention):  # type: ignore[misc]
 
 
 class LayoutBlock(Block):  # type: ignore[misc]
-    """timm's ``Block`` that returns only the rows of its mask."""
+    """timm's ``Block`` that computes only the last ``rows`` rows, from the first ``keys`` rows and themselves."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Map ``(B, N, D)`` to ``(B, R, D)``, with R the rows of the mask."""
-        if attn_mask is None:
-            return super().forward(x, is_causal=is_causal)  # type: ignore[no-any-return]
-        rows = x[:, -attn_mask.shape[0] :]
-        rows = rows + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask)))
-        return rows + self.drop_path2(self.ls2(self.mlp(self.norm2(rows))))  # type: ignore[no-any-return]
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rows: int | None = None,
+        keys: int | None = None,
+    ) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, rows, D)``; without ``rows`` and ``keys`` the computation is timm's."""
+        if rows is None or keys is None:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, rows=rows, keys=keys)
+        x = add_scaled(last_rows(x, rows), attended, self.ls1, self.drop_path1)
+        return add_scaled(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+
+
+def last_rows(x: Tensor, rows: int) -> Tensor:
+    """Return the last rows of ``(B, N, D)``; all of them without a slice, whose backward pass copies the gradient."""
+    return x if rows == x.shape[1] else x[:, -rows:]
+
+
+def add_scaled(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
+    """Return ``x + drop_path(layer_scale(branch))``, with LayerScale in one pass over the rows."""
+    if not isinstance(layer_scale, LayerScale):
+        return x + drop_path(branch)  # type: ignore[no-any-return]
+    # Stochastic depth multiplies all rows of an image by the same number, so it can multiply the scale instead.
+    return torch.addcmul(x, branch, drop_path(x.new_ones(len(x), 1, 1)) * layer_scale.gamma)
 
 
 def use_layouts(backbone: VisionTransformer) -> VisionTransformer:

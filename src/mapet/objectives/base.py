@@ -11,19 +11,16 @@ from mapet.models.attention import use_layouts
 from mapet.objectives.masking import MASKINGS, Mask
 from mapet.objectives.patches import gather_rows
 from mapet.objectives.targets import Pixels, Target
-from mapet.objectives.task import Task
+from mapet.objectives.task import Output, Task
 
 
 class Objective(Task):
     """Pre-train a plain ViT by predicting some patches of an image, the targets, from others, the context.
 
-    ``forward(images, given=None, mask=None)`` maps ``(B, C, H, W)`` images, normalised as the backbone expects, to a
-    loss. ``given`` is what the target needs besides the images (token ids, features), ``mask`` says which patches are
-    context and targets; None draws it from the device's default generator. The output's ``prediction`` is
-    ``(B, S, width)`` for the ``S`` predicted patches in visiting order; see ``Target.score`` for the other entries.
+    A subclass defines ``read_targets`` and the linear layer ``head``, which together predict the targets.
 
-    Shapes: ``B`` images, ``P`` patches, ``c`` context tokens (class and register tokens included), ``T`` targets,
-    ``D`` channels of the backbone, ``V`` token ids.
+    Shapes: ``B`` images, ``P`` patches, ``c`` context tokens (class and register tokens included), ``T`` targets, of
+    which ``S`` are predicted, ``D`` channels of the backbone, ``V`` token ids.
 
     Args:
         backbone: a timm ``VisionTransformer`` with learned position embeddings. It is used, not copied.
@@ -32,6 +29,8 @@ class Objective(Task):
         masking: how they are chosen, a name from ``MASKINGS``; None takes the objective's own.
 
     Attributes:
+        head: linear layer from what ``read_targets`` returns to predictions.
+        predicted: ``S``, how many targets are predicted, the first in visiting order.
         default_masking, default_mask_ratio: of the objective, as published.
         default_targets: what it predicts as published: ``ids`` or ``pixels``.
         target_loss: the entry of the output that the target's ``score`` calls ``loss``.
@@ -45,6 +44,8 @@ class Objective(Task):
     default_targets: ClassVar[str] = "ids"
     target_loss: ClassVar[str] = "loss"
 
+    head: nn.Linear
+
     def __init__(
         self, backbone: VisionTransformer, target: Target, mask_ratio: float | None = None, masking: str | None = None
     ) -> None:
@@ -54,7 +55,7 @@ class Objective(Task):
         self.patches = self.grid[0] * self.grid[1]
         self.prefix: int = backbone.num_prefix_tokens
         self.mask_ratio = self.default_mask_ratio if mask_ratio is None else mask_ratio
-        self.targets = self.count_targets()
+        self.targets = self.predicted = self.count_targets()
         self.context_tokens = self.prefix + self.patches - self.targets
         if self.targets < 1 or self.context_tokens < 1:
             lacking = "target" if self.targets < 1 else "context"
@@ -79,6 +80,32 @@ class Objective(Task):
     def draw_mask(self, batch: int, device: torch.device, generator: Generator | None = None) -> Mask:
         """Draw context and targets for a batch of images."""
         return MASKINGS[self.masking](batch, self.grid, self.targets, generator, device)
+
+    def read_targets(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return what the head reads, one row for each predicted target in visiting order: ``(B, S, width)``."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, given: Tensor | None = None, mask: Mask | None = None) -> Output:
+        """Return the loss of a batch.
+
+        Args:
+            images: ``(B, C, H, W)``, normalised as the backbone expects.
+            given: what the target needs besides the images (token ids, features), ``(B, P, ...)``.
+            mask: which patches are context and targets; None draws it from the device's default generator.
+
+        Returns:
+            what ``Target.score`` returns.
+        """
+        mask = mask or self.draw_mask(len(images), images.device)
+        return self.score(self.read_targets(images, mask), images, given, mask)
+
+    def score(self, rows: Tensor, images: Tensor, given: Tensor | None, mask: Mask) -> Output:
+        """Compare what is predicted from ``rows`` with the true values of the targets."""
+        return self.target.score(rows, self.head, self.wanted(images, given, mask.target[:, : self.predicted]))
+
+    def predict(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return the predictions ``(B, S, width)`` of the targets in visiting order: logits, pixels or features."""
+        return self.head(self.read_targets(images, mask))  # type: ignore[no-any-return]
 
     def outcome(self) -> nn.Module:
         """Return the backbone: mask vectors, decoders and heads are dropped after pre-training."""

@@ -88,35 +88,43 @@ class CAE(Objective):
         self.head = prediction_head(width, target)
         self.register_buffer("positions", sincos_positions(self.grid, width), persistent=False)
 
+    def read_targets(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return the decoded representations of the masked patches; see ``Objective``."""
+        return self.decode(self.regress(self.embed_tokens(images), mask), mask)
+
     def forward(self, images: Tensor, given: Tensor | None = None, mask: Mask | None = None) -> Output:
-        """Predict representations and targets of the masked patches; see ``Objective``.
+        """Return the loss of a batch; see ``Objective``.
 
         The output's ``target_loss`` is that of the target, ``alignment`` the mean squared error of the predicted
         representations, ``loss`` their weighted sum.
         """
         mask = mask or self.draw_mask(len(images), images.device)
         tokens = self.embed_tokens(images)
-        z_visible = self.encode(gather_rows(tokens, self.with_prefix(mask.context)))[:, self.prefix :]
+        z_masked = self.regress(tokens, mask)
         with torch.no_grad():
             aligned_to = self.encode(gather_rows(tokens, self.with_prefix(mask.target)))[:, self.prefix :]
-
-        positions = self.positions.expand(len(images), -1, -1)
-        at_visible, at_masked = (gather_rows(positions, part) for part in mask)
-        z_masked = self.mask_token.to(z_visible.dtype).expand(len(images), self.targets, -1)
-        for block in self.regressor:
-            z_masked = block(z_masked, z_visible, at_masked, at_visible)
-        z_masked = self.regressor_norm(z_masked)
-
-        prediction = self.head(self.decoder_norm(self.decoder(z_masked + at_masked)))
-        score = self.target.score(prediction, self.wanted(images, given, mask.target))
+        score = self.score(self.decode(z_masked, mask), images, given, mask)
         alignment = F.mse_loss(z_masked.float(), aligned_to.float())
         return {
             **score,
             "loss": score["loss"] + self.alignment_weight * alignment,
             "target_loss": score["loss"].detach(),
             "alignment": alignment.detach(),
-            "prediction": prediction,
         }
+
+    def regress(self, tokens: Tensor, mask: Mask) -> Tensor:
+        """Map all embedded tokens ``(B, prefix + P, D)`` to the representations ``Z_m``, ``(B, T, D)``."""
+        z_visible = self.encode(gather_rows(tokens, self.with_prefix(mask.context)))[:, self.prefix :]
+        at_visible, at_masked = (gather_rows(self.positions.expand(len(tokens), -1, -1), part) for part in mask)
+        z_masked = self.mask_token.to(z_visible.dtype).expand(len(tokens), self.targets, -1)
+        for block in self.regressor:
+            z_masked = block(z_masked, z_visible, at_masked, at_visible)
+        return self.regressor_norm(z_masked)  # type: ignore[no-any-return]
+
+    def decode(self, z_masked: Tensor, mask: Mask) -> Tensor:
+        """Map ``Z_m`` to what the head reads, ``(B, T, D)``."""
+        at_masked = gather_rows(self.positions.expand(len(z_masked), -1, -1), mask.target)
+        return self.decoder_norm(self.decoder(z_masked + at_masked))  # type: ignore[no-any-return]
 
 
 class RegressorBlock(nn.Module):

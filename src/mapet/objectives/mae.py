@@ -12,7 +12,6 @@ from mapet.objectives.base import Objective, check_counts, mask_vector
 from mapet.objectives.masking import Mask
 from mapet.objectives.patches import gather_rows, sincos_positions
 from mapet.objectives.targets import Target
-from mapet.objectives.task import Output
 
 
 class MAE(Objective):
@@ -74,9 +73,8 @@ class MAE(Objective):
         positions = F.pad(sincos_positions(self.grid, decoder_dim), (0, 0, self.prefix, 0))
         self.register_buffer("positions", positions, persistent=False)
 
-    def forward(self, images: Tensor, given: Tensor | None = None, mask: Mask | None = None) -> Output:
-        """Predict the missing patches; see ``Objective``."""
-        mask = mask or self.draw_mask(len(images), images.device)
+    def read_targets(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return the decoded missing patches; see ``Objective``."""
         context = self.with_prefix(mask.context)
         latent = self.decoder_embed(self.encode(gather_rows(self.embed_tokens(images), context)))
 
@@ -85,7 +83,4 @@ class MAE(Objective):
         order = torch.cat([context, mask.target + self.prefix], dim=1)
         positions = gather_rows(self.positions.expand(len(images), -1, -1), order)
         decoded = self.decoder(torch.cat([latent, missing], dim=1) + positions)
-        prediction = self.head(self.decoder_norm(decoded[:, -self.targets :]))
-
-        wanted = self.wanted(images, given, mask.target)
-        return {**self.target.score(prediction, wanted), "prediction": prediction}
+        return self.decoder_norm(decoded[:, -self.targets :])  # type: ignore[no-any-return]

@@ -27,11 +27,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.errors import MapetError
+from mapet.models.attention import additive_mask, product_type
 from mapet.objectives.base import Objective, check_counts, mask_vector, prediction_head
 from mapet.objectives.masking import Mask
 from mapet.objectives.patches import gather_rows
 from mapet.objectives.targets import Target
-from mapet.objectives.task import Output
 
 
 def visible_keys(context: int, targets: int, predicted: int, *, slots: bool, queries: bool) -> Tensor:
@@ -96,7 +96,6 @@ class MaPeT(Objective):
         targets_per_image: int | None = None,
     ) -> None:
         super().__init__(backbone, target, mask_ratio, masking)
-        self.predicted = self.targets
         if targets_per_image is not None:
             check_counts(targets_per_image=targets_per_image)
             if targets_per_image > self.targets:
@@ -117,18 +116,18 @@ class MaPeT(Objective):
         slots, queries = self.targets * self.has_slots, self.predicted * self.has_queries
         return {"content": self.context_tokens + queries, "slots": slots, "queries": queries}
 
-    def forward(self, images: Tensor, given: Tensor | None = None, mask: Mask | None = None) -> Output:
-        """Predict the targets; see ``Objective``."""
-        mask = mask or self.draw_mask(len(images), images.device)
-        x = self.embed(images, mask)
+    def read_targets(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return the last ``S`` rows, the queries (of MIM: the slots), after all blocks; see ``Objective``."""
+        x, (rows, keys) = self.embed(images, mask), self.visible.shape
+        visible = (
+            additive_mask(self.visible, product_type(x)) if self.has_queries else None
+        )  # without queries all see all
         for block in self.backbone.blocks[:-1]:
-            x = block(x, attn_mask=self.visible)
-        # The last S rows predict; in the last block nothing else is needed.
-        x = self.backbone.blocks[-1](x, attn_mask=self.visible[-self.predicted :])
-        prediction = self.head(self.backbone.fc_norm(self.backbone.norm(x)))
-
-        wanted = self.wanted(images, given, mask.target[:, : self.predicted])
-        return {**self.target.score(prediction, wanted), "prediction": prediction}
+            x = block(x, visible, rows=rows, keys=keys)
+        # In the last block nothing else is needed.
+        visible = None if visible is None else visible[-self.predicted :]
+        x = self.backbone.blocks[-1](x, visible, rows=self.predicted, keys=keys)
+        return self.backbone.fc_norm(self.backbone.norm(x))  # type: ignore[no-any-return]
 
     def embed(self, images: Tensor, mask: Mask) -> Tensor:
         """Return the rows ``[content | slots | queries]``, ``(B, R, D)``, in visiting order."""

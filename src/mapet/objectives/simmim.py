@@ -11,7 +11,6 @@ from mapet.objectives.base import Objective, check_counts, mask_vector, predicti
 from mapet.objectives.masking import Mask, cell_masking
 from mapet.objectives.patches import gather_rows
 from mapet.objectives.targets import Pixels, Target
-from mapet.objectives.task import Output
 
 
 class SimMIM(Objective):
@@ -73,14 +72,11 @@ class SimMIM(Objective):
             return super().draw_mask(batch, device, generator)
         return cell_masking(batch, self.grid, self.targets, generator, device, cell=self.mask_cell)
 
-    def forward(self, images: Tensor, given: Tensor | None = None, mask: Mask | None = None) -> Output:
-        """Predict the masked patches; see ``Objective``."""
-        mask = mask or self.draw_mask(len(images), images.device)
+    def read_targets(self, images: Tensor, mask: Mask) -> Tensor:
+        """Return the encoded mask vectors; see ``Objective``."""
         vit = self.backbone
         patches = vit.patch_embed(images)
         masked = torch.zeros(patches.shape[:2], dtype=torch.bool, device=images.device)
         masked = masked.scatter(1, mask.target, True)[:, :, None]
         encoded = self.encode(vit._pos_embed(torch.where(masked, self.mask_token.to(patches.dtype), patches)))
-        prediction = self.head(gather_rows(encoded, mask.target + self.prefix))
-        wanted = self.wanted(images, given, mask.target)
-        return {**self.target.score(prediction, wanted), "prediction": prediction}
+        return gather_rows(encoded, mask.target + self.prefix)

@@ -14,9 +14,10 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapet.errors import MapetError
+from mapet.objectives.cross_entropy import linear_cross_entropy
 from mapet.objectives.patches import patchify
 from mapet.objectives.task import Output
 
@@ -36,8 +37,14 @@ class Target(Protocol):
             given: what a target source made of the batch; None where the images are enough.
         """
 
-    def score(self, prediction: Tensor, wanted: Tensor) -> Output:
-        """Compare predictions ``(B, S, width)`` with true values ``(B, S, ...)``; ``loss`` is among the entries."""
+    def score(self, rows: Tensor, head: nn.Linear, wanted: Tensor) -> Output:
+        """Compare the predictions ``head(rows)`` with true values ``(B, S, ...)``; ``loss`` is among the entries.
+
+        Args:
+            rows: ``(B, S, D)``, what the head reads.
+            head: gives ``width`` numbers.
+            wanted: the true values.
+        """
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,10 @@ class Ids:
         assert given is not None, "token ids are made by a tokenizer"
         return given
 
-    def score(self, prediction: Tensor, wanted: Tensor) -> Output:
+    def score(self, rows: Tensor, head: nn.Linear, wanted: Tensor) -> Output:
         """Return ``loss``, the mean cross-entropy in nats, and ``accuracy`` of the most likely id."""
-        return {
-            "loss": F.cross_entropy(prediction.flatten(0, 1), wanted.flatten()),
-            "accuracy": (prediction.detach().argmax(dim=-1) == wanted).float().mean(),
-        }
+        loss, accuracy = linear_cross_entropy(rows.flatten(0, 1), head.weight, head.bias, wanted.flatten())
+        return {"loss": loss, "accuracy": accuracy}
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,12 @@ class Pixels:
         """Return ``(B, P, p * p * C)`` pixels, channels last."""
         return patchify(images, self.patch_size)
 
-    def score(self, prediction: Tensor, wanted: Tensor) -> Output:
+    def score(self, rows: Tensor, head: nn.Linear, wanted: Tensor) -> Output:
         """Return ``loss``, the mean error per pixel."""
         if self.normalised:
             variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
             wanted = (wanted - mean) / (variance + 1e-6).sqrt()
-        return {"loss": (F.mse_loss if self.distance == "l2" else F.l1_loss)(prediction, wanted)}
+        return {"loss": (F.mse_loss if self.distance == "l2" else F.l1_loss)(head(rows), wanted)}
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,9 @@ class Features:
         assert given is not None, "features are made by a teacher"
         return given
 
-    def score(self, prediction: Tensor, wanted: Tensor) -> Output:
+    def score(self, rows: Tensor, head: nn.Linear, wanted: Tensor) -> Output:
         """Return ``loss``, and ``cosine``: the mean cosine similarity of predicted and true features."""
-        prediction, wanted = prediction.float(), wanted.float()
+        prediction, wanted = head(rows).float(), wanted.float()
         cosine = F.cosine_similarity(prediction, wanted, dim=-1).mean()
         loss = 1 - cosine
         if self.distance == "smooth_l1":

@@ -16,7 +16,8 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 # Called after each iteration with the number of iterations done, the number of all, and the mean squared distance.
 Progress = Callable[[int, int, float], None]
 
-_MAX_DISTANCES = 1 << 26  # elements of one distance matrix: 256 MiB in float32
+# Elements of one matrix of distances: 16 MiB stay in a CPU's cache, 256 MiB keep a GPU busy.
+_MAX_DISTANCES, _MAX_DISTANCES_GPU = 1 << 22, 1 << 26
 _REPAIRS = 10
 
 
@@ -122,7 +123,7 @@ def nearest_centroid(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]
     flat = points.reshape(-1, points.shape[-1])
     # |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2), and |x|^2 does not change which centroid is nearest.
     half_norms = centroids.square().sum(dim=1) / 2
-    rows = max(1, _MAX_DISTANCES // len(centroids))
+    rows = max(1, (_MAX_DISTANCES if points.is_cpu else _MAX_DISTANCES_GPU) // len(centroids))
     best = [torch.addmm(half_norms, chunk, centroids.T, alpha=-1).min(dim=1) for chunk in flat.split(rows)]
     ids = torch.cat([part.indices for part in best])
     distances = flat.square().sum(dim=1) + 2 * torch.cat([part.values for part in best])
