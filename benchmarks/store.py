@@ -80,6 +80,7 @@ def main() -> None:
                     TrainView(arguments.image_size, source.view_size, 0.5, 0.5, 0.4, *normalise),
                     channels,
                     Draws(0, 0, crops=2, mirror=True),
+                    digests=source.needs_digests,
                 ),
             )
             for name, source in (("online", online), ("stored", stored))

@@ -4,8 +4,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mapet import MapetError
 from mapet.data.batches import DamageTally, StepSampler, ViewDataset, draw_batches, in_order, load_batches, printable
@@ -53,6 +55,17 @@ def test_batches_do_not_depend_on_the_number_of_workers(digits: Path) -> None:
         assert torch.equal(alone["index"], together["index"])
 
 
+def test_images_of_eight_and_of_more_bits_are_in_one_batch(tmp_path: Path) -> None:
+    Image.fromarray(np.full((30, 30), 255, np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30)).save(tmp_path / "16.png")
+    dataset = ViewDataset(open_images(str(tmp_path)), TrainView(28, 28, 1.0, 0.0, 0.0, (0.0,), (1.0,)), 1)
+    deep, plain = next(load_batches(dataset, in_order(2, 2), 0))["tokenizer_images"]
+    assert (plain == 1).all()
+    assert (deep.dtype, plain.dtype) == (torch.float32, torch.float32)
+    assert 0.9 < deep.max() <= 1
+    assert deep.std() > 0.1
+
+
 def test_views_do_not_depend_on_the_number_of_threads(photographs: Path) -> None:
     view = TrainView(224, 224, 0.3, 0.5, 0.4, (0.5,) * 3, (0.5,) * 3)
     dataset = ViewDataset(open_images(str(photographs)), view, 3, Draws(3, 3))
@@ -60,7 +73,7 @@ def test_views_do_not_depend_on_the_number_of_threads(photographs: Path) -> None
     samples = []
     for threads in (1, 4, before):
         torch.set_num_threads(threads)
-        samples.append(torch.stack([dataset[0, index]["images"] for index in range(8)]))
+        samples.append(torch.stack([dataset[0, index]["cut"].tokenizer_image for index in range(8)]))
         assert torch.get_num_threads() == threads
     assert torch.equal(samples[0], samples[1])
 
@@ -74,7 +87,7 @@ def test_damaged_files_are_replaced_logged_once_and_counted(
     images = open_images(str(folder))
     tally = DamageTally(images, most_share=0.1)
     for _ in range(2):
-        for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(60, 20), 0):
+        for batch in load_batches(ViewDataset(images, VIEW, 1, digests=True), in_order(60, 20), 0):
             tally.add(batch["damaged"])
             assert batch["images"].shape == (20, 1, 28, 28)
             assert batch["tokenizer_images"].flatten(1).amax(1).min() > 0
@@ -94,7 +107,7 @@ def test_control_characters_in_names_are_escaped() -> None:
 def test_a_folder_of_unreadable_files_is_an_error_in_the_first_batch(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_text("no image")
-    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1)
+    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1, digests=True)
     batch = next(iter(load_batches(dataset, in_order(60, 4), 0)))
     assert batch["digest"].shape == (4, 32)
     with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):

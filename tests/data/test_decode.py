@@ -1,4 +1,5 @@
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mapet.data.decode import decode, to_channels
+from mapet.data.decode import decode, decode_bytes, from_pil, to_channels
 
 
 def ramp(high: int, dtype: type) -> np.ndarray:
@@ -105,3 +106,25 @@ def test_arrays_are_converted_to_channels() -> None:
     assert torch.equal(to_channels(colour, 3), torch.tensor(colour).permute(2, 0, 1))
     as_pillow = torch.from_numpy(np.array(Image.fromarray(colour).convert("L")))
     assert (to_channels(colour, 1)[0].int() - as_pillow.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 40}])
+def test_jpegs_have_pillows_pixels(channels: int, mode: str, options: dict[str, int], photographs: Path) -> None:
+    """Whichever library decodes them; with every orientation that EXIF knows, and some that it does not."""
+    photograph = Image.open(next(photographs.rglob("*.jpg"))).resize((75, 50)).convert(mode)
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = BytesIO()
+        photograph.save(stored, "JPEG", exif=exif, **options)
+        expected = from_pil(Image.open(BytesIO(stored.getvalue())), channels)
+        assert torch.equal(decode_bytes(stored.getvalue(), channels), expected)
+
+
+def test_cut_jpegs_are_refused_with_pillows_words(photographs: Path) -> None:
+    content = next(photographs.rglob("*.jpg")).read_bytes()
+    for cut in (len(content) // 2, len(content) - 100):
+        with pytest.raises(OSError, match="image file is truncated"):
+            decode_bytes(content[:cut], 3)

@@ -3,7 +3,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform
+from torchvision.transforms import v2
 
+from mapet.data.colour import draw_jitter, jittered
 from mapet.data.decode import from_pil
 from mapet.data.seeds import Draw
 from mapet.data.views import PlainView, TrainView
@@ -24,6 +26,28 @@ def test_both_outputs_have_the_same_crop_and_flip() -> None:
         jittered = make(jitter=0.4)(IMAGE, Draw(seed, seed))
         assert torch.equal(jittered[0], tokenizer_images)
         assert not torch.allclose(jittered[1], images)
+
+
+def test_a_loading_process_keeps_eight_bits_and_sends_an_image_once() -> None:
+    cut = make().cut(IMAGE, Draw(1, 1))
+    assert (cut.tokenizer_image.dtype, cut.tokenizer_image.shape, cut.image.numel()) == (torch.uint8, (3, 32, 32), 0)
+    assert torch.allclose(make()(IMAGE, Draw(1, 1))[0], cut.tokenizer_image / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_of_a_batch_is_torchvisions_of_each_image(channels: int) -> None:
+    images = torch.rand(40, channels, 9, 13, generator=torch.Generator().manual_seed(0))
+    transform = v2.ColorJitter(0.4, 0.4, 0.4)
+    drawn = torch.stack([draw_jitter(transform, seed) for seed in range(40)])
+    assert len({tuple(steps[:, 0].tolist()) for steps in drawn}) == 6  # every order of the three operations
+    expected = []
+    for seed, image in enumerate(images):
+        torch.manual_seed(seed)
+        expected.append(transform(image))
+    assert (jittered(images, drawn) - torch.stack(expected)).abs().max() < 1e-6
+    assert torch.equal(
+        torch.cat([jittered(images[:7], drawn[:7]), jittered(images[7:], drawn[7:])]), jittered(images, drawn)
+    )
 
 
 def test_views_depend_on_the_seed_only() -> None:

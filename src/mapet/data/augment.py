@@ -17,13 +17,13 @@ from torchvision.transforms.v2 import functional as F
 
 from mapet.data.decode import from_pil
 from mapet.data.seeds import Draw
-from mapet.data.views import NOTHING
+from mapet.data.views import NOTHING, Cut, View
 
 Augment = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
-class AugmentedView:
+class AugmentedView(View):
     """Random crop, flip, RandAugment or colour jitter, and random erasing, as timm trains classifiers.
 
     Args:
@@ -45,11 +45,8 @@ class AugmentedView:
     jitter: float
     erasing: float
 
-    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Return ``(tokenizer_images, images)``: an empty tensor, and the normalised ``(C, H, W)`` augmentation.
-
-        16-bit images are augmented in 8 bits. The caller's random state does not change.
-        """
+    def cut(self, image: Tensor, draw: Draw) -> Cut:
+        """Do all of the work: timm's transforms take single images. 16-bit images are augmented in 8 bits."""
         crop, colour = self._crop_and_colour
         pixels = F.to_pil_image(F.to_dtype(image, torch.uint8, scale=True)).convert("RGB")  # timm's policies need RGB
         with seeded(draw.geometry):
@@ -63,7 +60,11 @@ class AugmentedView:
                 coloured = cropped
             augmented = from_pil(coloured, len(self.mean))
             images = F.normalize(F.to_dtype(augmented, torch.float32, scale=True), list(self.mean), list(self.std))
-            return NOTHING, RandomErasing(self.erasing, mode="pixel", device="cpu")(images)
+            return Cut(NOTHING, RandomErasing(self.erasing, mode="pixel", device="cpu")(images), NOTHING)
+
+    def finish(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Return an empty tensor, and the normalised augmentations."""
+        return cut.tokenizer_image, cut.image
 
     @cached_property
     def _crop_and_colour(self) -> tuple[Augment, Augment]:

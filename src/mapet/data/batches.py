@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
-from mapet.data.views import View
+from mapet.data.views import Cut, View, unit
 from mapet.data.workers import loading_processes, one_thread
 from mapet.errors import MapetError
 
@@ -28,10 +28,9 @@ MOST_ATTEMPTS = 50
 
 
 class Sample(TypedDict):
-    """The view of one image; see ``Batch`` for the entries."""
+    """What a loading process makes of one image; see ``Batch`` for the entries."""
 
-    tokenizer_images: Tensor
-    images: Tensor
+    cut: Cut
     index: int
     number: int
     digest: Tensor
@@ -41,10 +40,10 @@ class Sample(TypedDict):
 class Batch(TypedDict):
     """Views of ``B`` images.
 
-    - ``tokenizer_images`` and ``images``: ``(B, C, H, W)``, the two outputs of the view function.
+    - ``tokenizer_images`` and ``images``: ``(B, C, H, W)`` on the training device, the two outputs of the view.
     - ``index``: ``(B,)``, the index of each image in its set.
     - ``number``: ``(B,)``, the number of the view; see ``seeds.Draws``.
-    - ``digest``: ``(B, 32)`` uint8, the SHA-256 of each image's stored bytes.
+    - ``digest``: ``(B, 32)`` uint8, the SHA-256 of each image's stored bytes; ``(B, 0)`` if it is not asked for.
     - ``damaged``: for each image, the damaged images that it replaces.
     """
 
@@ -100,12 +99,14 @@ class ViewDataset(Dataset[Sample]):
         view: makes the two outputs from a decoded image.
         channels: 1 or 3.
         draws: which view of an image an epoch shows.
+        digests: also return the SHA-256 of each image's stored bytes.
     """
 
     images: ImageSet
     view: View
     channels: int
     draws: Draws = NO_SEED
+    digests: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -116,10 +117,13 @@ class ViewDataset(Dataset[Sample]):
         damaged: list[DamagedImage] = []
         # A blank image is returned if all attempts fail; DamageTally stops the run before it is used.
         image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
-        digest = torch.zeros(32, dtype=torch.uint8)
+        digest = torch.zeros(32 if self.digests else 0, dtype=torch.uint8)
         while len(damaged) < MOST_ATTEMPTS:
             try:
-                image, digest = self.images.load_with_digest(index, self.channels)
+                if self.digests:
+                    image, digest = self.images.load_with_digest(index, self.channels)
+                else:
+                    image = self.images.load(index, self.channels)
                 break
             except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
@@ -127,15 +131,8 @@ class ViewDataset(Dataset[Sample]):
         name = self.images.key(index)
         number = self.draws.number(epoch, name)
         with one_thread():
-            tokenizer_images, images = self.view(image, self.draws.draw(number, name, epoch))
-        return {
-            "tokenizer_images": tokenizer_images,
-            "images": images,
-            "index": index,
-            "number": number,
-            "digest": digest,
-            "damaged": damaged,
-        }
+            cut = self.view.cut(image, self.draws.draw(number, name, epoch))
+        return {"cut": cut, "index": index, "number": number, "digest": digest, "damaged": damaged}
 
 
 @dataclass
@@ -180,19 +177,37 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into a batch."""
-    # Lists of different lengths cannot be stacked.
-    batch: Batch = default_collate([{**sample, "damaged": 0} for sample in samples])
-    batch["damaged"] = [sample["damaged"] for sample in samples]
-    return batch
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Stack samples into a batch: a ``cut`` instead of the images, and the other entries of ``Batch``."""
+    # Images of 8 bits and of more may be in one batch; lists of different lengths cannot be stacked.
+    cuts = [
+        [unit(part) for part in parts] if len({part.dtype for part in parts}) > 1 else list(parts)
+        for parts in zip(*(sample["cut"] for sample in samples), strict=True)
+    ]
+    others = default_collate([{**sample, "cut": 0, "damaged": 0} for sample in samples])
+    damaged = [sample["damaged"] for sample in samples]
+    return {**others, "cut": Cut(*map(default_collate, cuts)), "damaged": damaged}
 
 
 def load_batches(
-    dataset: ViewDataset, keys: StepSampler | Sequence[list[SampleKey]], workers: int, pin: bool = False
-) -> DataLoader[Sample]:
-    """Return a loader of the batches with the given sample keys; the order does not depend on ``workers``."""
-    return DataLoader(dataset, batch_sampler=keys, collate_fn=collate, pin_memory=pin, **loading_processes(workers))
+    dataset: ViewDataset,
+    keys: StepSampler | Sequence[list[SampleKey]],
+    workers: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Iterator[Batch]:
+    """Return the batches with the given sample keys, on the device; their order does not depend on ``workers``."""
+    pin = device.type == "cuda"
+    # Begun here and not by the first step, because a loader draws from the random state that the step has seeded.
+    loaded = iter(
+        DataLoader(dataset, batch_sampler=keys, collate_fn=collate, pin_memory=pin, **loading_processes(workers))
+    )
+
+    def finish(batch: dict[str, Any]) -> Batch:
+        cut = Cut(*(part.to(device, non_blocking=True) for part in batch.pop("cut")))
+        tokenizer_images, images = dataset.view.finish(cut)
+        return {**batch, "tokenizer_images": tokenizer_images, "images": images}  # type: ignore[typeddict-item]
+
+    return map(finish, loaded)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

@@ -9,6 +9,7 @@
 """
 
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+ORIENTATION = 0x0112  # number of the EXIF tag
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -50,7 +53,20 @@ def decode_bytes(content: bytes, channels: int) -> Tensor:
         except UnidentifiedImageError:  # its message would name the BytesIO object
             raise UnidentifiedImageError("not an image of a known format") from None
         with opened:
+            if opened.format == "JPEG" and (opened.mode == "L" or (opened.mode == "RGB" and channels == 3)):
+                with suppress(RuntimeError):  # Pillow says better what is wrong
+                    return _decode_jpeg(content, channels, opened.getexif().get(ORIENTATION))
             return from_pil(opened, channels)
+
+
+def _decode_jpeg(content: bytes, channels: int, orientation: object) -> Tensor:
+    """Decode a JPEG of a mode that needs no conversion of colours.
+
+    torchvision and Pillow call the same decoder and return the same pixels, but Pillow copies them three times.
+    """
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    stored = torch.frombuffer(content, dtype=torch.uint8)
+    return decode_jpeg(stored, mode, apply_exif_orientation=orientation in range(2, 9))  # type: ignore[no-any-return]
 
 
 def from_pil(opened: Image.Image, channels: int) -> Tensor:

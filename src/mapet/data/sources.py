@@ -135,7 +135,7 @@ class ImageSet:
 
     def load(self, index: int, channels: int) -> Tensor:
         """Return an image as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
-        return self.load_with_digest(index, channels)[0]
+        return self.source.decode(self.source.content(self._position(index)), channels)
 
     def digest(self, index: int) -> Tensor:
         """Return the SHA-256 of an image's stored bytes (a file's bytes, an array's pixels), ``(32,)`` uint8."""

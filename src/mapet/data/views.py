@@ -1,24 +1,58 @@
-"""View functions: a decoded image becomes the tokenizer's image and the network's input."""
+"""Views: a decoded image becomes the tokenizer's image and the network's input.
 
-from collections.abc import Callable
+``cut`` runs in a loading process: it crops and resizes one image and keeps its 8 bits, a quarter of a float's bytes.
+``finish`` runs on the training device: it makes floats of a batch, changes their colours and normalises them.
+"""
+
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from mapet.data.colour import draw_jitter, jittered
 from mapet.data.seeds import Draw
 
-# From a decoded image to (tokenizer_images in [0, 1], images normalised for the network), each (C, H, W).
-View = Callable[[Tensor, Draw], tuple[Tensor, Tensor]]
-NOTHING = torch.empty(0)  # in place of an output that is not needed
+F = v2.functional
+NOTHING = torch.empty(0)  # in place of what is not needed
+NO_DRAW = Draw(0, 0)  # for views without randomness
 
 # An image whose aspect ratio differs from the output's by more than this factor loses its ends before it is resized.
 MOST_STRETCH = 8
 
 
+class Cut(NamedTuple):
+    """What a loading process makes of an image; of a batch with a leading axis.
+
+    Attributes:
+        tokenizer_image: ``(C, H, W)``, uint8 or (of an image with more than 8 bits) float32 in [0, 1].
+        image: likewise, for the network; empty if it is the same as ``tokenizer_image``.
+        jitter: see ``colour.draw_jitter``; empty for none.
+    """
+
+    tokenizer_image: Tensor
+    image: Tensor
+    jitter: Tensor
+
+
+class View(Protocol):
+    """Makes ``tokenizer_images`` in [0, 1] and ``images``, normalised for the network."""
+
+    def cut(self, image: Tensor, draw: Draw) -> Cut:
+        """Return what ``finish`` needs of a decoded ``(C, H, W)`` image; the caller's random state does not change."""
+
+    def finish(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Return ``(tokenizer_images, images)`` of a batch, ``(B, C, H, W)`` float32 each, on the device of ``cut``."""
+
+    def __call__(self, image: Tensor, draw: Draw = NO_DRAW) -> tuple[Tensor, Tensor]:
+        """Return both for a single image, without a leading axis."""
+        tokenizer_images, images = self.finish(Cut(*(part[None] for part in self.cut(image, draw))))
+        return tokenizer_images[0], images[0]
+
+
 @dataclass(frozen=True)
-class TrainView:
+class TrainView(View):
     """Random resized crop and flip for both outputs; colour jitter for ``images`` only.
 
     torchvision's transforms draw the parameters and its functionals apply them: for small images, calling the
@@ -47,37 +81,42 @@ class TrainView:
         object.__setattr__(self, "_random_crop", v2.RandomResizedCrop(1, scale=(self.crop_min, 1.0)))
         object.__setattr__(self, "_colour_jitter", v2.ColorJitter(self.jitter, self.jitter, self.jitter))
 
-    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Return ``(tokenizer_images, images)``: the same crop in [0, 1], and jittered and normalised.
-
-        The same ``draw`` gives the same views. The caller's random state does not change.
-        """
+    def cut(self, image: Tensor, draw: Draw) -> Cut:
+        """Crop and flip, the same for both outputs. The same ``draw`` gives the same views."""
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also queue seeds, each with a traceback, for devices not initialised yet.
             torch.default_generator.manual_seed(draw.geometry)
             box = self._random_crop.make_params([image])
             drawn = bool(torch.rand(()) < self.flip)
             mirrored = drawn if draw.mirrored is None else draw.mirrored
-            tokenizer_images = _crop(image, box, self.view_size, mirrored) if self.view_size else NOTHING
-            if not self.size:
-                return tokenizer_images, NOTHING
-            same = self.size == self.view_size
-            images = tokenizer_images if same else _crop(image, box, self.size, mirrored)
-            if self.jitter:
-                torch.default_generator.manual_seed(draw.colour)
-                images = self._colour_jitter(images)
-            return tokenizer_images, v2.functional.normalize(images, list(self.mean), list(self.std))
+            jitter = draw_jitter(self._colour_jitter, draw.colour) if self.size and self.jitter else NOTHING
+        tokenizer_image = _crop(image, box, self.view_size, mirrored) if self.view_size else NOTHING
+        network_image = _crop(image, box, self.size, mirrored) if self.size not in (0, self.view_size) else NOTHING
+        return Cut(tokenizer_image, network_image, jitter)
+
+    def finish(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Return the crops in [0, 1], and jittered and normalised."""
+        tokenizer_images = unit(cut.tokenizer_image)
+        if not self.size:
+            return tokenizer_images, cut.image
+        images = tokenizer_images if self.size == self.view_size else unit(cut.image)
+        if self.jitter:
+            images = jittered(images, cut.jitter)
+        return tokenizer_images, F.normalize(images, list(self.mean), list(self.std))
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """Return pixels as float32 in [0, 1]; bicubic interpolation of floats may have left that range."""
+    return pixels.clamp(0, 1) if pixels.is_floating_point() else F.to_dtype(pixels, torch.float32, scale=True)
 
 
 def _crop(image: Tensor, box: dict[str, int], size: int, mirrored: bool) -> Tensor:
-    crop = v2.functional.resized_crop(image, **box, size=[size, size], interpolation=InterpolationMode.BICUBIC)
-    if mirrored:
-        crop = v2.functional.horizontal_flip(crop)
-    return v2.functional.to_dtype(crop, torch.float32, scale=True).clamp(0, 1)  # type: ignore[no-any-return]
+    crop = F.resized_crop(image, **box, size=[size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return F.horizontal_flip(crop) if mirrored else crop  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class PlainView:
+class PlainView(View):
     """The resized centre of an image, as timm transforms images for evaluation; nothing is random.
 
     Args:
@@ -96,14 +135,17 @@ class PlainView:
     interpolation: str = "bicubic"
     squash: bool = False
 
-    def __call__(self, image: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``(tokenizer_images, images)``: the centre in [0, 1], and normalised."""
+    def cut(self, image: Tensor, draw: Draw) -> Cut:
+        """Resize and take the centre."""
         if not self.squash:
             image = _without_ends(image, self.size)
-        resized = v2.functional.resize(image, self._resized(*image.shape[-2:]), InterpolationMode(self.interpolation))
-        centre = v2.functional.center_crop(resized, list(self.size))
-        centre = v2.functional.to_dtype(centre, torch.float32, scale=True).clamp(0, 1)
-        return centre, v2.functional.normalize(centre, list(self.mean), list(self.std))
+        size, mode = self._resized(*image.shape[-2:]), InterpolationMode(self.interpolation)
+        return Cut(F.center_crop(F.resize(image, size, mode, antialias=True), list(self.size)), NOTHING, NOTHING)
+
+    def finish(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Return the centres in [0, 1], and normalised."""
+        centres = unit(cut.tokenizer_image)
+        return centres, F.normalize(centres, list(self.mean), list(self.std))
 
     def _resized(self, height: int, width: int) -> list[int]:
         """Return rows and columns before the crop, rounded as timm rounds; one number is the shorter side."""
@@ -120,4 +162,4 @@ def _without_ends(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Cut the ends off a long strip: the crop never shows them, and the resized strip could exceed the memory."""
     scale = MOST_STRETCH * min(side / wanted for side, wanted in zip(image.shape[-2:], size, strict=True))
     kept = [min(side, round(scale * wanted)) for side, wanted in zip(image.shape[-2:], size, strict=True)]
-    return v2.functional.center_crop(image, kept)  # type: ignore[no-any-return]
+    return F.center_crop(image, kept)  # type: ignore[no-any-return]

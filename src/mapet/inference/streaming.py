@@ -1,7 +1,6 @@
 """Run a network over images, in order, batch by batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from mapet.config.keys import InferenceKeys
 from mapet.data.batches import DamageTally, ViewDataset, in_order, load_batches
-from mapet.data.seeds import Draw
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
 from mapet.engine.parallel import count_workers
@@ -23,16 +21,6 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network runs in "no" (float32), "bf16" or "fp16"."""
     return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS)
-
-
-@dataclass(frozen=True)
-class _InputOnly:
-    """A view without its first output, which loading processes would send in vain."""
-
-    view: View
-
-    def __call__(self, image: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        return torch.empty(0), self.view(image, draw)[1]
 
 
 def stream(
@@ -64,15 +52,14 @@ def stream(
         MapetError: if more images are damaged than ``tally`` allows, or none can be read.
     """
     tally = tally or DamageTally(images, most_share=1.0)
-    dataset, order = ViewDataset(images, _InputOnly(view), channels), in_order(len(images), batch_size)
-    for batch in load_batches(dataset, order, workers, pin=device.type == "cuda"):
+    for batch in load_batches(ViewDataset(images, view, channels), in_order(len(images), batch_size), workers, device):
         tally.add(batch["damaged"])
         # Another image stands in for a damaged one; only undamaged images are kept.
         whole = torch.tensor([not met for met in batch["damaged"]])
         if not whole.any():
             continue
         with torch.no_grad(), autocast(device, precision):
-            output = network(batch["images"][whole].to(device, non_blocking=True))
+            output = network(batch["images"][whole.to(device)])
         yield batch["index"][whole], output
 
 

@@ -65,7 +65,7 @@ class OnlineIds:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the ids of a batch of views, ``(B, P)`` int64."""
-        return (self.tokenizer.encode(batch["tokenizer_images"].to(self._device, non_blocking=True)),)
+        return (self.tokenizer.encode(batch["tokenizer_images"].to(self._device)),)
 
 
 class StoredIds:
@@ -140,5 +140,5 @@ class TeacherFeatures:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the features of a batch of views, ``(B, P, d)``."""
-        views = batch["tokenizer_images"].to(self._teacher.mean.device, non_blocking=True)
+        views = batch["tokenizer_images"].to(self._teacher.mean.device)
         return (self._teacher.on_grid(views, self.view_size, self._grid),)

@@ -128,7 +128,7 @@ def _report(
         logger.warning("%s", sentence)
 
     def view(image: int) -> Tensor:
-        return dataset[keys[image]]["tokenizer_images"]
+        return next(load_batches(dataset, [[keys[image]]], workers=0))["tokenizer_images"][0]
 
     def write(folder: Path) -> None:
         if with_tokenizer:
