@@ -210,6 +210,9 @@ class TrainKeys(DataKeys):
         "mixed precision: bf16, fp16 or no; default (auto): bf16 if the device computes it fast, fp16 on other CUDA "
         "GPUs, otherwise no",
     )
+    compile: bool = key(
+        False, "compile the step with torch.compile: the first steps take minutes, the others less time than without"
+    )
     checkpoint_every: Count = key(CHOSEN, "optimiser steps between checkpoints; default: one epoch", free=True)
     log_every: Count = key(1, "optimiser steps between lines of metrics.jsonl", free=True)
 

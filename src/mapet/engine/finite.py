@@ -9,7 +9,7 @@ from mapet.errors import MapetError
 
 
 def check_finite(
-    step: int, inputs: Sequence[Tensor], task: nn.Module, loss: float, *, grad_norm: float, lr: float, precision: str
+    step: int, inputs: Sequence[object], task: nn.Module, loss: float, *, grad_norm: float, lr: float, precision: str
 ) -> None:
     """Raise if the step's loss or gradient is NaN or infinite. Call it before the optimizer steps.
 
@@ -21,7 +21,7 @@ def check_finite(
     if math.isfinite(loss) and (math.isfinite(grad_norm) or precision == "fp16"):
         return
     broken = [name for name, parameter in task.named_parameters() if not parameter.isfinite().all()]
-    if not all(bool(part.isfinite().all()) for part in inputs):
+    if not all(bool(part.isfinite().all()) for part in inputs if isinstance(part, Tensor)):
         cause = "the input contains NaN or infinity; look at --mean, --std and the files"
     elif broken:
         cause = f"the weights were not finite before the step (first {broken[0]!r}); resume from the checkpoint"

@@ -8,6 +8,7 @@ so nothing here needs to be told who its peers are.
 """
 
 import atexit
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +25,8 @@ from torch.optim import Optimizer
 from mapet.data.sources import ImageSet
 from mapet.errors import MapetError
 from mapet.models.attention import cpu_has_bfloat16
+
+logger = logging.getLogger(__name__)
 
 # The main process may fit a tokenizer for days on CPUs; by default the others give up after ten minutes.
 PATIENCE = timedelta(days=7)
@@ -131,8 +134,26 @@ def check_precision(precision: str) -> None:
     make_accelerator(precision)
 
 
-def wrap(accelerator: Accelerator, task: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """Return the task and its optimizer as they are trained: moved, in the precision, synchronised over processes."""
+def wrap(
+    accelerator: Accelerator, task: nn.Module, optimizer: Optimizer, *, compiled: bool = False
+) -> tuple[nn.Module, Optimizer]:
+    """Return the task and its optimizer as they are trained: moved, in the precision, synchronised over processes.
+
+    With ``compiled`` the task's forward pass becomes one graph with its backward pass. The network that comes out of
+    the task, and what measures it, are not compiled.
+    """
+    if compiled and _can_compile(accelerator.device):
+        task.forward = torch.compile(task.forward, dynamic=False)
     # The optimizer's state stays where it is: moved, its step counts would be read back from the device each step.
     wrapped, prepared = accelerator.prepare(task, optimizer, device_placement=[True, False])
     return wrapped, prepared
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile works here: it needs a C++ compiler, on GPUs Triton. A warning says why not."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # of torch._dynamo or torch._inductor
+        logger.warning("the step is not compiled: %s", next(iter(str(error).splitlines()), type(error).__name__))
+        return False
+    return True

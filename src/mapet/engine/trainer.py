@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Measures the network that comes out of a task: yields names and values.
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
 # Turns a batch into what the task's forward takes, on the device; no gradient goes through it.
-Inputs = Callable[[Batch], tuple[Tensor, ...]]
+Inputs = Callable[[Batch], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Trainer:
         config.choose_batch(config.model_dump(), len(self.dataset), self.accelerator.num_processes)
         self.tally = DamageTally(self.dataset.images, config.max_damaged)
         first = self._restore()
-        self.wrapped, self.optimizer = wrap(self.accelerator, self.task, self.optimizer)
+        self.wrapped, self.optimizer = wrap(self.accelerator, self.task, self.optimizer, compiled=config.compile)
         if self.is_main:
             self._begin_folder(first)
         if self.save_first and first == 0:
@@ -183,9 +183,10 @@ class Trainer:
                         sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
                 accelerator.backward(output["loss"])
                 if accelerator.sync_gradients:
-                    grad_norm = float(accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad))
-                    means = accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
-                    measured = dict(zip(sums, means, strict=True))
+                    norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad)
+                    means = accelerator.reduce(torch.stack([*sums.values(), norm.float()]), "mean")
+                    *values, grad_norm = means.tolist()  # the only time that a step waits for the device
+                    measured = dict(zip(sums, values, strict=True))
                     loss = measured["loss"]
                     check_finite(step, inputs, self.task, loss, grad_norm=grad_norm, lr=lr, precision=config.precision)
                 self.optimizer.step()
@@ -242,7 +243,7 @@ class Trainer:
             len(self.dataset), config.batch_size, config.seed, first, config.steps, rank, world, config.accumulate
         )
         workers = count_workers(config.workers, self.dataset.images, device)
-        return iter(load_batches(self.dataset, sampler, workers, pin=device.type == "cuda"))
+        return load_batches(self.dataset, sampler, workers, device)
 
     def _begin_folder(self, first: int) -> None:
         """Write down the configuration, whose free keys may have changed, and log what begins."""

