@@ -185,7 +185,7 @@ class Trainer:
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad)
                     means = accelerator.reduce(torch.stack([*sums.values(), norm.float()]), "mean")
-                    *values, grad_norm = means.tolist()  # the only time that a step waits for the device
+                    *values, grad_norm = means.tolist()  # one wait for the device, not one for each
                     measured = dict(zip(sums, values, strict=True))
                     loss = measured["loss"]
                     check_finite(step, inputs, self.task, loss, grad_norm=grad_norm, lr=lr, precision=config.precision)
