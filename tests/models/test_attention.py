@@ -22,7 +22,7 @@ from mapet.models.attention import additive_mask, attend, use_layouts
 def test_attend_equals_the_definition(
     dtype: torch.dtype, native: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mapet.models.attention.cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr("mapet.models.attention.CPU_HAS_BFLOAT16", native)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (7, 5, 5))
     mask = torch.rand(7, 5) < 0.6

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from mapet.data.sources import ImageSet
 from mapet.errors import MapetError
-from mapet.models.attention import cpu_has_bfloat16
+from mapet.models.attention import CPU_HAS_BFLOAT16
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def fast_precision() -> str:
     computes it fast, fp16 on other CUDA GPUs, otherwise no."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if cpu_has_bfloat16() and not torch.backends.mps.is_available() else "no"
+    return "bf16" if CPU_HAS_BFLOAT16 and not torch.backends.mps.is_available() else "no"
 
 
 def make_accelerator(precision: str, accumulate: int = 1) -> Accelerator:

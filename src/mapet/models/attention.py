@@ -4,8 +4,6 @@ The *last* ``rows`` rows are the queries and the *first* ``keys`` rows the keys.
 is timm's.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale, PatchEmbed
@@ -15,12 +13,9 @@ from torch import Tensor, nn
 
 from mapet.errors import MapetError
 
-
-@cache
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for matrix products in bfloat16 (AVX512-bf16 or AMX)."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+_CAPABILITIES: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+# Whether the CPU has instructions for matrix products in bfloat16.
+CPU_HAS_BFLOAT16 = bool(_CAPABILITIES.get("avx512_bf16") or _CAPABILITIES.get("amx_bf16"))
 
 
 def product_type(x: Tensor) -> torch.dtype:
@@ -52,7 +47,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
         mask: ``(R, K)``, see ``additive_mask``; None: every row attends to every key.
         dropout: probability of dropping an attention weight.
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bfloat16():
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and CPU_HAS_BFLOAT16:
         # Measured with benchmarks/attention.py, 8 images x 3 heads, 491 rows, 344 keys, 64 wide, forward + backward:
         # on 2 cores with AVX512-bf16 the fused kernel gains nothing from bfloat16 and the matrix products below run
         # about 2.4 times faster than it; on a CPU with AVX2 alone they run 2.5 times slower.
