@@ -22,8 +22,9 @@ def test_a_compiled_run_has_the_same_losses(objective: str, digits: Path, tmp_pa
         options["vocab_size"] = None
     plain = pretrain_tiny(digits, tmp_path / "plain", **options)
     compiled = pretrain_tiny(digits, tmp_path / "compiled", **options, compile=True)
-    for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     images = torch.randn(2, 1, 28, 28)
     outputs = [result.task.outcome().eval()(images) for result in (plain, compiled)]
     assert torch.allclose(*outputs, atol=1e-2)

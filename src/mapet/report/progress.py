@@ -13,6 +13,7 @@ from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import Record
 
 PLAIN_INTERVAL_S = 15.0
+WAITING = 0.1  # share of the time; more says that images are loaded too slowly
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ class ProgressSink:
         measured = [f"{key.removeprefix('eval_')} {value:.3f}" for key, value in record.items() if key[:5] == "eval_"]
         if measured:
             self._console.print(f"step {done}: {'  '.join(measured)}")
-        self._meter.show(done, self._describe(record), at_once=done in (self._first + 1, self._total))
+        speed = f"{record['images_per_s']:.0f} images/s"
+        if record["data_wait"] > WAITING:
+            speed += f", {record['data_wait']:.0%} waiting for data"
+        self._meter.show(done, f"{self._describe(record)}  {speed}", at_once=done in (self._first + 1, self._total))
 
     def close(self) -> None:
         """Stop the bar."""
