@@ -1,4 +1,4 @@
-"""What a GPU should be asked: where a step's time goes, memory by batch, and a pre-training from JPEGs.
+"""Measurements for a GPU: the slowest kernels of a step, memory by batch size, and a pre-training from JPEGs.
 
 sh benchmarks/gpu.sh FOLDER       # the GPU tests, the step table and this, in at most 8 minutes on one large GPU
 python benchmarks/gpu.py --tiny   # a proof on the CPU that it runs

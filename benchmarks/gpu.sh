@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that one GPU should be asked, in at most 8 minutes and without a network: sh benchmarks/gpu.sh FOLDER
+# All measurements for one GPU, in at most 8 minutes and without a network: sh benchmarks/gpu.sh FOLDER
 set -e
 out=${1:-runs/gpu}
 mkdir -p "$out"

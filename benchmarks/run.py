@@ -19,9 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from mapet.jobs.compare.arms import flops_of_image
 from mapet.models.networks import build_vit
 from mapet.objectives.base import Objective
 from mapet.objectives.registry import OBJECTIVES, build_objective, build_target
@@ -79,12 +78,8 @@ def count_flops(name: str, model: str, size: int) -> float:
     """Return the operations of one image, forward and backward, counted on the meta device."""
     with torch.device("meta"):
         objective = make(name, model, size)
-        images, ids = torch.zeros(1, 3, size, size), torch.zeros(1, objective.patches, dtype=torch.long)
-    mask = objective.draw_mask(1, torch.device("cpu"))
-    mask = type(mask)(*(part.to("meta") for part in mask))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        objective(images, ids, mask)["loss"].backward()
-    return float(counter.get_total_flops())
+        ids = torch.zeros(1, objective.patches, dtype=torch.long)
+    return flops_of_image(objective, ids)
 
 
 def step_of(objective: nn.Module, precision: str, *inputs: Any) -> Step:

@@ -31,7 +31,7 @@ def test_a_compiled_run_has_the_same_losses(objective: str, digits: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_a_gpu_is_asked_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
+def test_the_measurements_for_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
     subprocess.run([sys.executable, script, "--tiny", "--json", tmp_path / "gpu.json"], check=True)
     found = json.loads((tmp_path / "gpu.json").read_text())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mapet import MapetError
-from mapet.models.attention import additive_mask, attend, use_layouts
+from mapet.models.attention import Layout, additive_mask, attend, use_layouts
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dic
     square = F.pad(mask, (0, 4), value=False)
     expected = plain.blocks[0](x, attn_mask=torch.zeros(11, 11).double().masked_fill(~square, float("-inf")))
     mask = additive_mask(mask, x.dtype)
-    assert torch.allclose(ours.blocks[0](x, mask, rows=11, keys=7), expected, atol=1e-12)
-    assert torch.allclose(ours.blocks[0](x, mask[-3:], rows=3, keys=7), expected[:, -3:], atol=1e-12)
-    assert torch.allclose(ours.blocks[0](x, rows=3, keys=11), plain.blocks[0](x)[:, -3:], atol=1e-12)
+    assert torch.allclose(ours.blocks[0](x, Layout(11, 7, mask)), expected, atol=1e-12)
+    assert torch.allclose(ours.blocks[0](x, Layout(11, 7, mask).last(3)), expected[:, -3:], atol=1e-12)
+    assert torch.allclose(ours.blocks[0](x, Layout(3, 11)), plain.blocks[0](x)[:, -3:], atol=1e-12)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert torch.equal(ours(images), plain(images))
 
@@ -59,7 +59,7 @@ def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dic
 def test_stochastic_depth_decides_once_for_all_rows_of_an_image(tiny_vit: Callable[..., Any]) -> None:
     block = tiny_vit(drop_path=0.5).blocks[-1].train()
     x = torch.randn(64, 6, 32)
-    dropped = (block(x, rows=6, keys=6) == x).all(dim=-1)
+    dropped = (block(x, Layout(6, 6)) == x).all(dim=-1)
     assert dropped.any()
     assert torch.equal(dropped.all(dim=1), dropped.any(dim=1))
 

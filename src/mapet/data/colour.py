@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import ColorJitter
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # torchvision's numbers
 GREY = (0.2989, 0.587, 0.114)  # shares of red, green and blue, as torchvision's rgb_to_grayscale
-AT_ONCE = 2**17  # values; fewer stay in a CPU's cache, so that the passes over them are fast
+AT_ONCE = 2**17  # values that a CPU processes together: they fit into its cache
 
 
 def draw_jitter(jitter: ColorJitter, seed: int) -> Tensor:

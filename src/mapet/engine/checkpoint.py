@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, reason_of
 
 TASK_FILE, OPTIMIZER_FILE, STATE_FILE = "task.safetensors", "optimizer.safetensors", "state.json"
 
@@ -112,9 +112,8 @@ def read_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer) -> Stat
 
 def damaged_checkpoint(folder: Path, error: Exception) -> MapetError:
     """Return the error for a checkpoint that cannot be used, with the reason."""
-    reason = " ".join(str(error).split())[:300]
     return MapetError(
-        f"checkpoint {folder} is damaged ({reason}); restore it, or remove it to start from the beginning"
+        f"checkpoint {folder} is damaged ({reason_of(error)}); restore it, or remove it to start from the beginning"
     )
 
 

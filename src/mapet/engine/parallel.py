@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mapet.data.sources import ImageSet
-from mapet.errors import MapetError
+from mapet.errors import MapetError, first_line
 from mapet.models.attention import CPU_HAS_BFLOAT16
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,8 @@ def wrap(
 ) -> tuple[nn.Module, Optimizer]:
     """Return the task and its optimizer as they are trained: moved, in the precision, synchronised over processes.
 
-    With ``compiled`` the task's forward pass becomes one graph with its backward pass. The network that comes out of
-    the task, and what measures it, are not compiled.
+    ``compiled`` compiles the forward and the backward pass of the task as one graph. The network that the task exports
+    is not compiled.
     """
     if compiled and _can_compile(accelerator.device):
         task.forward = torch.compile(task.forward, dynamic=False)
@@ -154,6 +154,6 @@ def _can_compile(device: torch.device) -> bool:
     try:
         torch.compile(torch.neg)(torch.zeros(2, device=device))
     except Exception as error:  # of torch._dynamo or torch._inductor
-        logger.warning("the step is not compiled: %s", next(iter(str(error).splitlines()), type(error).__name__))
+        logger.warning("the step is not compiled: %s", first_line(error))
         return False
     return True

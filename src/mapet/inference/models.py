@@ -17,7 +17,7 @@ from mapet.data.views import PlainView
 from mapet.engine.checkpoint import read_state
 from mapet.engine.parallel import check_precision, one_device
 from mapet.engine.runfolder import RunFolder
-from mapet.errors import MapetError, nearest
+from mapet.errors import MapetError, nearest, reason_of
 from mapet.models.networks import RELEASED, create_network, find_network
 from mapet.tokenizers.base import hash_content
 
@@ -188,10 +188,9 @@ def _fit_size(network: Any, channels: int, size: tuple[int, int], source: str) -
             network.set_input_size(img_size=size)
         network(torch.zeros(1, channels, *size))
     except Exception as error:  # networks raise errors of many types
-        reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
         raise MapetError(
-            f"model {source!r} cannot take images of {size[0]} x {size[1]} pixels ({reason}); choose another "
-            "--image-size, or leave it out"
+            f"model {source!r} cannot take images of {size[0]} x {size[1]} pixels "
+            f"({reason_of(error, most=200).rstrip('.')}); choose another --image-size, or leave it out"
         ) from error
 
 

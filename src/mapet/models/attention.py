@@ -1,8 +1,9 @@
 """timm's attention and block with rectangular masks; parameters and state-dict keys stay timm's.
 
-The *last* ``rows`` rows are the queries and the *first* ``keys`` rows the keys. Without these numbers the computation
-is timm's.
+A ``Layout`` says which rows are computed and what they see. Without one the computation is timm's.
 """
+
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,24 @@ from mapet.errors import MapetError
 _CAPABILITIES: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
 # Whether the CPU has instructions for matrix products in bfloat16.
 CPU_HAS_BFLOAT16 = bool(_CAPABILITIES.get("avx512_bf16") or _CAPABILITIES.get("amx_bf16"))
+
+
+class Layout(NamedTuple):
+    """Which rows a block computes, and what they see.
+
+    Attributes:
+        rows: ``R``; the last ``R`` rows are computed.
+        keys: ``K``; they may attend to the first ``K`` rows.
+        mask: ``(R, K)``, see ``additive_mask``; None: they attend to all of these.
+    """
+
+    rows: int
+    keys: int
+    mask: Tensor | None = None
+
+    def last(self, rows: int) -> Self:
+        """Return the layout of the last of its rows alone."""
+        return self._replace(rows=rows, mask=None if self.mask is None else self.mask[-rows:])
 
 
 def product_type(x: Tensor) -> torch.dtype:
@@ -58,20 +77,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 class LayoutAttention(Attention):  # type: ignore[misc]
-    """timm's ``Attention`` whose last ``rows`` rows attend to the first ``keys`` rows."""
+    """timm's ``Attention``, also of a ``Layout``."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rows: int | None = None,
-        keys: int | None = None,
-    ) -> Tensor:
-        """Map ``(B, N, D)`` to ``(B, rows, D)``; without ``rows`` and ``keys`` the computation is timm's."""
-        if rows is None or keys is None:
+    def forward(self, x: Tensor, attn_mask: Tensor | Layout | None = None, is_causal: bool = False) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, R, D)``; without a layout, R is N and the computation is timm's."""
+        if not isinstance(attn_mask, Layout):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
-        x_rows, x_keys = last_rows(x, rows), x if keys == x.shape[1] else x[:, :keys]
+        x_rows, x_keys = last_rows(x, attn_mask.rows), x if attn_mask.keys == x.shape[1] else x[:, : attn_mask.keys]
         # Rows and keys are projected separately: a row that is never a key needs no key and no value.
         q_weight, kv_weight = self.qkv.weight.tensor_split([self.attn_dim])
         q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([self.attn_dim])
@@ -79,7 +91,7 @@ class LayoutAttention(Attention):  # type: ignore[misc]
         kv = F.linear(x_keys, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(q, k, v, attn_mask, self.attn_drop.p if self.training else 0.0)
+        out = attend(q, k, v, attn_mask.mask, self.attn_drop.p if self.training else 0.0)
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x_rows).sigmoid()
@@ -87,26 +99,20 @@ class LayoutAttention(Attention):  # type: ignore[misc]
 
 
 class LayoutBlock(Block):  # type: ignore[misc]
-    """timm's ``Block`` that computes only the last ``rows`` rows, from the first ``keys`` rows and themselves."""
+    """timm's ``Block`` that computes only the rows of a ``Layout``."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        rows: int | None = None,
-        keys: int | None = None,
-    ) -> Tensor:
-        """Map ``(B, N, D)`` to ``(B, rows, D)``; without ``rows`` and ``keys`` the computation is timm's."""
-        if rows is None or keys is None:
+    def forward(self, x: Tensor, attn_mask: Tensor | Layout | None = None, is_causal: bool = False) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, R, D)``; without a layout, R is N and the computation is timm's."""
+        if not isinstance(attn_mask, Layout):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
-        attended = self.attn(self.norm1(x), attn_mask=attn_mask, rows=rows, keys=keys)
-        x = add_scaled(last_rows(x, rows), attended, self.ls1, self.drop_path1)
+        attended = self.attn(self.norm1(x), attn_mask)
+        x = add_scaled(last_rows(x, attn_mask.rows), attended, self.ls1, self.drop_path1)
         return add_scaled(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
 
 
 def last_rows(x: Tensor, rows: int) -> Tensor:
-    """Return the last rows of ``(B, N, D)``; all of them without a slice, whose backward pass copies the gradient."""
+    """Return the last rows of ``(B, N, D)``."""
+    # A slice of all rows would copy the gradient in its backward pass.
     return x if rows == x.shape[1] else x[:, -rows:]
 
 

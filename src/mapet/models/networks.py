@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from timm.models.vision_transformer import VisionTransformer
 
-from mapet.errors import MapetError, nearest
+from mapet.errors import MapetError, nearest, reason_of
 from mapet.models.attention import use_layouts
 
 # Backbones that come with the package: folders as ``mapet export timm`` writes them; each has a README.md that says how
@@ -128,7 +128,7 @@ def create_network(name: str, *, pretrained: bool, any_size: bool = False, **arg
             folder = Path(name.removeprefix("local-dir:"))
             damaged = folder / "config.json" if isinstance(error, json.JSONDecodeError) else folder
             raise MapetError(
-                f"{damaged} is damaged ({_reason(error)}); restore it or export the model again"
+                f"{damaged} is damaged ({reason_of(error)}); restore it or export the model again"
             ) from error
         raise unfetched(name, error) from error
 
@@ -136,10 +136,6 @@ def create_network(name: str, *, pretrained: bool, any_size: bool = False, **arg
 def unfetched(name: str, error: Exception) -> MapetError:
     """Return the error for a network that a library cannot build or fetch."""
     return MapetError(
-        f"model {name!r} could not be fetched or built ({_reason(error)}); check the connection, or name a local "
+        f"model {name!r} could not be fetched or built ({reason_of(error)}); check the connection, or name a local "
         "folder (for a teacher also a file with --teacher-weights)"
     )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

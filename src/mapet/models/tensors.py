@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,9 @@ def _from_hub(where: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except Exception as error:  # the HTTP library's errors differ between versions of huggingface_hub
-        reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
-        raise MapetError(f"weights {where} could not be fetched ({reason}); pass a local file") from error
+        raise MapetError(
+            f"weights {where} could not be fetched ({reason_of(error).rstrip('.')}); pass a local file"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.errors import MapetError
-from mapet.models.attention import additive_mask, product_type
+from mapet.models.attention import Layout, additive_mask, product_type
 from mapet.objectives.base import Objective, check_counts, mask_vector, prediction_head
 from mapet.objectives.masking import Mask
 from mapet.objectives.patches import gather_rows
@@ -119,14 +119,13 @@ class MaPeT(Objective):
     def read_targets(self, images: Tensor, mask: Mask) -> Tensor:
         """Return the last ``S`` rows, the queries (of MIM: the slots), after all blocks; see ``Objective``."""
         x, (rows, keys) = self.embed(images, mask), self.visible.shape
-        visible = (
-            additive_mask(self.visible, product_type(x)) if self.has_queries else None
-        )  # without queries all see all
+        # Without queries all rows see each other.
+        added = additive_mask(self.visible, product_type(x)) if self.has_queries else None
+        layout = Layout(rows, keys, added)
         for block in self.backbone.blocks[:-1]:
-            x = block(x, visible, rows=rows, keys=keys)
+            x = block(x, layout)
         # In the last block nothing else is needed.
-        visible = None if visible is None else visible[-self.predicted :]
-        x = self.backbone.blocks[-1](x, visible, rows=self.predicted, keys=keys)
+        x = self.backbone.blocks[-1](x, layout.last(self.predicted))
         return self.backbone.fc_norm(self.backbone.norm(x))  # type: ignore[no-any-return]
 
     def embed(self, images: Tensor, mask: Mask) -> Tensor:

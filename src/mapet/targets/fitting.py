@@ -135,9 +135,9 @@ def _sampled(
     filled_up = list(islice(cycle(chosen), rounds * world * batch_size))
     numbers = range(rank, rounds * world, world)
     keys = [[(FIT_EPOCH, i) for i in filled_up[n * batch_size : (n + 1) * batch_size]] for n in numbers]
-    for number, batch in zip(numbers, load_batches(dataset, keys, workers), strict=True):
+    for number, batch in zip(numbers, load_batches(dataset, keys, workers, tokenizer.device), strict=True):
         tally.add(batch["damaged"])
-        features = tokenizer.features(batch["tokenizer_images"].to(tokenizer.device))
+        features = tokenizer.features(batch["tokenizer_images"])
         generator.manual_seed(fold_seed(seed, Stream.SAMPLE, number))
         noise = torch.rand(features.shape[:2], generator=generator)
         picked = noise.argsort(dim=1)[:, : plan.patches_per_image].to(features.device)

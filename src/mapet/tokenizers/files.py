@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, reason_of
 from mapet.tokenizers.base import Tokenizer
 from mapet.tokenizers.dvae import DVAE
 from mapet.tokenizers.kmeans_tokenizers import KFeatures, KPixels
@@ -67,6 +67,6 @@ def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
         if tokenizer.content_hash != content["hash"]:
             raise ValueError("its tensors do not match its hash")
     except (OSError, ArithmeticError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MapetError(f"tokenizer {folder} is damaged ({reason}); restore it or fit it again") from error
+        what = reason_of(error, most=200)
+        raise MapetError(f"tokenizer {folder} is damaged ({what}); restore it or fit it again") from error
     return tokenizer.eval()

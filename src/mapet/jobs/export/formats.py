@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from mapet.errors import MapetError
+from mapet.errors import MapetError, first_line
 from mapet.inference.models import OpenModel
 from mapet.jobs.export.config import TimmExportConfig
 from mapet.models.export import export_network
@@ -132,8 +132,3 @@ def _trace(opened: OpenModel) -> ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names the folders of this machine
     return program
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, shortened; the error's type if it has no text."""
-    return next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__

@@ -13,12 +13,12 @@ from mapet.data.open import open_images
 from mapet.data.sources import ImageSet
 from mapet.engine.files import claimed_folder, new_file, replace_folder
 from mapet.engine.runfolder import RunFolder
-from mapet.errors import MapetError, nearest
+from mapet.errors import MapetError, first_line, nearest
 from mapet.inference.models import OpenModel, open_model
 from mapet.inference.streaming import stream
 from mapet.jobs.export.card import model_card
 from mapet.jobs.export.config import CONFIGS, SUFFIXES, ExportConfig, TimmExportConfig
-from mapet.jobs.export.formats import Exported, first_line, require_onnx, write_onnx, write_timm, write_torch
+from mapet.jobs.export.formats import Exported, require_onnx, write_onnx, write_timm, write_torch
 
 logger = logging.getLogger(__name__)
 

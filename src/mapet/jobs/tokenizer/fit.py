@@ -117,9 +117,9 @@ def _report(
     tally = DamageTally(dataset.images, 1.0)
     found = []
     with Meter(console, "report", count) as meter:
-        for batch in load_batches(dataset, batches, workers):
+        for batch in load_batches(dataset, batches, workers, tokenizer.device):
             tally.add(batch["damaged"])
-            ids, distances = tokenizer.encode_with_distance(batch["tokenizer_images"].to(tokenizer.device))
+            ids, distances = tokenizer.encode_with_distance(batch["tokenizer_images"])
             found.append((ids.cpu(), distances.cpu()))
             meter.show(min(count, 64 * len(found)))
     ids, distances = (torch.cat(parts) for parts in zip(*found, strict=True))
