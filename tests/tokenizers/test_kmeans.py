@@ -1,4 +1,7 @@
+import os
+
 import faiss
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,16 @@ def test_inertia_is_that_of_upstreams_call_of_faiss(spherical: bool) -> None:
     assert inertia(points, ours) == pytest.approx(inertia(points, torch.from_numpy(theirs.centroids)), rel=0.01)
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_iterations_are_those_of_faiss(spherical: bool) -> None:
+    points = F.normalize(clustered(70_000, 24), dim=1) if spherical else clustered(70_000, 24)  # two chunks
+    first = points[np.sort(np.random.default_rng(3).choice(len(points), 50, replace=False))]
+    theirs = faiss.Kmeans(24, 50, niter=3, spherical=spherical, max_points_per_centroid=len(points))
+    theirs.train(points.numpy(), init_centroids=first.numpy())
+    ours = fit_centroids(points, 50, seed=3, iterations=3, spherical=spherical)
+    assert torch.allclose(ours, torch.from_numpy(theirs.centroids), atol=1e-4)
+
+
 def test_the_best_restart_is_kept() -> None:
     points = clustered()
     single = [inertia(points, fit_centroids(points, 40, seed=seed)) for seed in (7, 8, 9)]
@@ -65,10 +78,14 @@ def test_no_centroid_is_dead_even_if_most_points_are_equal() -> None:
 
 
 def test_number_of_threads_is_restored() -> None:
-    before = faiss.omp_get_max_threads(), torch.get_num_threads()
-    with all_cores():
-        pass
-    assert (faiss.omp_get_max_threads(), torch.get_num_threads()) == before
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with all_cores():
+            assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_points_that_are_not_finite_are_refused() -> None:

@@ -55,7 +55,9 @@ class KTokenizer(Tokenizer):
 
     def fit(self, points: Tensor, seed: int, **options: Any) -> Self:
         """Fit the centroids in place to ``(n, d)`` points of ``features``; see ``fit_centroids``."""
-        self.centroids.copy_(fit_centroids(points, self.vocab_size, seed, spherical=self.spherical, **options))
+        where = self.centroids.device
+        found = fit_centroids(points, self.vocab_size, seed, spherical=self.spherical, device=where, **options)
+        self.centroids.copy_(found)
         return self
 
 
