@@ -12,6 +12,7 @@ import contextlib
 import json
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mapet.jobs.compare.arms import flops_of_image
 from mapet.models.networks import build_vit
 from mapet.objectives.base import Objective
+from mapet.objectives.masking import Mask
 from mapet.objectives.registry import OBJECTIVES, build_objective, build_target
 from mapet.report.tables import Table
 from mapet.tokenizers.kmeans import fit_centroids, nearest_centroid
@@ -32,7 +36,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 CPU_BATCH = {"vit_tiny_patch16_224": 8, "vit_small_patch16_224": 4, "vit_base_patch16_224": 2}
 VOCAB = 8192
 
-Step = Callable[[], Tensor]
+Step = Callable[..., Tensor]
 
 
 def wait() -> None:
@@ -86,12 +90,14 @@ def step_of(objective: nn.Module, precision: str, *inputs: Any) -> Step:
     """Return a function that takes a step without the optimizer, and draws the mask as training does."""
     parameters = list(objective.parameters())
 
-    def step() -> Tensor:
-        drawn = [objective.draw_mask(len(inputs[0]), DEVICE)] if isinstance(objective, Objective) else []
+    def step(backward: bool = True) -> Tensor:
+        drawn = [objective.draw_mask(len(inputs[0]), DEVICE)] if hasattr(objective, "draw_mask") else []
         narrow = torch.autocast(DEVICE.type, DTYPES[precision]) if precision != "no" else contextlib.nullcontext()
         with narrow:
             output = objective(*inputs, *drawn)
             loss: Tensor = output["loss"]
+        if not backward:
+            return loss
         loss.backward()
         for parameter in parameters:
             parameter.grad = None
@@ -100,19 +106,31 @@ def step_of(objective: nn.Module, precision: str, *inputs: Any) -> Step:
     return step
 
 
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        made = op(*arguments, **(options or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.bytes:
+                    self.bytes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.bytes.pop, storage._cdata)
+        return made
+
+
 def kept_bytes(step: Step) -> int:
-    """Return the bytes that a step keeps for its backward pass: storages once, parameters not."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
+    """Return the bytes that a step keeps for its backward pass."""
+    with Live() as live:
+        loss = step(backward=False)
+        kept = sum(live.bytes.values())
+    del loss
+    return kept
 
 
 def batch_of(count: int, size: int) -> tuple[Tensor, Tensor]:
@@ -175,8 +193,49 @@ def growth(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
 
 
+class AuthorsWay(nn.Module):
+    """MaPeT as its authors compute it, in our words: two streams, a mask for every image and head, plain attention.
+
+    It uses the weights of one of our objectives, and its loss is the same.
+    """
+
+    def __init__(self, objective: Any) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def draw_mask(self, batch: int, device: torch.device) -> Mask:
+        return self.objective.draw_mask(batch, device)
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Mask) -> dict[str, Tensor]:
+        own, vit = self.objective, self.objective.backbone
+        queries, heads = own.rows["queries"], vit.blocks[0].attn.num_heads
+        float_mask = torch.zeros(own.visible.shape, device=images.device).masked_fill(~own.visible, float("-inf"))
+        masks = float_mask.repeat(len(images), heads, 1, 1).split([len(float_mask) - queries, queries], dim=2)
+        content, query = own.embed(images, mask).tensor_split([-queries], dim=1)
+        for block in vit.blocks:
+            seen = block.norm1(content)
+            content, query = (
+                x + block.drop_path1(block.ls1(self.attend(block.attn, block.norm1(x), seen, stream_mask)))
+                for x, stream_mask in zip((content, query), masks, strict=True)
+            )
+            content, query = (
+                x + block.drop_path2(block.ls2(block.mlp.fc2(block.mlp.act(block.mlp.fc1(block.norm2(x))))))
+                for x in (content, query)
+            )
+        logits = own.head(vit.norm(query))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), ids.gather(1, mask.target).flatten())}
+
+    def attend(self, attention: Any, x: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
+        q_weight, kv_weight = attention.qkv.weight.tensor_split([attention.attn_dim])
+        q_bias, kv_bias = attention.qkv.bias.tensor_split([attention.attn_dim])
+        q = F.linear(x, q_weight, q_bias).unflatten(-1, (1, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)[0]
+        k, v = F.linear(seen, kv_weight, kv_bias).unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * attention.scale + mask).softmax(dim=-1)
+        return attention.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
 def peers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The same network in transformers: BEiT beside MIM, MAE beside MAE; the same number of masked patches."""
+    """Other ways to the same: the authors' beside MaPeT, BEiT and MAE of transformers beside MIM and MAE."""
     import transformers
 
     model = arguments.models[0]
@@ -201,18 +260,29 @@ def peers(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             return {"loss": self.network(images, **self.inputs).loss}
 
-    theirs = {"mim": Peer(beit, bool_masked_pos=masked, labels=ids[masked]), "mae": Peer(mae)}
-    for name, peer in theirs.items():
-        ours = step_of(make(name, model, 224).to(DEVICE), "no", images, ids)
-        ways = {"ours": ours, "theirs": step_of(peer.to(DEVICE), "no", images)}
-        times = timed(ways, arguments.rounds)
-        kept = [kept_bytes(way) for way in ways.values()]
-        yield {
-            "model": model,
-            "objective": name,
-            "speed, transformers = 1": ratio(times["ours"], times["theirs"]),
-            "kept bytes, transformers = 1": f"{kept[0] / kept[1]:.2f}",
+    for name in ("mapet", "mim", "mae"):
+        objective = make(name, model, 224).to(DEVICE)
+        theirs: dict[str, Any] = {
+            "mapet": ("its authors'", AuthorsWay(objective), (images, ids)),
+            "mim": ("BEiT of transformers", Peer(beit, bool_masked_pos=masked, labels=ids[masked]), (images,)),
+            "mae": ("MAE of transformers", Peer(mae), (images,)),
         }
+        title, peer, inputs = theirs[name]
+        for precision in arguments.precisions:
+            ways = {
+                "ours": step_of(objective, precision, images, ids),
+                "theirs": step_of(peer.to(DEVICE), precision, *inputs),
+            }
+            times = timed(ways, arguments.rounds)
+            kept = [kept_bytes(way) for way in ways.values()]
+            yield {
+                "model": model,
+                "objective": name,
+                "beside": title,
+                "precision": precision,
+                "speed, theirs = 1": ratio(times["ours"], times["theirs"]),
+                "kept bytes, theirs = 1": f"{kept[0] / kept[1]:.2f}",
+            }
 
 
 def tokenizing(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -234,19 +304,30 @@ def tokenizing(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def kmeans(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Our k-means, which shows its progress, beside one call of faiss's."""
+    """Our k-means beside faiss's, both on the CPU: 20 iterations."""
     import faiss
 
+    faiss.omp_set_num_threads(arguments.threads)
     count, vocab = (20_000, 256) if arguments.quick else (200_000, 1024)
     points = F.normalize(torch.randn(count, 192, generator=torch.Generator().manual_seed(0)), dim=1)
+    found: dict[str, Tensor] = {}
+
+    def ours() -> None:
+        found["ours"] = fit_centroids(points, vocab, 0)
 
     def theirs() -> None:
-        faiss.Kmeans(192, vocab, niter=20, min_points_per_centroid=1, max_points_per_centroid=count).train(
-            points.numpy()
-        )
+        fit = faiss.Kmeans(192, vocab, niter=20, min_points_per_centroid=1, max_points_per_centroid=count)
+        fit.train(points.numpy())
+        found["faiss"] = torch.from_numpy(fit.centroids)
 
-    times = timed({"ours": lambda: fit_centroids(points, vocab, 0), "faiss": theirs}, 2)
-    yield {"points": count, "ids": vocab, "speed, faiss = 1": ratio(times["ours"], times["faiss"])}
+    times = timed({"ours": ours, "faiss": theirs}, 2)
+    inertia = {name: float(nearest_centroid(points, centroids)[1].sum()) for name, centroids in found.items()}
+    yield {
+        "points": count,
+        "ids": vocab,
+        "speed, faiss = 1": ratio(times["ours"], times["faiss"]),
+        "inertia, faiss = 1": f"{inertia['ours'] / inertia['faiss']:.4f}",
+    }
 
 
 SECTIONS = {"steps": steps, "growth": growth, "peers": peers, "tokenizing": tokenizing, "kmeans": kmeans}

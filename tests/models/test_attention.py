@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,15 @@ def test_attend_equals_the_definition(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qk_norm": True}, {"scale_attn_norm": True}, {"qkv_bias": False}, {"init_values": 0.1}, {"reg_tokens": 2}],
+    [
+        {},
+        {"qk_norm": True},
+        {"scale_attn_norm": True},
+        {"qkv_bias": False},
+        {"init_values": 0.1},
+        {"reg_tokens": 2},
+        {"mlp_layer": timm.layers.SwiGLU, "init_values": 0.1},
+    ],
 )
 def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -54,6 +63,38 @@ def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dic
     assert torch.allclose(ours.blocks[0](x, Layout(3, 11)), plain.blocks[0](x)[:, -3:], atol=1e-12)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert torch.equal(ours(images), plain(images))
+
+
+@pytest.mark.parametrize("changes", [{"init_values": 0.1}, {"proj_drop_rate": 0.2}, {"scale_mlp_norm": True}])
+def test_gradients_are_timms(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
+    plain, ours = (timm.create_model("vit_tiny_patch16_224", **options, **changes).double() for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 11, 24, dtype=torch.float64)
+    gradients = []
+    for block, layout in ((plain.blocks[0], None), (use_layouts(ours).blocks[0], Layout(11, 11))):
+        torch.manual_seed(1)  # of dropout
+        block(x, layout).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in block.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-11), name
+
+
+def test_neither_normalised_nor_activated_rows_of_the_mlp_are_kept(tiny_vit: Callable[..., Any]) -> None:
+    block, made = tiny_vit().blocks[0], []
+    for module in (block.norm2, block.mlp.act, block.mlp.fc1):
+        module.register_forward_hook(lambda module, inputs, output: made.append(weakref.ref(output)))
+    result = block(torch.randn(2, 6, 32), Layout(6, 6))
+    normalised, hidden, activated = (output() for output in made)
+    assert normalised is None
+    assert activated is None
+    assert hidden is not None
+    result.sum().backward()
+    assert len(made) == 5  # both were computed again; the product was not
+    with torch.no_grad():
+        block(torch.randn(2, 6, 32), Layout(6, 6))
 
 
 def test_stochastic_depth_decides_once_for_all_rows_of_an_image(tiny_vit: Callable[..., Any]) -> None:

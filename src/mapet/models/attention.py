@@ -3,14 +3,16 @@
 A ``Layout`` says which rows are computed and what they see. Without one the computation is timm's.
 """
 
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, PatchEmbed
+from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mapet.errors import MapetError
 
@@ -79,23 +81,69 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 class LayoutAttention(Attention):  # type: ignore[misc]
     """timm's ``Attention``, also of a ``Layout``."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | Layout | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | Layout | None = None,
+        is_causal: bool = False,
+        layer_scale: nn.Module | None = None,
+    ) -> Tensor:
         """Map ``(B, N, D)`` to ``(B, R, D)``; without a layout, R is N and the computation is timm's."""
         if not isinstance(attn_mask, Layout):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
         x_rows, x_keys = last_rows(x, attn_mask.rows), x if attn_mask.keys == x.shape[1] else x[:, : attn_mask.keys]
-        # Rows and keys are projected separately: a row that is never a key needs no key and no value.
-        q_weight, kv_weight = self.qkv.weight.tensor_split([self.attn_dim])
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([self.attn_dim])
-        q = F.linear(x_rows, q_weight, q_bias).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        kv = F.linear(x_keys, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        if x_rows is x_keys:
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:  # a row that is never a key needs no key and no value
+            q_weight, kv_weight = self.qkv.weight.tensor_split([self.attn_dim])
+            q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([self.attn_dim])
+            (q,) = self._heads(F.linear(x_rows, q_weight, q_bias), 1)
+            k, v = self._heads(F.linear(x_keys, kv_weight, kv_bias), 2)
         q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v, attn_mask.mask, self.attn_drop.p if self.training else 0.0)
         out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x_rows).sigmoid()
-        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
+        return self.proj_drop(F.linear(out, *scaled(self.proj, layer_scale)))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Split ``(B, N, parts * D)`` into so many tensors ``(B, heads, N, d)``."""
+        return x.unflatten(-1, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class LayoutMlp(Mlp):  # type: ignore[misc]
+    """timm's ``Mlp``, also with the normalisation before it and the LayerScale behind it.
+
+    Only the input and the hidden rows before the activation are kept for the backward pass.
+    """
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None, layer_scale: nn.Module | None = None) -> Tensor:
+        """Map ``(B, N, D)`` to ``(B, N, D)``."""
+        weight, bias = scaled(self.fc2, layer_scale)
+
+        def first(x: Tensor) -> Tensor:
+            return self.fc1(x if norm is None else norm(x))  # type: ignore[no-any-return]
+
+        def second(hidden: Tensor) -> Tensor:
+            return F.linear(self.norm(self.drop1(self.act(hidden))), weight, bias)
+
+        return self.drop2(without_keeping(second, without_keeping(first, x), random=self.drop1.p > 0))  # type: ignore[no-any-return]
+
+
+def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, random: bool = False) -> Tensor:
+    """Return ``function(x)``; what it computes before its last product is computed again in the backward pass.
+
+    The last product is not: ``checkpoint`` stops when it has what the backward pass needs. So normalisation and
+    activation before a product cost their own time alone, and nothing but ``x`` is kept.
+
+    Args:
+        function: ends with a product.
+        x: its input.
+        random: whether it draws random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=random)  # type: ignore[no-any-return]
 
 
 class LayoutBlock(Block):  # type: ignore[misc]
@@ -105,9 +153,13 @@ class LayoutBlock(Block):  # type: ignore[misc]
         """Map ``(B, N, D)`` to ``(B, R, D)``; without a layout, R is N and the computation is timm's."""
         if not isinstance(attn_mask, Layout):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
-        attended = self.attn(self.norm1(x), attn_mask)
-        x = add_scaled(last_rows(x, attn_mask.rows), attended, self.ls1, self.drop_path1)
-        return add_scaled(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+        attended = self.attn(self.norm1(x), attn_mask, layer_scale=self.ls1)
+        x = add_branch(last_rows(x, attn_mask.rows), attended, self.drop_path1)
+        if isinstance(self.mlp, LayoutMlp):
+            branch = self.mlp(x, self.norm2, self.ls2)
+        else:
+            branch = self.ls2(self.mlp(self.norm2(x)))
+        return add_branch(x, branch, self.drop_path2)
 
 
 def last_rows(x: Tensor, rows: int) -> Tensor:
@@ -116,12 +168,43 @@ def last_rows(x: Tensor, rows: int) -> Tensor:
     return x if rows == x.shape[1] else x[:, -rows:]
 
 
-def add_scaled(x: Tensor, branch: Tensor, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
-    """Return ``x + drop_path(layer_scale(branch))``, with LayerScale in one pass over the rows."""
+def scaled(linear: nn.Linear, layer_scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a linear layer followed by LayerScale.
+
+    The weight is scaled instead of the rows, so that no rows are kept for the gradient of the scale.
+    """
     if not isinstance(layer_scale, LayerScale):
-        return x + drop_path(branch)  # type: ignore[no-any-return]
-    # Stochastic depth multiplies all rows of an image by the same number, so it can multiply the scale instead.
-    return torch.addcmul(x, branch, drop_path(x.new_ones(len(x), 1, 1)) * layer_scale.gamma)
+        return linear.weight, linear.bias
+    gamma = layer_scale.gamma
+    return linear.weight * gamma[:, None], None if linear.bias is None else linear.bias * gamma
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
+    """Return ``x + drop_path(branch)`` in one pass over the rows."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training:
+        return x + branch
+    return torch.addcmul(x, branch, drop_path(x.new_ones(len(x), 1, 1)))
+
+
+def make_blocks(depth: int, width: int, heads: int, **options: Any) -> nn.Sequential:
+    """Return blocks for a decoder; ``options`` are timm's."""
+    options |= {"qkv_bias": True, "attn_layer": LayoutAttention, "mlp_layer": LayoutMlp}
+    return nn.Sequential(*[LayoutBlock(width, heads, **options) for _ in range(depth)])
+
+
+def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, rows: int | None = None) -> Tensor:
+    """Map ``(B, N, D)`` through blocks in which all rows see each other.
+
+    Args:
+        blocks: at least one ``LayoutBlock``.
+        x: the rows.
+        rows: how many are wanted, the last ones; None: all. The last block computes no others.
+    """
+    layout = Layout(x.shape[1], x.shape[1])
+    *first, last = blocks
+    for block in first:
+        x = block(x, layout)
+    return last(x, layout.last(rows or x.shape[1]))  # type: ignore[no-any-return]
 
 
 def use_layouts(backbone: VisionTransformer) -> VisionTransformer:
@@ -159,4 +242,6 @@ def use_layouts(backbone: VisionTransformer) -> VisionTransformer:
     for block in backbone.blocks:
         block.__class__ = LayoutBlock
         block.attn.__class__ = LayoutAttention
+        if type(block.mlp) is Mlp:
+            block.mlp.__class__ = LayoutMlp
     return backbone

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Generator, Tensor, nn
 
 from mapet.errors import MapetError, nearest
-from mapet.models.attention import use_layouts
+from mapet.models.attention import apply_blocks, use_layouts
 from mapet.objectives.masking import MASKINGS, Mask
 from mapet.objectives.patches import gather_rows
 from mapet.objectives.targets import Pixels, Target
@@ -143,7 +143,7 @@ class Objective(Task):
     def encode(self, tokens: Tensor) -> Tensor:
         """Map any ``(B, n, D)`` embedded tokens through blocks and last norm; they all see each other."""
         vit = self.backbone
-        return vit.fc_norm(vit.norm(vit.blocks(vit.norm_pre(tokens))))  # type: ignore[no-any-return]
+        return vit.fc_norm(vit.norm(apply_blocks(vit.blocks, vit.norm_pre(tokens))))  # type: ignore[no-any-return]
 
 
 def prediction_head(width: int, target: Target) -> nn.Linear:

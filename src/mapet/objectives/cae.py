@@ -4,11 +4,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import LayerScale
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
+from mapet.models.attention import LayoutMlp, apply_blocks, make_blocks
 from mapet.objectives.base import Objective, check_counts, mask_vector, prediction_head
 from mapet.objectives.masking import Mask
 from mapet.objectives.patches import gather_rows, sincos_positions
@@ -74,12 +75,7 @@ class CAE(Objective):
         self.mask_token = mask_vector(width)
         self.regressor = nn.ModuleList([RegressorBlock(width, heads) for _ in range(regressor_depth)])
         self.regressor_norm = norm(width)
-        self.decoder = nn.Sequential(
-            *[
-                Block(width, heads, qkv_bias=True, init_values=LAYER_SCALE, norm_layer=norm)
-                for _ in range(decoder_depth)
-            ]
-        )
+        self.decoder = make_blocks(decoder_depth, width, heads, init_values=LAYER_SCALE, norm_layer=norm)
         self.decoder_norm = norm(width)
         for module in (*self.regressor.modules(), *self.decoder.modules()):
             if isinstance(module, nn.Linear):
@@ -124,7 +120,7 @@ class CAE(Objective):
     def decode(self, z_masked: Tensor, mask: Mask) -> Tensor:
         """Map ``Z_m`` to what the head reads, ``(B, T, D)``."""
         at_masked = gather_rows(self.positions.expand(len(z_masked), -1, -1), mask.target)
-        return self.decoder_norm(self.decoder(z_masked + at_masked))  # type: ignore[no-any-return]
+        return self.decoder_norm(apply_blocks(self.decoder, z_masked + at_masked))  # type: ignore[no-any-return]
 
 
 class RegressorBlock(nn.Module):
@@ -139,7 +135,7 @@ class RegressorBlock(nn.Module):
         super().__init__()
         self.norm_query, self.norm_key, self.norm_value, self.norm_mlp = (norm(width) for _ in range(4))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = Mlp(width, 4 * width)
+        self.mlp = LayoutMlp(width, 4 * width)
         self.scale_attention, self.scale_mlp = LayerScale(width, LAYER_SCALE), LayerScale(width, LAYER_SCALE)
 
     def forward(self, queries: Tensor, visible: Tensor, at_queries: Tensor, at_visible: Tensor) -> Tensor:
@@ -150,4 +146,4 @@ class RegressorBlock(nn.Module):
             self.norm_query(queries + at_queries), self.norm_key(keys), self.norm_value(values), need_weights=False
         )[0]
         queries = self.norm_mlp(queries + self.scale_attention(attended))
-        return queries + self.scale_mlp(self.mlp(queries))  # type: ignore[no-any-return]
+        return queries + self.mlp(queries, layer_scale=self.scale_mlp)  # type: ignore[no-any-return]

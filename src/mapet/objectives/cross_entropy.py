@@ -40,12 +40,15 @@ class _LinearCrossEntropy(Function):
         for start in range(0, count, size):
             part, true = rows[start : start + size].to(dtype), ids[start : start + size, None]
             logits = torch.addmm(narrow_bias, part, narrow_weight.T).to(exact)
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_sum - logits.gather(1, true)).sum()
             right += (logits.argmax(dim=1, keepdim=True) == true).sum()
+            # In place: the logits are the largest tensor of a step.
+            logits -= logits.amax(dim=1, keepdim=True)
+            of_true = logits.gather(1, true)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            loss += (total.log() - of_true).sum()
             if with_gradient:
                 # softmax - one-hot; divided by the number of rows in backward(), so that float16 does not underflow
-                slope = logits.sub_(log_sum).exp_()
+                slope = logits.div_(total)
                 slope.scatter_add_(1, true, slope.new_full(true.shape, -1.0))
                 of_bias += slope.sum(0)
                 slope = slope.to(dtype)

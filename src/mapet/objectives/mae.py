@@ -4,10 +4,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.errors import MapetError
+from mapet.models.attention import apply_blocks, make_blocks
 from mapet.objectives.base import Objective, check_counts, mask_vector
 from mapet.objectives.masking import Mask
 from mapet.objectives.patches import gather_rows, sincos_positions
@@ -60,9 +61,7 @@ class MAE(Objective):
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.mask_token = mask_vector(decoder_dim)
         self.decoder_embed = nn.Linear(backbone.embed_dim, decoder_dim)
-        self.decoder = nn.Sequential(
-            *[Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth)]
-        )
+        self.decoder = make_blocks(decoder_depth, decoder_dim, decoder_heads, norm_layer=norm)
         self.decoder_norm = norm(decoder_dim)
         self.head = nn.Linear(decoder_dim, self.target.width)
         for module in (self.decoder_embed, *self.decoder.modules(), self.head):
@@ -82,5 +81,5 @@ class MAE(Objective):
         missing = self.mask_token.to(latent.dtype).expand(len(images), self.targets, -1)
         order = torch.cat([context, mask.target + self.prefix], dim=1)
         positions = gather_rows(self.positions.expand(len(images), -1, -1), order)
-        decoded = self.decoder(torch.cat([latent, missing], dim=1) + positions)
-        return self.decoder_norm(decoded[:, -self.targets :])  # type: ignore[no-any-return]
+        decoded = apply_blocks(self.decoder, torch.cat([latent, missing], dim=1) + positions, self.targets)
+        return self.decoder_norm(decoded)  # type: ignore[no-any-return]
