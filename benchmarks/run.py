@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mapet.jobs.compare.arms import flops_of_image
+from mapet.jobs.pretrain.flops import flops_of_image
 from mapet.models.networks import build_vit
 from mapet.objectives.base import Objective
 from mapet.objectives.masking import Mask

@@ -71,7 +71,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """A run's records without the clock: two equal runs have the same."""
-    clock = {"images_per_s", "data_wait"}
+    clock = {"images_per_s", "data_wait", "mfu"}
     return [{name: value for name, value in record.items() if name not in clock} for record in records(run)]
 
 

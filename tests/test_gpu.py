@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import curve, pretrain_tiny
+from tests.conftest import curve, pretrain_tiny, records
 from torchvision.transforms import v2
 
 from mapet import Mask
@@ -62,6 +62,7 @@ def test_runs_learn_and_resume(precision: str, compiled: bool, digits: Path, tmp
     assert result.finished
     assert next(result.task.parameters()).is_cuda
     losses = [record["loss"] for record in curve(tmp_path / "run")]
+    assert all(0 < record["mfu"] < 1 for record in records(tmp_path / "run"))
     assert losses[-1] < losses[0]
     again = pretrain_tiny(digits, tmp_path / "again", **options)
     assert losses == pytest.approx([record["loss"] for record in curve(again.folder.root)], rel=0.02)

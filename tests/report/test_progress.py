@@ -20,12 +20,19 @@ def test_records_are_shown_beside_the_baseline(terminal: bool) -> None:
     sink = ProgressSink(Console(file=text, force_terminal=terminal, width=80), IDS.describe)
     sink.begin(RunFolder("run"), 0, 4)
     for step, loss in enumerate((3.5, 3.2, 2.5, 2.25)):
-        record = {"step": step, "loss": loss, "accuracy": 0.31, "images_per_s": 412.4, "data_wait": 0.05 + 0.1 * step}
+        record = {
+            "step": step,
+            "loss": loss,
+            "accuracy": 0.31,
+            "images_per_s": 412.4,
+            "data_wait": 0.05 + 0.1 * step,
+            "mfu": 0.4,
+        }
         sink.write(record | ({"eval_knn": 0.75} if step == 3 else {}))
     sink.close()
     for part in ("4/4", "ETA", "0.75 nats below unigram", "31.0% (chance 20.0%)", "knn 0.750", "412 images/s"):
         assert part in plain(text)
-    assert "35% waiting for data" in plain(text)
+    assert "40% of the device's speed, 35% waiting for data" in plain(text)
 
 
 @pytest.mark.parametrize(

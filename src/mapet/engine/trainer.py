@@ -22,7 +22,7 @@ from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_ch
 from mapet.engine.files import replace_file, replace_folder
 from mapet.engine.finite import check_finite
 from mapet.engine.optimizer import learning_rate
-from mapet.engine.parallel import agree, count_workers, make_accelerator, on_main, wrap
+from mapet.engine.parallel import agree, count_workers, make_accelerator, on_main, product_speed, wrap
 from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import SINKS, Record, Sink
 from mapet.engine.stop import StopRequest
@@ -91,6 +91,8 @@ class Trainer:
         evaluate_every: epochs between that.
         targets_name: what makes the targets, for messages.
         save_first: save before the first step, because what the task begins with may not be had again.
+        flops: floating-point operations of one image, forward and backward; the records then have the ``mfu`` (model
+            FLOPs utilisation): the share of the devices' speed in matrix products that the run reaches.
     """
 
     config: TrainKeys
@@ -107,6 +109,7 @@ class Trainer:
     evaluate_every: int = 1
     targets_name: str = "the tokenizer or token store"
     save_first: bool = False
+    flops: float | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -122,6 +125,7 @@ class Trainer:
         config.choose_batch(config.model_dump(), len(self.dataset), self.accelerator.num_processes)
         self.tally = DamageTally(self.dataset.images, config.max_damaged)
         first = self._restore()
+        self.ceiling = product_speed(self.accelerator.device, config.precision) if self.flops else 0.0
         self.wrapped, self.optimizer = wrap(self.accelerator, self.task, self.optimizer, compiled=config.compile)
         if self.is_main:
             self._begin_folder(first)
@@ -191,7 +195,8 @@ class Trainer:
                     check_finite(step, inputs, self.task, loss, grad_norm=grad_norm, lr=lr, precision=config.precision)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        seconds = time.perf_counter() - began
+        images_per_s = config.batch_size / (seconds := time.perf_counter() - began)
+        ceiling = self.ceiling * accelerator.num_processes
         return {
             "step": step,
             "epoch": (step + 1) / self.steps_per_epoch,
@@ -199,8 +204,9 @@ class Trainer:
             **measured,
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16's scaler skips such steps
-            "images_per_s": config.batch_size / seconds,
+            "images_per_s": images_per_s,
             "data_wait": waited / seconds,
+            **({"mfu": images_per_s * self.flops / ceiling} if self.flops else {}),
             "damaged": len(self.tally.indices),
         }
 

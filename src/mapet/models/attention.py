@@ -108,7 +108,7 @@ class LayoutAttention(Attention):  # type: ignore[misc]
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Split ``(B, N, parts * D)`` into so many tensors ``(B, heads, N, d)``."""
-        return x.unflatten(-1, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return x.unflatten(-1, (parts, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[no-any-return]
 
 
 class LayoutMlp(Mlp):  # type: ignore[misc]
@@ -143,7 +143,7 @@ def without_keeping(function: Callable[[Tensor], Tensor], x: Tensor, random: boo
     """
     if not torch.is_grad_enabled():
         return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=random)  # type: ignore[no-any-return]
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=random)
 
 
 class LayoutBlock(Block):  # type: ignore[misc]

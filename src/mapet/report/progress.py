@@ -126,6 +126,8 @@ class ProgressSink:
         if measured:
             self._console.print(f"step {done}: {'  '.join(measured)}")
         speed = f"{record['images_per_s']:.0f} images/s"
+        if "mfu" in record:
+            speed += f", {record['mfu']:.0%} of the device's speed"
         if record["data_wait"] > WAITING:
             speed += f", {record['data_wait']:.0%} waiting for data"
         self._meter.show(done, f"{self._describe(record)}  {speed}", at_once=done in (self._first + 1, self._total))

@@ -25,10 +25,12 @@ from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
 from mapet.engine.trainer import Evaluator, Result, Trainer
 from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.jobs.pretrain.flops import count_flops
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
 from mapet.jobs.pretrain.start import load_weights, read_weights
 from mapet.models.export import export_network
 from mapet.objectives.base import Objective
+from mapet.objectives.masking import Mask
 from mapet.objectives.registry import build_objective, build_target
 from mapet.probes.rows import probe_evaluator
 from mapet.report.figures import plot_curve, plot_layout, plot_tokens
@@ -100,9 +102,16 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     on_main(lambda: _plot_start(objective, source, dataset, config, folder))
 
     def inputs(batch: Batch) -> tuple[Any, ...]:
-        """Return images, target values and mask; drawn here, the mask is no part of a compiled step."""
+        """Return images, target values and mask.
+
+        The mask is no part of a compiled step. It is drawn on the CPU: a GPU would be waited for in each round of a
+        block-wise masking, and would draw other numbers.
+        """
         (values,) = source(batch) or (None,)
-        return batch["images"], values, objective.draw_mask(len(batch["images"]), device)
+        mask = objective.draw_mask(len(batch["images"]), torch.device("cpu"))
+        if device.type == "cuda":
+            mask = Mask(*(part.pin_memory().to(device, non_blocking=True) for part in mask))
+        return batch["images"], values, Mask(*(part.to(device) for part in mask))
 
     trainer = Trainer(
         config=config,
@@ -119,6 +128,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
         evaluate_every=config.eval_every,
         targets_name="the teacher" if config.targets == "features" else "the tokenizer or token store",
         save_first=begins_with_init,
+        flops=None if device.type == "cpu" else count_flops(config, source.width),
     )
     result = trainer.run()
     if result.is_main:
