@@ -15,6 +15,7 @@ from mapet import MapetError, load_tokenizer
 from mapet.data.open import open_images
 from mapet.data.views import PlainView
 from mapet.models.export import export_network
+from mapet.tokenizers.base import full_precision
 from mapet.tokenizers.files import save_tokenizer
 from mapet.tokenizers.kmeans_tokenizers import KFeatures, KPixels, KTokenizer
 from mapet.tokenizers.teachers import build_teacher
@@ -75,6 +76,23 @@ def test_ids_are_computed_in_full_precision() -> None:
         tokenizer.encode(photos().bfloat16())
     cudnn = torch.backends.cudnn
     assert seen == [(cudnn.enabled, cudnn.benchmark, False, False, torch.float32)] * 2
+
+
+def test_teachers_may_multiply_in_tf32_and_distances_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul, seen = torch.backends.cuda.matmul, []
+    teacher = build_teacher("mapet-micro-fashion-mnist")
+    output = teacher.stage_output
+
+    def watched(images: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, matmul.allow_tf32))
+        return output(images)
+
+    monkeypatch.setattr(teacher, "stage_output", watched)
+    with full_precision(torch.device("cpu")):
+        before = torch.backends.cudnn.allow_tf32, matmul.allow_tf32
+        teacher(torch.rand(1, 1, 28, 28))
+        assert (torch.backends.cudnn.allow_tf32, matmul.allow_tf32) == before == (False, False)
+    assert seen == [(True, True)]
 
 
 def test_damaged_tokenizers_are_refused(tmp_path: Path) -> None:

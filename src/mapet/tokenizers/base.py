@@ -93,13 +93,23 @@ def hash_content(config: Any, module: nn.Module) -> str:
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in float32, without autocast and TF32: ids must not depend on the precision of the training."""
-    cudnn = torch.backends.cudnn
+def full_precision(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
+    """Compute in float32, without autocast: ids must not depend on the precision of the training.
+
+    Args:
+        device: of the computation.
+        tf32: let NVIDIA GPUs multiply in TF32, several times as fast: float32 with 10 bits of mantissa.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     # flags() sets all flags, to False by default: the flags that must stay are passed on.
     kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=False):
-        yield
+    before = matmul.allow_tf32
+    with torch.autocast(device.type, enabled=False), cudnn.flags(**kept, allow_tf32=tf32):
+        try:
+            matmul.allow_tf32 = tf32
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:

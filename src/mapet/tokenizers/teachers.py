@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from mapet.errors import MapetError, nearest
 from mapet.models.networks import RELEASED, create_network, find_network, unfetched
 from mapet.models.tensors import check_fit, fetch_tensors
-from mapet.tokenizers.base import Grid, resized, with_channels
+from mapet.tokenizers.base import Grid, full_precision, resized, with_channels
 
 IMAGENET_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -76,8 +76,9 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the feature map of images in [0, 1]."""
-        return self.stage_output((with_channels(images, self.channels) - self.mean) / self.std)
+        """Return the feature map of images in [0, 1], computed in float32 or, on NVIDIA GPUs, in TF32."""
+        with full_precision(images.device, tf32=True):
+            return self.stage_output((with_channels(images, self.channels) - self.mean) / self.std)
 
     def on_grid(self, images: Tensor, size: int, grid: Grid) -> Tensor:
         """Return the features ``(B, P, d)`` of images resized to ``size``; the feature map is resized to ``grid``."""
