@@ -204,7 +204,7 @@ class TrainKeys(DataKeys):
     weight_decay: WeightDecay = key(0.05, "AdamW's weight decay")
     beta2: float = key(0.999, "AdamW's second beta (the first is 0.9)", gt=0, lt=1)
     clip_grad: float = key(3.0, "largest gradient norm; above it gradients are scaled down", gt=0, le=1e30)
-    accumulate: BatchSize = key(1, "micro-batches per optimiser step; saves memory")
+    accumulate: BatchSize = key(1, "micro-batches per optimiser step; saves memory", free=True)
     precision: Annotated[Literal["no", "bf16", "fp16"], NoIsAWord] = key(
         CHOSEN,
         "mixed precision: bf16, fp16 or no; default (auto): bf16 if the device computes it fast, fp16 on other CUDA "

@@ -56,6 +56,24 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
+class BatchPart:
+    """What a process computes of a step at once: some rows of the step's batch.
+
+    What is random for each image is drawn for the whole batch, and each process takes its own rows. So it does not
+    depend on how the batch is divided among processes and micro-batches.
+
+    Attributes:
+        rows: the rows.
+        total: rows of the batch.
+        generator: source of randomness on the CPU, the same for all parts of a step.
+    """
+
+    rows: slice
+    total: int
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
 class StepSampler:
     """The sample keys of each micro-batch, from ``first_step`` to before ``last_step``.
 
@@ -74,6 +92,13 @@ class StepSampler:
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulate
+
+    def part(self, step: int, micro_batch: int) -> BatchPart:
+        """Return what this process computes in a micro-batch of a step."""
+        size = self.batch_size // (self.world * self.accumulate)
+        start = (self.rank * self.accumulate + micro_batch) * size
+        generator = torch.Generator().manual_seed(fold_seed(self.seed, Stream.STEP, step, 0))
+        return BatchPart(slice(start, start + size), self.batch_size, generator)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, permutation = -1, torch.empty(0, dtype=torch.long)
@@ -208,6 +233,13 @@ def load_batches(
         return {**batch, "tokenizer_images": tokenizer_images, "images": images}  # type: ignore[typeddict-item]
 
     return map(finish, loaded)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on the device, which is not waited for."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def in_order(count: int, batch_size: int) -> list[list[SampleKey]]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mapet.config.base import config_to_yaml
 from mapet.config.keys import TrainKeys
-from mapet.data.batches import Batch, DamageTally, StepSampler, ViewDataset, load_batches
+from mapet.data.batches import Batch, BatchPart, DamageTally, StepSampler, ViewDataset, load_batches
 from mapet.data.seeds import Stream, fold_seed
 from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_checkpoint, read_state, write_checkpoint
 from mapet.engine.files import replace_file, replace_folder
@@ -25,6 +25,7 @@ from mapet.engine.optimizer import learning_rate
 from mapet.engine.parallel import agree, count_workers, make_accelerator, on_main, product_speed, wrap
 from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import SINKS, Record, Sink
+from mapet.engine.stochastic_depth import draw_depth, forget_depth, use_drawn_depth
 from mapet.engine.stop import StopRequest
 from mapet.errors import MapetError
 from mapet.objectives.task import Task
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Measures the network that comes out of a task: yields names and values.
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
 # Turns a batch into what the task's forward takes, on the device; no gradient goes through it.
-Inputs = Callable[[Batch], tuple[Any, ...]]
+Inputs = Callable[[Batch, BatchPart], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Trainer:
         self.tally = DamageTally(self.dataset.images, config.max_damaged)
         first = self._restore()
         self.ceiling = product_speed(self.accelerator.device, config.precision) if self.flops else 0.0
+        self.depth = use_drawn_depth(self.task)
         self.wrapped, self.optimizer = wrap(self.accelerator, self.task, self.optimizer, compiled=config.compile)
         if self.is_main:
             self._begin_folder(first)
@@ -139,6 +141,7 @@ class Trainer:
                 sink.begin(folder, first, config.steps)
                 opened.enter_context(closing(sink))
             stop = opened.enter_context(StopRequest())
+            opened.callback(forget_depth, self.depth)
             self.wrapped.train()
             for step in range(first, config.steps):
                 record = self._step(step, batches)
@@ -164,8 +167,8 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch]) -> Record:
         """Take one optimiser step and return its record."""
         config, accelerator = self.config, self.accelerator
-        # Seeds masks, dropout and stochastic depth; images and crops have seeds of their own (StepSampler, Draws). No
-        # random state lives longer than a step, so a run can be resumed at any step.
+        # Seeds dropout and what else draws in the forward pass. Images, crops, masks and stochastic depth have seeds of
+        # their own (StepSampler, Draws, BatchPart). No random state lives longer than a step: any step can be resumed.
         torch.manual_seed(fold_seed(config.seed, Stream.STEP, step, accelerator.process_index))
         lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
@@ -174,12 +177,14 @@ class Trainer:
         began, waited = time.perf_counter(), 0.0
         sums: dict[str, Tensor] = {}
         grad_norm, measured = 0.0, dict[str, float]()
-        for _ in range(config.accumulate):
+        for micro_batch in range(config.accumulate):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.tally.add(batch["damaged"])
-            inputs = self.inputs(batch)
+            part = self.sampler.part(step, micro_batch)
+            inputs = self.inputs(batch, part)
+            draw_depth(self.depth, part, accelerator.device)
             with accelerator.accumulate(self.wrapped):
                 output = self.wrapped(*inputs)
                 for name, value in output.items():
@@ -245,11 +250,11 @@ class Trainer:
     def _batches(self, first: int) -> Iterator[Batch]:
         config, device = self.config, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        sampler = StepSampler(
+        self.sampler = StepSampler(
             len(self.dataset), config.batch_size, config.seed, first, config.steps, rank, world, config.accumulate
         )
         workers = count_workers(config.workers, self.dataset.images, device)
-        return load_batches(self.dataset, sampler, workers, device)
+        return load_batches(self.dataset, self.sampler, workers, device)
 
     def _begin_folder(self, first: int) -> None:
         """Write down the configuration, whose free keys may have changed, and log what begins."""
@@ -281,7 +286,7 @@ class Trainer:
             )
         if before.processes != now.processes:
             change = f"the run began with {before.processes} processes and goes on with {now.processes}"
-            logger.warning("%s: the images and their order are the same, the masks are not", change)
+            logger.info("%s: everything stays the same but dropout and mixup, which each process draws", change)
         state = read_checkpoint(folder.checkpoint, self.task, self.optimizer)
         if state.total_steps != self.config.steps:
             reason = ValueError(f"it is of {state.total_steps} steps, the run of {self.config.steps}")

@@ -133,7 +133,7 @@ def _train(
         task=task,
         optimizer=build_optimizer(opened.network, config, config.layer_decay),
         dataset=ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed)),
-        inputs=lambda batch: (batch["images"], labels[batch["index"]].to(device)),
+        inputs=lambda batch, part: (batch["images"], labels[batch["index"]].to(device)),
         folder=folder,
         exported=folder.exported,
         export=partial(

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mapet.config.base import continued, parse, read_recipe
-from mapet.data.batches import Batch, DamageTally, ViewDataset, draw_batches, load_batches
+from mapet.data.batches import Batch, BatchPart, DamageTally, ViewDataset, draw_batches, load_batches, sent
 from mapet.data.open import open_images, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
@@ -101,17 +101,15 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     baseline = on_main(lambda: _baseline(objective, source, dataset, config, workers, folder))
     on_main(lambda: _plot_start(objective, source, dataset, config, folder))
 
-    def inputs(batch: Batch) -> tuple[Any, ...]:
+    def inputs(batch: Batch, part: BatchPart) -> tuple[Any, ...]:
         """Return images, target values and mask.
 
         The mask is no part of a compiled step. It is drawn on the CPU: a GPU would be waited for in each round of a
         block-wise masking, and would draw other numbers.
         """
         (values,) = source(batch) or (None,)
-        mask = objective.draw_mask(len(batch["images"]), torch.device("cpu"))
-        if device.type == "cuda":
-            mask = Mask(*(part.pin_memory().to(device, non_blocking=True) for part in mask))
-        return batch["images"], values, Mask(*(part.to(device) for part in mask))
+        drawn = objective.draw_mask(part.total, torch.device("cpu"), part.generator)
+        return batch["images"], values, Mask(*(sent(numbers[part.rows], device) for numbers in drawn))
 
     trainer = Trainer(
         config=config,

@@ -76,7 +76,7 @@ def _train(config: VQKDConfig, images: ImageSet, folder: RunFolder, resume: bool
         task=task,
         optimizer=build_optimizer(task, config),
         dataset=ViewDataset(images, view, config.channels, Draws(config.seed, config.seed)),
-        inputs=lambda batch: (batch["images"], *source(batch)),
+        inputs=lambda batch, part: (batch["images"], *source(batch)),
         folder=folder,
         exported=folder.tokenizer,
         export=lambda _, fresh: save_tokenizer(tokenizer, fresh),  # trained in place
