@@ -47,3 +47,22 @@ def test_records_of_later_steps_and_damaged_lines_are_dropped(tmp_path: Path) ->
     assert [line["step"] for line in folder.metric_lines()] == [0, 1, 2, 3, 4]
     folder.forget_metrics_from(3)
     assert folder.metrics.read_text().splitlines() == lines[:3]
+
+
+def test_a_long_history_is_read_in_part(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.some_metrics() == []
+    folder.metrics.touch()
+    assert folder.some_metrics() == []
+    folder.forget_metrics_from(0)
+    folder.metrics.write_text("".join(json.dumps({"step": step, "loss": step / 3}) + "\n" for step in range(5000)))
+    assert [line["step"] for line in folder.some_metrics()] == list(range(5000))
+    steps = [line["step"] for line in folder.some_metrics(most=50)]
+    assert len(steps) == 50
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (0, 4999)
+    assert all(abs(step - 5000 * part / 49) < 200 for part, step in enumerate(steps))
+    folder.forget_metrics_from(4990)
+    assert [line["step"] for line in folder.metric_lines()] == list(range(4990))
+    folder.forget_metrics_from(0)
+    assert folder.metrics.read_text() == ""

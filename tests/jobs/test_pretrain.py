@@ -104,7 +104,7 @@ def test_killed_run_resumes_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     assert_same_run(out, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_polite_stop_saves(number: signal.Signals, digits: Path, tmp_path: Path) -> None:
     """The signal goes to the whole process group, loading workers included, as SLURM and a terminal send it."""
     out = tmp_path / "run"

@@ -33,14 +33,15 @@ class Call:
     def unfinished(self, result: Any) -> int | None:
         """Return the exit status of a run that a signal stopped, or that another process reports; None of others.
 
+        It is 128 + the signal on all processes, so that a scheduler may be told to requeue jobs that end with it.
+
         Args:
             result: the trainer's ``Result``.
         """
-        if not result.is_main:
-            return 0
         if result.finished:
-            return None
-        self.say(f"stopped and saved after step {result.steps}; --resume continues {result.folder.root}")
+            return None if result.is_main else 0
+        if result.is_main:
+            self.say(f"stopped and saved after step {result.steps}; --resume continues {result.folder.root}")
         return 128 + (result.stopped_by or 0)
 
 

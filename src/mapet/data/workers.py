@@ -64,7 +64,7 @@ def start_worker(worker: int) -> None:
     """Let a loading process end only with the main process."""
     # Ctrl-C and SIGHUP reach every process of a terminal, and SLURM's SIGTERM every process of a job. The main process
     # decides when to stop, and needs batches until then.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = _hide_lost_connections

@@ -70,6 +70,15 @@ def agree(wish: bool) -> bool:
     return bool(reduce(torch.tensor(float(wish), device=world.device), "sum") > 0)
 
 
+def agree_on_signal(number: int | None) -> int | None:
+    """Return the signal that one of the processes got, the highest if they got several; None if none got any."""
+    world = join_processes()
+    if world.num_processes == 1:
+        return number
+    highest = reduce(torch.tensor(number or 0, device=world.device), "max")
+    return int(highest) or None
+
+
 def on_main(work: Callable[[], Result]) -> Result | None:
     """Do something on the main process while the others wait; a failure is raised on all of them."""
     result, failure = None, None

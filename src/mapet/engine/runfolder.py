@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +86,51 @@ class RunFolder:
         """Yield the records of metrics.jsonl; a last line that a kill cut short is skipped."""
         if not self.metrics.exists():
             return
-        with self.metrics.open(errors="replace") as lines:
+        with self.metrics.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith("\n"):
-                    continue
-                try:
-                    record = json.loads(line)
-                    record["step"] + 1
+                if (record := _read_record(line)) is not None:
                     yield record
-                except (ValueError, TypeError, KeyError):
+                elif line.endswith(b"\n"):
                     logger.warning("skipped line %d of %s, which is damaged", number, self.metrics)
 
+    def some_metrics(self, most: int = 10_000) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl, or of a long file a part that is spread evenly over it.
+
+        The time that this takes does not grow with the length of the file.
+        """
+        if not self.metrics.exists() or not (size := self.metrics.stat().st_size):
+            return []
+        with self.metrics.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            places = ((size - 1) * part // (most - 1) for part in range(most))
+            starts = {content.rfind(b"\n", 0, place) + 1 for place in places}
+            records = (_read_record(content[start : content.find(b"\n", start) + 1]) for start in sorted(starts))
+            return [record for record in records if record is not None]
+
     def forget_metrics_from(self, step: int) -> None:
-        """Remove the records of steps that a resumed run computes again."""
-        kept = [json.dumps(line) + "\n" for line in self.metric_lines() if line["step"] < step]
-        replace_file(self.metrics, "".join(kept))
+        """Cut off the records of steps that a resumed run computes again. The lines before them are not read."""
+        with self.metrics.open("r+b") as file:
+            end = 0
+            if size := self.metrics.stat().st_size:
+                with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                    end = content.rfind(b"\n", 0, size) + 1
+                    while end:
+                        start = content.rfind(b"\n", 0, end - 1) + 1
+                        record = _read_record(content[start:end])
+                        if record is not None and record["step"] < step:
+                            break
+                        end = start
+            file.truncate(end)
+
+
+def _read_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line; None if the line is damaged, or was cut short by a kill."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(line)
+        return record if record["step"] >= 0 else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 @contextmanager

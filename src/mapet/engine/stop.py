@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM, SIGINT or SIGHUP: the current step is finished and saved."""
+"""Stopping on SIGTERM, SIGINT, SIGHUP or SIGUSR1: the current step is finished and saved."""
 
 import logging
 import signal
@@ -10,13 +10,16 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """While entered, the first SIGTERM, SIGINT or SIGHUP sets ``signal``; a second one has its usual effect.
+    """While entered, the first of ``SIGNALS`` sets ``signal``; a second one has its usual effect.
 
     A signal that the process ignores stays ignored. Outside the main thread Python delivers no signals, so nothing is
     ever requested there.
     """
 
-    SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)))
+    # SIGUSR1 is what SLURM is usually told to send before the time is up (``--signal=USR1@120``). Windows lacks two.
+    SIGNALS = frozenset(
+        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -22,7 +22,7 @@ from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_ch
 from mapet.engine.files import replace_file, replace_folder
 from mapet.engine.finite import check_finite
 from mapet.engine.optimizer import learning_rate
-from mapet.engine.parallel import agree, count_workers, make_accelerator, on_main, product_speed, wrap
+from mapet.engine.parallel import agree_on_signal, count_workers, make_accelerator, on_main, product_speed, wrap
 from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import SINKS, Record, Sink
 from mapet.engine.stochastic_depth import draw_depth, forget_depth, use_drawn_depth
@@ -134,7 +134,7 @@ class Trainer:
         if self.save_first and first == 0:
             self._save(0)
         batches = self._batches(first)
-        done, measured = first, dict[str, float]()
+        done, stopped_by, measured = first, None, dict[str, float]()
         with ExitStack() as opened:
             sinks = [*(make() for make in SINKS.values()), self.progress] if self.is_main else []
             for sink in sinks:
@@ -147,7 +147,8 @@ class Trainer:
                 record = self._step(step, batches)
                 self.task.after_step(step, config.steps)
                 done = step + 1
-                last = done == config.steps or agree(stop.signal is not None)
+                stopped_by = agree_on_signal(stop.signal)
+                last = done == config.steps or stopped_by is not None
                 fresh = {}
                 if done % (self.evaluate_every * self.steps_per_epoch) == 0 or done == config.steps:
                     fresh = self._measure(done)
@@ -162,7 +163,7 @@ class Trainer:
         if self.is_main and not self.exported.exists():  # a user may have moved that of a finished run away
             self._export()
         self.accelerator.wait_for_everyone()
-        return Result(folder, config, self.task, self.exported, done, config.steps, stop.signal, self.is_main, measured)
+        return Result(folder, config, self.task, self.exported, done, config.steps, stopped_by, self.is_main, measured)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Record:
         """Take one optimiser step and return its record."""

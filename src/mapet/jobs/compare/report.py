@@ -110,7 +110,7 @@ def _read_figures(cell: Cell, found: Mapping[str, Mapping[str, Any]]) -> Figures
     arm = cell.arm
     figures = {"label": arm.label, "arm": arm.name, "tokenizer": arm.tokenizer, "seed": cell.seed}
     figures |= {"budgets": cell.budgets} | {kind: results["accuracy"] for kind, results in found.items()}
-    if not (records := list(cell.run.metric_lines())):
+    if not (records := cell.run.some_metrics()):
         return figures
     steps = records[-1]["step"] + 1
     per_step = statistics.median(each["images"] / (each["step"] + 1) / each["images_per_s"] for each in records)

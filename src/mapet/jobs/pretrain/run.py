@@ -130,7 +130,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     )
     result = trainer.run()
     if result.is_main:
-        plot_curve(list(folder.metric_lines()), baseline, folder.figures / "curve.png")
+        plot_curve(folder.some_metrics(), baseline, folder.figures / "curve.png")
     return result
 
 
