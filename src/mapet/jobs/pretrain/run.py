@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mapet.config.base import continued, parse, read_recipe
 from mapet.data.batches import Batch, DamageTally, ViewDataset, draw_batches, load_batches
+from mapet.data.given import given_images
 from mapet.data.open import open_images, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
@@ -51,7 +52,8 @@ def pretrain(
     """Pre-train a ViT on unlabelled images.
 
     Args:
-        values: configuration by key, see ``PretrainConfig``; ``data`` is needed.
+        values: configuration by key, see ``PretrainConfig``; ``data`` is needed. It may also be a map-style
+            ``torch.utils.data.Dataset``; a run of one is resumed with the data set given again.
         out: the run folder.
         resume: continue the run in ``out`` exactly, or begin it if there is none.
         console: where progress is shown; None for standard error.
@@ -64,12 +66,13 @@ def pretrain(
     """
     with run_folder(out) as folder:
         world = join_processes()
+        values, dataset = given_images(values)
         if resume and folder.config.exists():
             config = continued(PretrainConfig, read_recipe(folder.config), values, folder.root)
-            images = main_first(lambda: open_images(config.data))
+            images = dataset or main_first(lambda: open_images(config.data))
         else:
             given = parse(PretrainConfig, values, complete=True)
-            images = main_first(lambda: open_images(given["data"]))
+            images = dataset or main_first(lambda: open_images(given["data"]))
             config = main_first(lambda: settle_run(given, len(images), world.num_processes))
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))
