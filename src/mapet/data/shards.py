@@ -131,7 +131,7 @@ def open_shards(source: str) -> ImageSet:
 def find_store(source: str) -> Store:
     """Return where shards of this name lie."""
     if source.startswith(BUCKET):
-        return Bucket(source)
+        return Bucket(source.rstrip("/"))
     path = Path(source)
     if path.is_dir():
         return Folder(path)
@@ -212,7 +212,7 @@ def read_members(store: Store, shard: Shard) -> Iterator[Member]:
     Raises:
         MapetError: if it is no tar file or damaged, or has a name that leads out of it.
     """
-    where = f"shard {shard.name!r} of {store.url}"
+    where = f"shard {store.place(shard)}"
     found: list[Member] = []
     labels: dict[str, str] = {}
     with store.open(shard) as file:
@@ -281,8 +281,8 @@ def _check_unique(store: Store, shards: list[Shard], members: list[list[Member]]
         for each in of_shard:
             if each.name in seen:
                 raise MapetError(
-                    f"shards {seen[each.name]!r} and {shard.name!r} of {store.url} both have an image named "
-                    f"{each.name!r}, or one has two; each image needs a name of its own: pack them again"
+                    f"shard {store.place(shard)} has an image named {each.name!r}, and so has {seen[each.name]!r}; "
+                    "pack them again, each image with a name of its own"
                 )
             seen[each.name] = shard.name
 

@@ -48,6 +48,9 @@ class Store(Protocol):
     def shards(self) -> list[Shard]:
         """Return the shards, sorted by name."""
 
+    def place(self, shard: Shard) -> str:
+        """Return the full path or address of a shard, for messages."""
+
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """Return bytes of a shard.
 
@@ -86,7 +89,8 @@ class Folder:
     def shards(self) -> list[Shard]:
         """Return the tar files; hidden files and folders are left out."""
         names = [self.only] if self.only else sorted(self._walk())
-        return [Shard(name, found.st_size, str(found.st_mtime_ns)) for name in names for found in [self._stat(name)]]
+        found = [(name, (self.root / name).stat()) for name in names]
+        return [Shard(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in found]
 
     def _walk(self) -> Iterator[str]:
         for root, folders, files in os.walk(self.root):
@@ -95,8 +99,9 @@ class Folder:
                 if name.lower().endswith(TAR) and not name.startswith("."):
                     yield (Path(root) / name).relative_to(self.root).as_posix()
 
-    def _stat(self, name: str) -> os.stat_result:
-        return (self.root / name).stat()
+    def place(self, shard: Shard) -> str:
+        """Return the path of a tar file."""
+        return str(self.root / shard.name)
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """Return bytes of a tar file."""
@@ -104,7 +109,7 @@ class Folder:
             file.seek(offset)
             content = file.read(size)
         if len(content) < size:
-            raise OSError(f"shard {self.root / shard.name} is cut short")
+            raise OSError(f"shard {self.place(shard)} is cut short")
         return content
 
     def open(self, shard: Shard) -> BinaryIO:
@@ -126,25 +131,32 @@ class Bucket:
 
     def shards(self) -> list[Shard]:
         """List the tar files."""
-        name, prefix = self.url.removeprefix(BUCKET).rstrip("/").partition("/")[::2]
+        prefix = self.url.removeprefix(BUCKET).partition("/")[2]
         folder = prefix.rpartition("/")[0] if prefix.endswith(TAR) else prefix
         with _explained(self.url):
-            found = [each for page in _obstore().list(_client(name), folder or None) for each in page]
+            found = [each for page in _obstore().list(_client(self._name), folder or None) for each in page]
         wanted = [each for each in found if each["path"].endswith(TAR)]
         if prefix.endswith(TAR):
             wanted = [each for each in wanted if each["path"] == prefix]
         versions = [each["e_tag"] or each["last_modified"].isoformat() for each in wanted]
         return sorted(Shard(each["path"], each["size"], v) for each, v in zip(wanted, versions, strict=True))
 
+    def place(self, shard: Shard) -> str:
+        """Return the address of an object."""
+        return f"{BUCKET}{self._name}/{shard.name}"
+
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """Return a range of an object; requests that fail are repeated, see ``RETRIES``."""
-        name = self.url.removeprefix(BUCKET).partition("/")[0]
-        with _explained(f"{BUCKET}{name}/{shard.name}"):
-            return bytes(_obstore().get_range(_client(name), shard.name, start=offset, length=size))
+        with _explained(self.place(shard)):
+            return bytes(_obstore().get_range(_client(self._name), shard.name, start=offset, length=size))
 
     def open(self, shard: Shard) -> BinaryIO:
         """Open an object, of which ``READ_AHEAD`` bytes are read at a time."""
         return io.BufferedReader(_Ranges(self, shard), READ_AHEAD)
+
+    @property
+    def _name(self) -> str:
+        return self.url.removeprefix(BUCKET).partition("/")[0]
 
 
 class _Ranges(io.RawIOBase):

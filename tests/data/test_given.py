@@ -1,0 +1,82 @@
+"""Images given from Python."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tests.conftest import QUIET, TINY, StoppingFile, assert_same_run
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.datasets import ImageFolder
+
+import mapet
+from mapet import MapetError
+from mapet.data.given import given_images
+from mapet.data.open import open_images
+
+
+def of(*items: Any) -> Any:
+    images = given_images({"data": list(items)})[1]
+    assert images is not None
+    return images
+
+
+def test_items_are_images_of_many_types(digits: Path) -> None:
+    file = digits / "class 3" / "0.png"
+    picture = Image.open(file)
+    expected = open_images(str(file)).load(0, 1)
+    array = np.asarray(picture)
+    for item in (
+        picture,
+        (picture, 3),
+        array,
+        np.stack([array] * 3, -1),
+        expected,
+        expected[0],
+        expected / 255,
+        expected.expand(3, -1, -1),
+    ):
+        assert of(item).load(0, 1).equal(expected)
+    deep = Image.fromarray(array.astype(np.uint16) * 100)
+    assert of(deep).load(0, 1).is_floating_point(), "an image of 16 bits keeps them"
+    assert of(picture, picture.copy()).keys == ("0", "1")
+    assert of(picture).digest(0).equal(of(array).digest(0))
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"), [(expected := torch.randn(1, 4, 4), "outside of"), ({"image": expected}, "an item is a dict")]
+)
+def test_other_items_are_refused(item: Any, reason: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=reason):
+        of(item).load(0, 1)
+
+
+def test_a_run_of_a_data_set_equals_that_of_its_pixels(digits: Path, tmp_path: Path) -> None:
+    dataset: Dataset[Any] = ImageFolder(str(digits))
+    folder = open_images(str(digits))
+    np.save(tmp_path / "x.npy", np.stack([folder.load(i, 1)[0].numpy() for i in range(60)]))
+    values = {**TINY, "vocab_size": None, "objective": "mae", "steps": 4}
+    mapet.pretrain({**values, "data": str(tmp_path / "x.npy")}, tmp_path / "array", console=QUIET)
+    out = tmp_path / "given"
+    stopped = mapet.pretrain({**values, "data": dataset}, out, console=Console(file=StoppingFile()))
+    assert not stopped.finished
+    with pytest.raises(MapetError, match="'python:ImageFolder' were a data set given from Python; give it again"):
+        mapet.pretrain({}, out, resume=True, console=QUIET)
+    assert mapet.pretrain({"data": dataset}, out, resume=True, console=QUIET).finished
+    assert_same_run(out, tmp_path / "array")
+
+
+def test_an_image_set_is_taken_as_it_is(digits: Path) -> None:
+    part = open_images(str(digits)).subset(range(16))
+    assert given_images({"data": part, "steps": 1}) == ({"data": str(digits), "steps": 1}, part)
+
+
+def test_empty_data_sets_are_refused(tmp_path: Path) -> None:
+    for data in ([], TensorDataset(torch.zeros(0, 1, 4, 4))):
+        with pytest.raises(MapetError, match="is empty or has no length"):
+            mapet.pretrain({**TINY, "data": data}, tmp_path / "run", console=QUIET)
+    with pytest.raises(MapetError, match="data = 3"):
+        mapet.pretrain({**TINY, "data": 3}, tmp_path / "run", console=QUIET)
