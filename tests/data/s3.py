@@ -10,6 +10,8 @@ from threading import Thread
 import pytest
 from moto.server import ThreadedMotoServer
 
+from mapet.data.stores import _client
+
 BUCKET = "photos"
 
 
@@ -90,6 +92,7 @@ def s3_server(environment: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         "AWS_TIMEOUT": "1s",
     }.items():
         environment.setenv(name, value)
+    _client.cache_clear()
     made = http.client.HTTPConnection("127.0.0.1", proxy.upstream)
     made.request("PUT", f"/{BUCKET}")
     assert made.getresponse().status == 200

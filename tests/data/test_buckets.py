@@ -59,7 +59,6 @@ def test_an_object_that_changed_is_indexed_anew(proxy: FaultProxy, digits: Path,
 
 @pytest.mark.parametrize("fault", ["cut", "503", "dribble", "stall"])
 def test_faults_are_survived(fault: str, proxy: FaultProxy, digits: Path) -> None:
-    proxy.faults.append(fault)
     images = open_images(SOURCE)
     proxy.faults.append(fault)
     assert images.content(3) == open_images(str(digits)).content(3)
