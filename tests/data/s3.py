@@ -71,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body)
 
-    do_GET = do_HEAD = do_PUT = do_POST = _forward
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -13,13 +13,11 @@ import hashlib
 import json
 import logging
 import os
-import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,28 +26,15 @@ from safetensors.numpy import save
 from mapet.data.demo_sets import CACHE
 from mapet.data.names import BUCKET, EXTENSIONS, INDEX, TAR, ending, is_folder
 from mapet.data.sources import ImageSet, Source
-from mapet.data.stores import Bucket, Folder, Shard, Store
-from mapet.errors import MapetError, reason_of
+from mapet.data.stores import ALL_SHARDS, Bucket, Folder, Shard, Store
+from mapet.data.tars import Member, read_members
+from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "mapet shard index 1"
 SHARD, OFFSET, SIZE, NAME, LENGTH, CLASS = range(6)  # columns of the index; NAME and LENGTH are a range of ``names``
-BLOCK = 512  # bytes of a block of a tar file
-LONGEST_CLASS = 1000  # bytes of a .cls member
 SHARDS_AT_ONCE = 8  # that are read while an index is made
-
-# A WebDataset sample is the files with the same name up to the first dot after the last slash.
-SAMPLE = re.compile(r"((?:.*/)?[^/.]*)")
-
-
-class Member(NamedTuple):
-    """An image in a shard: its name, where its bytes lie, and its class, if it has a ``.cls`` member."""
-
-    name: str
-    offset: int
-    size: int
-    label: str | None
 
 
 class Index:
@@ -105,7 +90,8 @@ def is_shards(source: str) -> bool:
     """Return whether a name is that of shards: in a bucket, a tar file, an index, or a folder that holds tar files."""
     if is_folder(source):
         return bool(Folder(Path(source)).shards())
-    return source.startswith(BUCKET) or ending(source) in (TAR, INDEX)
+    is_index = Path(source).name.endswith((f"{TAR}{INDEX}", ALL_SHARDS))
+    return source.startswith(BUCKET) or ending(source) == TAR or is_index
 
 
 def open_shards(source: str) -> ImageSet:
@@ -135,9 +121,9 @@ def find_store(source: str) -> Store:
     path = Path(source)
     if path.is_dir():
         return Folder(path)
-    if path.suffix == INDEX:
-        return Folder(path.parent, path.stem if path.stem.endswith(TAR) else None)
-    return Folder(path.parent, path.name)
+    if path.name == ALL_SHARDS:
+        return Folder(path.parent)
+    return Folder(path.parent, path.name.removesuffix(INDEX))
 
 
 def _find_index(store: Store, shards: list[Shard]) -> Index | None:
@@ -170,23 +156,23 @@ def _make_index(store: Store, shards: list[Shard]) -> Index:
     """
     logger.info("reading %d shards of %s, once, for an index", len(shards), store.url)
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:
-        members = list(threads.map(lambda shard: list(read_members(store, shard)), shards))
+        members = list(threads.map(lambda shard: read_members(store, shard), shards))
     _check_unique(store, shards, members)
     classes = _sorted_classes({each.label for of_shard in members for each in of_shard if each.label is not None})
     number = {name: position for position, name in enumerate(classes)}
-    rows, names = [], bytearray()
-    for shard, of_shard in enumerate(members):
-        for each in of_shard:
-            name = each.name.encode(errors="surrogateescape")
-            label = -1 if each.label is None else number[each.label]
-            rows.append((shard, each.offset, each.size, len(names), len(name), label))
-            names += name
-    if not rows:
+    rows, names = np.empty((sum(map(len, members)), 6), np.int64), bytearray()
+    images = ((shard, each) for shard, of_shard in enumerate(members) for each in of_shard)
+    for row, (shard, each) in zip(rows, images, strict=True):
+        name = each.name.encode(errors="surrogateescape")
+        label = -1 if each.label is None else number[each.label]
+        row[:] = shard, each.offset, each.size, len(names), len(name), label
+        names += name
+    if not len(rows):
         raise MapetError(
             f"the shards of {store.url} hold no image (looked for members ending in {' '.join(sorted(EXTENSIONS))})"
         )
     about = json.dumps({"shards": shards, "classes": classes})
-    tensors: dict[str, Any] = {"rows": np.array(rows, np.int64), "names": np.frombuffer(names, np.uint8)}
+    tensors: dict[str, Any] = {"rows": rows, "names": np.frombuffer(names, np.uint8)}
     return Index(_write(save(tensors, {FORMAT: about}), _places(store)))
 
 
@@ -204,75 +190,6 @@ def _write(content: bytes, places: Iterable[Path]) -> Path:
             fresh.unlink(missing_ok=True)
             refused = error
     raise MapetError(f"the index of the shards cannot be written ({refused}); free some space")
-
-
-def read_members(store: Store, shard: Shard) -> Iterator[Member]:
-    """Yield the images of a shard, in order.
-
-    Raises:
-        MapetError: if it is no tar file or damaged, or has a name that leads out of it.
-    """
-    where = f"shard {store.place(shard)}"
-    found: list[Member] = []
-    labels: dict[str, str] = {}
-    with store.open(shard) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not 0 <= member.size <= shard.size - member.offset_data:
-                        raise tarfile.ReadError(f"member {member.name!r} does not end")
-                    name = member.name.removeprefix("./")
-                    kind = ending(name)
-                    if member.isdir() or (kind not in EXTENSIONS and kind != ".cls") or _is_hidden(name):
-                        continue
-                    check_member(name, where)
-                    if not member.isreg() or member.issparse():
-                        logger.warning("left out %r of %s: a link or a sparse file", name, where)
-                    elif kind == ".cls":
-                        labels[sample_of(name)] = _read_class(tar, member, where)
-                    else:
-                        found.append(Member(name, member.offset_data, member.size, None))
-                end = tar.offset
-            file.seek(end)
-            # tarfile takes a damaged header for the end of the file, which is a block of zeros or nothing.
-            if any(file.read(BLOCK)):
-                raise tarfile.ReadError(f"no member begins at byte {end}")
-        except (tarfile.TarError, ValueError, ArithmeticError) as error:
-            raise MapetError(
-                f"{where} is damaged, cut short, or not an uncompressed tar file ({reason_of(error)}); copy it again"
-            ) from error
-    for each in found:
-        yield each._replace(label=labels.get(sample_of(each.name)))
-
-
-def check_member(name: str, where: str) -> None:
-    """Refuse the name of a member that leads out of the archive.
-
-    Raises:
-        MapetError: naming it and ``where`` it is.
-    """
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise MapetError(f"{where} has an image named {name!r}, which leads out of it; pack it with relative names")
-
-
-def _is_hidden(name: str) -> bool:
-    """Return whether a name is left out, as in folders of images."""
-    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in PurePosixPath(name).parts)
-
-
-def sample_of(name: str) -> str:
-    """Return the name of the WebDataset sample that a member belongs to."""
-    found = SAMPLE.match(name)
-    return found[1] if found else name
-
-
-def _read_class(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> str:
-    opened = tar.extractfile(member)
-    text = opened.read(LONGEST_CLASS + 1).decode(errors="replace").strip() if opened else ""
-    if not text or len(text) > LONGEST_CLASS or not text.isprintable():
-        raise MapetError(f"member {member.name!r} of {where} must hold the name or number of a class, on one line")
-    return text
 
 
 def _check_unique(store: Store, shards: list[Shard], members: list[list[Member]]) -> None:

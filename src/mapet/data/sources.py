@@ -169,7 +169,7 @@ class ImageSet:
         """The key of each image."""
         return tuple(self.key(index) for index in range(len(self)))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the keys in order: changes when images are added, removed or renamed."""
         digest = hashlib.sha256()

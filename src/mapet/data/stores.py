@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from mapet.data.names import BUCKET, TAR
+from mapet.data.names import BUCKET, INDEX, TAR
 from mapet.errors import MapetError, first_line
 
+ALL_SHARDS = f"shards{INDEX}"  # index of the shards of a folder
 READ_AHEAD = 2**20  # bytes read from a bucket at a time while an index is made
 
 # Of requests that fail, time out (after 30 s) or break off. obstore doubles the pauses from 0.1 s up to 15 s.
@@ -84,7 +85,7 @@ class Folder:
     @property
     def index(self) -> Path:
         """Return where the index lies."""
-        return self.root / f"{self.only or 'shards'}.index"
+        return self.root / (f"{self.only}{INDEX}" if self.only else ALL_SHARDS)
 
     def shards(self) -> list[Shard]:
         """Return the tar files; hidden files and folders are left out."""

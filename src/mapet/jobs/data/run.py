@@ -11,9 +11,10 @@ from rich.console import Console
 from mapet.config.base import settle
 from mapet.data.names import EXTENSIONS, TAR, ending
 from mapet.data.open import open_images
-from mapet.data.shards import check_member, is_shards, open_shards, read_members, sample_of
+from mapet.data.shards import is_shards, open_shards
 from mapet.data.sources import Arrays, ImageSet
 from mapet.data.stores import Folder
+from mapet.data.tars import check_member, read_members, sample_of
 from mapet.engine.files import explain_disk_errors, new_file
 from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError

@@ -52,8 +52,8 @@ def pretrain(
     """Pre-train a ViT on unlabelled images.
 
     Args:
-        values: configuration by key, see ``PretrainConfig``; ``data`` is needed. It may also be a map-style
-            ``torch.utils.data.Dataset``; a run of one is resumed with the data set given again.
+        values: configuration by key, see ``PretrainConfig``; ``data`` is needed, a name (see
+            docs/data.md) or a map-style ``torch.utils.data.Dataset``, which must be given again to resume.
         out: the run folder.
         resume: continue the run in ``out`` exactly, or begin it if there is none.
         console: where progress is shown; None for standard error.
