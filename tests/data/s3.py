@@ -93,10 +93,11 @@ def s3_server(environment: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     }.items():
         environment.setenv(name, value)
     _client.cache_clear()
-    made = http.client.HTTPConnection("127.0.0.1", proxy.upstream)
-    made.request("PUT", f"/{BUCKET}")
-    assert made.getresponse().status == 200
-    made.close()
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{BUCKET}")):  # servers of a process share buckets
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.upstream)
+        connection.request(method, path)
+        assert connection.getresponse().status == 200
+        connection.close()
     try:
         yield proxy
     finally:
