@@ -97,6 +97,12 @@ def test_a_loading_process_reads_and_fails_in_one_sentence(proxy: FaultProxy, di
     assert "Traceback" not in str(caught.value)
 
 
+def test_folders_are_parts(proxy: FaultProxy, digits: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        obstore.put(S3Store(BUCKET), f"of parts/{part}/000000.tar", tmp_path / "shards" / "000000.tar")
+    assert [len(part) for part in open_labelled("s3://photos/of parts")] == [60, 60]
+
+
 def test_wrong_names_are_refused(proxy: FaultProxy) -> None:
     with pytest.raises(MapetError, match="s3://photos/none holds no shard"):
         open_images("s3://photos/none")

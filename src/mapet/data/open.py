@@ -11,6 +11,7 @@ from mapet.data.demo_sets import read_demo_set
 from mapet.data.huggingface import open_split, open_splits
 from mapet.data.names import (
     ARRAYS,
+    BUCKET,
     DEMO_NAMES,
     EXTENSIONS,
     HUGGING_FACE,
@@ -22,6 +23,7 @@ from mapet.data.names import (
 )
 from mapet.data.shards import Shards, is_shards, open_shards
 from mapet.data.sources import Files, ImageSet, NoImages, from_file, from_folder, from_list
+from mapet.data.stores import Bucket
 from mapet.errors import MapetError
 
 TRAIN_PARTS, TEST_PARTS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
@@ -89,6 +91,10 @@ def _open_parts(source: str) -> tuple[ImageSet, ...]:
         splits = open_splits(source)
         names = _find_parts(splits)
         parts = [splits[name] for name in names] if names else [open_split(source)]
+    elif source.startswith(BUCKET):
+        place = source.rstrip("/")
+        names = _find_parts(Bucket(place).folders())
+        parts = [open_shards(f"{place}/{name}") for name in names] if names else [open_shards(source)]
     else:
         parts = [open_images(source)]
     return tuple(map(labelled, parts))
@@ -112,15 +118,6 @@ def open_test(source: str, classes: Sequence[str], owner: str) -> ImageSet:
     # A demo set without parts has a fixed test part, on which nobody trains.
     images = open_labelled(source)[1] if _is_demo(source) else _open_parts(source)[-1]
     return with_classes(images, classes, owner)
-
-
-def from_labelled_folder(folder: Path) -> ImageSet:
-    """Return the images of a folder in the ``ImageFolder`` layout, labelled with their first subfolder.
-
-    Raises:
-        MapetError: if there is no image, or one lies outside of the subfolders.
-    """
-    return labelled(from_folder(folder))
 
 
 def labelled(images: ImageSet) -> ImageSet:

@@ -132,7 +132,7 @@ class Bucket:
 
     def shards(self) -> list[Shard]:
         """List the tar files."""
-        prefix = self.url.removeprefix(BUCKET).partition("/")[2]
+        prefix = self._prefix
         folder = prefix.rpartition("/")[0] if prefix.endswith(TAR) else prefix
         with _explained(self.url):
             found = [each for page in _obstore().list(_client(self._name), folder or None) for each in page]
@@ -155,9 +155,18 @@ class Bucket:
         """Open an object, of which ``READ_AHEAD`` bytes are read at a time."""
         return io.BufferedReader(_Ranges(self, shard), READ_AHEAD)
 
+    def folders(self) -> set[str]:
+        """Return the names of the folders directly below the prefix that hold tar files."""
+        below = (shard.name.removeprefix(self._prefix).strip("/") for shard in self.shards())
+        return {name.partition("/")[0] for name in below if "/" in name}
+
     @property
     def _name(self) -> str:
         return self.url.removeprefix(BUCKET).partition("/")[0]
+
+    @property
+    def _prefix(self) -> str:
+        return self.url.removeprefix(BUCKET).partition("/")[2]
 
 
 class _Ranges(io.RawIOBase):
@@ -185,7 +194,7 @@ class _Ranges(io.RawIOBase):
 
 def _obstore() -> Any:
     try:
-        import obstore
+        import obstore.store
     except ImportError as error:
         raise MapetError(f"{BUCKET} needs the package obstore: pip install 'mapet[s3]'") from error
     return obstore
@@ -194,10 +203,7 @@ def _obstore() -> Any:
 @cache
 def _client(bucket: str) -> Any:
     """Return this process's connection to a bucket."""
-    _obstore()
-    from obstore.store import S3Store
-
-    return S3Store(bucket, retry_config=RETRIES)
+    return _obstore().store.S3Store(bucket, retry_config=RETRIES)
 
 
 @contextmanager
