@@ -64,7 +64,7 @@ def test_a_saved_data_set_trains_as_the_folder(digits: Path, from_folder: Path, 
     keys = open_images(str(digits)).keys
     rows = datasets.Dataset.from_dict({"image": [str(digits / key) for key in keys], "name": keys})
     rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
-    mapet.pretrain({**MAE, "data": f"hf:{tmp_path / 'saved'}", "workers": 1}, tmp_path / "run", console=QUIET)
+    mapet.pretrain({**MAE, "data": f"hf:{tmp_path / 'saved'}"}, tmp_path / "run", console=QUIET)
     assert_same_run(tmp_path / "run", from_folder)
 
 
