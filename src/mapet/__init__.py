@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mapet.inference.load import load
     from mapet.jobs.compare.run import compare
     from mapet.jobs.convert.run import convert
+    from mapet.jobs.data.run import index_shards, pack_images
     from mapet.jobs.evaluate.run import evaluate
     from mapet.jobs.export.run import export_model
     from mapet.jobs.finetune.run import finetune
@@ -49,9 +50,11 @@ _HOMES = {
     "export_model": "jobs.export.run",
     "finetune": "jobs.finetune.run",
     "fit_tokenizer": "jobs.tokenizer.fit",
+    "index_shards": "jobs.data.run",
     "load": "inference.load",
     "load_tokenizer": "tokenizers.files",
     "load_upstream": "objectives.upstream",
+    "pack_images": "jobs.data.run",
     "predict_images": "jobs.infer.run",
     "pretrain": "jobs.pretrain.run",
     "segment": "jobs.segment.run",

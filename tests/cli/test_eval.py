@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from mapet.cli import main
-from mapet.data.open import from_labelled_folder
+from mapet.data.open import labelled, open_images
 from mapet.data.views import PlainView
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.finetune.run import finetune
@@ -24,7 +24,7 @@ CLASSES = tuple(f"class {digit}" for digit in range(10))
 @pytest.fixture(scope="module")
 def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier trained on the digits, with one more class and the classes in reverse order."""
-    images, view = from_labelled_folder(digits), PlainView((28, 28), (0.5,), (0.5,), 0.9)
+    images, view = labelled(open_images(str(digits))), PlainView((28, 28), (0.5,), (0.5,), 0.9)
     torch.manual_seed(9)
     small = {"img_size": 28, "patch_size": 7, "in_chans": 1, "depth": 1, "embed_dim": 32, "num_heads": 2}
     network = timm.create_model("vit_tiny_patch16_224", **small, num_classes=11)
@@ -134,7 +134,7 @@ def test_a_classifier_is_measured_by_the_names_of_its_classes(
     assert list(found["per_class"]) == ["other", *reversed(CLASSES)]
     assert found["per_class"]["other"] is None
     network = timm.create_model(f"local-dir:{classifier}", pretrained=True).eval()
-    images, view = from_labelled_folder(digits), PlainView((28, 28), (0.5,), (0.5,), 0.9)
+    images, view = labelled(open_images(str(digits))), PlainView((28, 28), (0.5,), (0.5,), 0.9)
     with torch.no_grad():
         predicted = network(torch.stack([view(images.load(i, 1))[1] for i in range(60)])).argmax(1)
     right = predicted == 10 - torch.tensor(images.labels)

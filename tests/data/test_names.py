@@ -22,6 +22,15 @@ def test_folders_files_and_demo_sets_are_accepted(tmp_path: Path) -> None:
         check_labelled(source)
 
 
+def test_files_of_several_images_and_other_places_are_accepted(tmp_path: Path) -> None:
+    for name in ("x.tar", "x.NPZ", "x.parquet"):
+        (tmp_path / name).touch()
+        check_labelled(str(tmp_path / name))
+    for source in ("hf:cifar10", "s3://bucket/x"):
+        check_images(source)
+        check_labelled(source)
+
+
 def test_other_names_are_refused(tmp_path: Path) -> None:
     for check in (check_images, check_labelled):
         for name in ("missing", "x" * 5000):

@@ -38,7 +38,7 @@ if __name__ == "__mp_main__":
     time.sleep(2)  # the main process is killed while the loading process imports
     print("imported", flush=True)
 if __name__ == "__main__":
-    loader = iter(DataLoader([0], multiprocessing_context="spawn", **loading_processes(1)))
+    loader = iter(DataLoader([0], **loading_processes(1, "spawn")))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

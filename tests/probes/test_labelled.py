@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mapet import MapetError
 from mapet.data.batches import DamageTally
-from mapet.data.open import from_labelled_folder
+from mapet.data.open import labelled, open_images
 from mapet.data.views import PlainView
 from mapet.probes.labelled import (
     Features,
@@ -28,12 +28,12 @@ VIEW = PlainView((28, 28), (0.5,), (0.5,))
 
 
 def extract(folder: Path, network: Any = None, **options: Any) -> Features:
-    images = from_labelled_folder(folder)
+    images = labelled(open_images(str(folder)))
     return extract_features(network or nn.Flatten(), images, VIEW, 1, device=torch.device("cpu"), **options)
 
 
 def test_features_are_in_order_in_memory_and_on_disk(digits: Path, tmp_path: Path) -> None:
-    images = from_labelled_folder(digits)
+    images = labelled(open_images(str(digits)))
     shown: list[int] = []
     features = extract(digits, batch_size=25, show=shown.append)
     expected = torch.stack([VIEW(images.load(i, 1))[1].flatten() for i in range(60)])
@@ -53,13 +53,13 @@ def test_damaged_images_are_left_out_and_logged(digits: Path, tmp_path: Path, ca
     (tmp_path / "d" / "class 4" / "2.png").write_bytes(b"cut")
     assert np.bincount(extract(tmp_path / "d").y).tolist() == [6, 6, 6, 6, 5, 6, 6, 6, 6, 6]
     assert "skipped damaged image class 4/2.png" in caplog.text
-    tally = DamageTally(from_labelled_folder(tmp_path / "d"), 0.01)
+    tally = DamageTally(labelled(open_images(str(tmp_path / "d"))), 0.01)
     with pytest.raises(MapetError, match=r"1 of 60 images cannot be read.*--max-damaged"):
         extract(tmp_path / "d", tally=tally)
 
 
 def test_nan_and_float16_overflow_are_refused_with_the_name_of_the_image(digits: Path, tmp_path: Path) -> None:
-    images = from_labelled_folder(digits)
+    images = labelled(open_images(str(digits)))
     broken = VIEW(images.load(31, 1))[1]
 
     def network(batch: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_scores_are_those_of_the_logits_without_damaged_images(digits: Path, tmp
     network = timm.create_model("vit_tiny_patch16_224", **small, drop_path_rate=0.5).train()
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     (folder / "class 4" / "2.png").write_bytes(b"cut")
-    images = from_labelled_folder(folder)
+    images = labelled(open_images(str(folder)))
     view = PlainView((32, 32), (0.5,), (0.5,))
     found = score_classifier(network, images, view, 1, device=torch.device("cpu"), batch_size=7)
     assert not network.training

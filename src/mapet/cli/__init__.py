@@ -37,6 +37,8 @@ VERBS = {
     "tokenizer report": "tokenizer.verb:REPORT",
     "tokenizer encode": "tokenizer.verb:ENCODE",
     "tokenizer check": "tokenizer.verb:CHECK",
+    "data pack": "data.verb:PACK",
+    "data index": "data.verb:INDEX",
     "demo": "demo.verb:DEMO",
 }
 

@@ -36,7 +36,8 @@ class DataKeys(Config):
 
     data: Text = key(  # a resumed run is held to the fingerprint of its images instead
         ...,
-        "a folder of images (nested, unlabelled), a text file of paths, or a demo set (mnist, fashion-mnist)",
+        "a folder of images (nested, unlabelled) or of tar files, a text file of paths, s3://BUCKET/PREFIX, hf:NAME, "
+        "or a demo set (mnist, fashion-mnist); see docs/data.md",
         common=True,
         free=True,
     )

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
+from mapet.data.stores import StoreError
 from mapet.data.views import Cut, View, unit
-from mapet.data.workers import loading_processes, one_thread
+from mapet.data.workers import in_one_sentence, loading_processes, one_thread
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class ViewDataset(Dataset[Sample]):
                 else:
                     image = self.images.load(index, self.channels)
                 break
+            except StoreError:  # another image instead would depend on the network
+                raise
             except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
                 damaged.append((index, f"{type(error).__name__}: {error}"))
                 index = replacements.randrange(len(self.images))
@@ -223,16 +226,15 @@ def load_batches(
     """Return the batches with the given sample keys, on the device; their order does not depend on ``workers``."""
     pin = device.type == "cuda"
     # Begun here and not by the first step, because a loader draws from the random state that the step has seeded.
-    loaded = iter(
-        DataLoader(dataset, batch_sampler=keys, collate_fn=collate, pin_memory=pin, **loading_processes(workers))
-    )
+    processes = loading_processes(workers, dataset.images.source.start_method)
+    loaded = iter(DataLoader(dataset, batch_sampler=keys, collate_fn=collate, pin_memory=pin, **processes))
 
     def finish(batch: dict[str, Any]) -> Batch:
         cut = Cut(*(part.to(device, non_blocking=True) for part in batch.pop("cut")))
         tokenizer_images, images = dataset.view.finish(cut)
         return {**batch, "tokenizer_images": tokenizer_images, "images": images}  # type: ignore[typeddict-item]
 
-    return map(finish, loaded)
+    return map(finish, in_one_sentence(loaded))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

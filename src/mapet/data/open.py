@@ -1,32 +1,62 @@
 """Opening of image sets by the name that the user gives, with or without labels; random choices by class."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from mapet.data.arrays import from_array_file
 from mapet.data.demo_sets import read_demo_set
-from mapet.data.names import EXTENSIONS, check_images, check_labelled, is_folder
-from mapet.data.sources import ImageSet, from_file, from_folder, from_list
+from mapet.data.huggingface import open_split, open_splits
+from mapet.data.names import (
+    ARRAYS,
+    BUCKET,
+    DEMO_NAMES,
+    EXTENSIONS,
+    HUGGING_FACE,
+    TABLES,
+    check_images,
+    check_labelled,
+    ending,
+    is_folder,
+)
+from mapet.data.shards import Shards, is_shards, open_shards
+from mapet.data.sources import Files, ImageSet, NoImages, from_file, from_folder, from_list
+from mapet.data.stores import Bucket
 from mapet.errors import MapetError
 
-TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
+TRAIN_PARTS, TEST_PARTS = ("train", "training"), ("test", "testing", "val", "validation", "valid")
 HELD_OUT = 0.2  # share of each class that is the test part, where the images have no parts of their own
 
 
 def open_images(source: str) -> ImageSet:
-    """Open images: a folder, an image, a text file of paths, or the training part of a demo set.
+    """Open images, of a source with several parts those of the training part.
+
+    Args:
+        source: a folder of images or of tar files, an image, a text file of paths, a tar file or its index, a NumPy
+            file, a Parquet or Arrow file, ``s3://BUCKET/PREFIX``, ``hf:NAME``, or the name of a demo set.
 
     Raises:
         MapetError: if there is nothing of that name, or it contains no image.
     """
     check_images(source)
-    path = Path(source)
+    path, kind = Path(source), ending(source)
     if is_folder(source):
-        return from_folder(path)
+        try:
+            return from_folder(path)
+        except NoImages:
+            if is_shards(source):
+                return open_shards(source)
+            raise
+    if is_shards(source):
+        return open_shards(source)
+    if source.startswith(HUGGING_FACE) or kind in TABLES:
+        return open_split(source)
     if path.is_file():
-        return from_file(path) if path.suffix.lower() in EXTENSIONS else from_list(path)
+        if kind in ARRAYS:
+            return from_array_file(path)
+        return from_file(path) if kind in EXTENSIONS else from_list(path)
     return open_labelled(source)[0]
 
 
@@ -34,24 +64,44 @@ def open_labelled(source: str, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     """Open labelled images as (training part, test part).
 
     Args:
-        source: a folder with one subfolder per class, or with ``train`` and ``test`` (or ``val``) folders of such
-            subfolders, or the name of a demo set. Without parts, a fifth of each class is held out as test part.
+        source: see ``open_images``. Labels are the first subfolders of folders and of names in tar files, or those
+            that the source holds. Parts are folders or splits ``train`` and ``test`` (or ``val``); without them, a
+            fifth of each class is held out as test part.
         seed: chooses the images held out.
 
     Raises:
         MapetError: if there are no labels, a single class, or test images of a class without training images.
     """
-    check_labelled(source)
-    if not is_folder(source):
-        demo = read_demo_set(source)
-        return (demo[0], demo[1]) if len(demo) == 2 else split(demo[0], HELD_OUT, seed=0)
-    parts = train_and_test(Path(source))
-    train = from_labelled_folder(parts[0] if parts else Path(source))
+    train, *test = _open_parts(source)
     if len(train.classes) == 1:
-        raise MapetError(f"labelled folder {train.name} has the single class {train.classes[0]!r}; it needs 2 or more")
-    if parts is None:
-        return split(train, HELD_OUT, seed)
-    return train, with_classes(from_labelled_folder(parts[1]), train.classes, train.name)
+        raise MapetError(f"labelled data {train.name} has the single class {train.classes[0]!r}; it needs 2 or more")
+    if test:
+        return train, with_classes(test[0], train.classes, train.name)
+    return split(train, HELD_OUT, seed=0 if _is_demo(source) else seed)
+
+
+def _open_parts(source: str) -> tuple[ImageSet, ...]:
+    """Open labelled images: the training and the test part, or all if there are no parts."""
+    check_labelled(source)
+    if _is_demo(source):
+        return read_demo_set(source)
+    if is_folder(source):
+        parts: Sequence[ImageSet] = [open_images(str(part)) for part in train_and_test(Path(source)) or (source,)]
+    elif source.startswith(HUGGING_FACE):
+        splits = open_splits(source)
+        names = _find_parts(splits)
+        parts = [splits[name] for name in names] if names else [open_split(source)]
+    elif source.startswith(BUCKET):
+        place = source.rstrip("/")
+        names = _find_parts(Bucket(place).folders())
+        parts = [open_shards(f"{place}/{name}") for name in names] if names else [open_shards(source)]
+    else:
+        parts = [open_images(source)]
+    return tuple(map(labelled, parts))
+
+
+def _is_demo(source: str) -> bool:
+    return source in DEMO_NAMES and not is_folder(source)
 
 
 def open_test(source: str, classes: Sequence[str], owner: str) -> ImageSet:
@@ -65,38 +115,45 @@ def open_test(source: str, classes: Sequence[str], owner: str) -> ImageSet:
     Raises:
         MapetError: if there are no labels, or images of a class that the classifier does not know.
     """
-    check_labelled(source)
-    if is_folder(source):
-        parts = train_and_test(Path(source))
-        images = from_labelled_folder(parts[1] if parts else Path(source))
-    else:
-        images = open_labelled(source)[1]
+    # A demo set without parts has a fixed test part, on which nobody trains.
+    images = open_labelled(source)[1] if _is_demo(source) else _open_parts(source)[-1]
     return with_classes(images, classes, owner)
 
 
-def from_labelled_folder(folder: Path) -> ImageSet:
-    """Return the images of a folder in the ``ImageFolder`` layout, labelled with their first subfolder.
+def labelled(images: ImageSet) -> ImageSet:
+    """Return images with labels: their own, or for files and members of tar files the first folder of their names.
 
     Raises:
-        MapetError: if there is no image, or one lies outside of the subfolders.
+        MapetError: if there are none.
     """
-    images = from_folder(folder)
-    stray = next((key for key in images.keys if "/" not in key), None)
-    if stray is not None:
+    if images.labels is not None:
+        return images
+    if not isinstance(images.source, Files | Shards):
+        raise MapetError(f"{images.name} has no label for each image; name the column of labels, or add labels")
+    folders = [key.rpartition("/")[0].partition("/")[0] for key in images.keys]
+    if "" in folders:
+        stray = images.keys[folders.index("")]
         raise MapetError(
-            f"labelled folder {folder} needs one subfolder per class, but {stray!r} lies outside of any; move it"
+            f"labelled data {images.name} needs one subfolder per class, but {stray!r} lies outside of any; move it"
         )
-    names = [key.partition("/")[0] for key in images.keys]
-    classes = tuple(sorted(set(names)))
+    classes = tuple(sorted(set(folders)))
+    if isinstance(images.source, Shards) and _find_parts(classes):
+        raise MapetError(f"{images.name} holds {' and '.join(classes)}; pack each into a folder of its own")
     index = {name: number for number, name in enumerate(classes)}
-    return replace(images, labels=tuple(index[name] for name in names), classes=classes)
+    return replace(images, labels=tuple(index[name] for name in folders), classes=classes)
 
 
 def train_and_test(folder: Path) -> tuple[Path, Path] | None:
     """Return the subfolders that hold the training and the test part; None unless both exist."""
-    by_name = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
+    names = _find_parts(child.name for child in folder.iterdir() if child.is_dir())
+    return (folder / names[0], folder / names[1]) if names else None
+
+
+def _find_parts(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the names of the training and the test part among others; None unless there are both."""
+    by_name = {name.lower(): name for name in names}
     train, test = (
-        next((by_name[name] for name in names if name in by_name), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+        next((by_name[name] for name in known if name in by_name), None) for known in (TRAIN_PARTS, TEST_PARTS)
     )
     return None if train is None or test is None else (train, test)
 

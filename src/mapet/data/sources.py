@@ -32,6 +32,11 @@ class Source(Protocol):
 
     in_memory: ClassVar[bool] = False  # whether loading an image needs neither reading nor decoding
 
+    @property
+    def start_method(self) -> str | None:
+        """Return how processes that load images must be started ("spawn"); None for the system's default."""
+        return None
+
     def __len__(self) -> int: ...
 
     def key(self, index: int) -> str:
@@ -133,17 +138,21 @@ class ImageSet:
         """Return the file that holds this image alone; None if there is no such file."""
         return self.source.path(self._position(index))
 
+    def content(self, index: int) -> bytes:
+        """Return the stored bytes of an image."""
+        return self.source.content(self._position(index))
+
     def load(self, index: int, channels: int) -> Tensor:
         """Return an image as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
-        return self.source.decode(self.source.content(self._position(index)), channels)
+        return self.source.decode(self.content(index), channels)
 
     def digest(self, index: int) -> Tensor:
         """Return the SHA-256 of an image's stored bytes (a file's bytes, an array's pixels), ``(32,)`` uint8."""
-        return _sha256(self.source.content(self._position(index)))
+        return _sha256(self.content(index))
 
     def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
         """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
-        content = self.source.content(self._position(index))
+        content = self.content(index)
         return self.source.decode(content, channels), _sha256(content)
 
     def subset(self, indices: Sequence[int]) -> Self:
@@ -160,24 +169,32 @@ class ImageSet:
         """The key of each image."""
         return tuple(self.key(index) for index in range(len(self)))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the keys in order: changes when images are added, removed or renamed."""
-        return hashlib.sha256("\n".join(self.keys).encode(errors="surrogateescape")).hexdigest()
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            separator = "\n" if index else ""
+            digest.update(f"{separator}{self.key(index)}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def _position(self, index: int) -> int:
         return index if self.indices is None else int(self.indices[index])
+
+
+class NoImages(MapetError):
+    """A folder holds no image."""
 
 
 def from_folder(folder: Path) -> ImageSet:
     """Return all images in a folder and its subfolders, sorted by path; links to folders are followed.
 
     Raises:
-        MapetError: if there are no images.
+        NoImages: if there are none.
     """
     names = _find_images(folder)
     if not names:
-        raise MapetError(
+        raise NoImages(
             f"folder {folder} holds no image (looked in all its subfolders for {' '.join(sorted(EXTENSIONS))})"
         )
     return ImageSet(str(folder), Files(folder, names))

@@ -10,20 +10,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.multiprocessing
 
 from mapet.errors import MapetError
 
+Item = TypeVar("Item")
+
 # Bytes in the name of a socket: the most that Linux accepts, and what multiprocessing appends to the temporary folder.
 LONGEST_SOCKET = 107
 SOCKET = "/pymp-12345678/listener-12345678"
 
 
-def loading_processes(count: int) -> dict[str, Any]:
+def loading_processes(count: int, start_method: str | None = None) -> dict[str, Any]:
     """Return the arguments of a ``DataLoader`` with ``count`` processes.
+
+    Args:
+        count: of processes; 0 to load in this one.
+        start_method: how they start; see ``Source``.
 
     Raises:
         MapetError: if the sockets that transfer batches would get too long a name; multiprocessing would drop the
@@ -36,7 +42,17 @@ def loading_processes(count: int) -> dict[str, Any]:
             f"the name of the temporary folder {folder} is too long for the sockets that transfer images between "
             f"processes; set TMPDIR to one of at most {longest} bytes, or pass --workers 0"
         )
-    return {"num_workers": count, "worker_init_fn": start_worker}
+    context = start_method if count else None  # a DataLoader without processes takes none
+    return {"num_workers": count, "worker_init_fn": start_worker, "multiprocessing_context": context}
+
+
+def in_one_sentence(loaded: Iterator[Item]) -> Iterator[Item]:
+    """Yield what a ``DataLoader`` loads; a MapetError of a loading process comes without that process's traceback."""
+    try:
+        yield from loaded
+    except MapetError as error:
+        kind = type(error)
+        raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from None
 
 
 @contextmanager

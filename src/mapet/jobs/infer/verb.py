@@ -8,7 +8,10 @@ from mapet.config.verb import Call, Verb
 from mapet.data.names import check_images
 from mapet.jobs.infer.config import EmbedConfig, PredictConfig
 
-POSITIONAL = {"model": None, "data": "a folder of images, an image, a text file of paths, or a demo set"}
+POSITIONAL = {
+    "model": None,
+    "data": "a folder of images, an image, a text file of paths, or another source, see docs/data.md",
+}
 
 
 def predict(call: Call) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mapet.config.base import continued, parse, read_recipe
 from mapet.data.batches import Batch, BatchPart, DamageTally, ViewDataset, draw_batches, load_batches, sent
+from mapet.data.given import given_images
 from mapet.data.open import open_images, open_labelled
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
@@ -53,7 +54,8 @@ def pretrain(
     """Pre-train a ViT on unlabelled images.
 
     Args:
-        values: configuration by key, see ``PretrainConfig``; ``data`` is needed.
+        values: configuration by key, see ``PretrainConfig``; ``data`` is needed, a name (see
+            docs/data.md) or a map-style ``torch.utils.data.Dataset``, which must be given again to resume.
         out: the run folder.
         resume: continue the run in ``out`` exactly, or begin it if there is none.
         console: where progress is shown; None for standard error.
@@ -66,12 +68,13 @@ def pretrain(
     """
     with run_folder(out) as folder:
         world = join_processes()
+        values, dataset = given_images(values)
         if resume and folder.config.exists():
             config = continued(PretrainConfig, read_recipe(folder.config), values, folder.root)
-            images = main_first(lambda: open_images(config.data))
+            images = dataset or main_first(lambda: open_images(config.data))
         else:
             given = parse(PretrainConfig, values, complete=True)
-            images = main_first(lambda: open_images(given["data"]))
+            images = dataset or main_first(lambda: open_images(given["data"]))
             config = main_first(lambda: settle_run(given, len(images), world.num_processes))
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))

@@ -18,7 +18,8 @@ def run(call: Call) -> int:
 
 PRETRAIN = Verb(
     summary="pre-train a ViT on unlabelled images",
-    about="Pre-train a ViT on a folder of unlabelled images, a text file of paths, or a demo set.",
+    about="Pre-train a ViT on unlabelled images: a folder of them or of tar files, a text file of paths, s3://BUCKET/PREFIX,\n"
+    "a Hugging Face data set hf:NAME, or a demo set.",
     example="  mapet pretrain ./photos --out runs/photos\n  mapet pretrain ./photos --out runs/photos --resume",
     configs=(PretrainConfig,),
     run=run,

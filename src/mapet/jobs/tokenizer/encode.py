@@ -20,8 +20,9 @@ from mapet.data.batches import DamageTally
 from mapet.data.open import open_images
 from mapet.data.seeds import Draws
 from mapet.data.sources import ImageSet
+from mapet.data.stores import StoreError
 from mapet.data.views import TrainView
-from mapet.data.workers import loading_processes, one_thread
+from mapet.data.workers import in_one_sentence, loading_processes, one_thread
 from mapet.engine.files import explain_disk_errors, held_folder
 from mapet.engine.parallel import count_workers, join_processes, main_first, on_main, one_device
 from mapet.engine.runfolder import check_out
@@ -194,10 +195,12 @@ class AllViews(Dataset[tuple[int, Tensor, Tensor, str]]):
         reason = ""
         try:
             image, digest = self.images.load_with_digest(index, self.channels)
+        except StoreError:
+            raise
         except Exception as error:  # Pillow's plug-ins raise errors of many types for damaged files
             image, digest = torch.zeros(self.channels, 1, 1, dtype=torch.uint8), _digest(self.images, index)
             reason = f"{type(error).__name__}: {error}"
-        drawn = [self.draws.draw(number, self.images.keys[index]) for number in range(self.count)]
+        drawn = [self.draws.draw(number, self.images.key(index)) for number in range(self.count)]
         with one_thread():
             views = torch.stack([self.view(image, draw)[0] for draw in drawn])
         return index, digest, views, reason
@@ -281,8 +284,9 @@ class StoredImages:
 
     def _load(self, what: str, dataset: Dataset[Any], indices: Rows, batch_size: int) -> Iterator[Any]:
         """Yield batches of items, in the order of ``indices``, and show progress; the first entry is a NumPy array."""
-        batches = DataLoader(dataset, batch_size, sampler=indices.tolist(), **loading_processes(self.workers))
+        processes = loading_processes(self.workers, self.images.source.start_method)
+        batches = iter(DataLoader(dataset, batch_size, sampler=indices.tolist(), **processes))
         with Meter(self.console, what, len(indices)) as meter:
-            for done, (index, *rest) in enumerate(batches, 1):
+            for done, (index, *rest) in enumerate(in_one_sentence(batches), 1):
                 yield index.numpy(), *rest  # a tensor of one element would index arrays like an integer
                 meter.show(min(done * batch_size, len(indices)))

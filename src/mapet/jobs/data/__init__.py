@@ -1,0 +1,1 @@
+"""Packing of images into shards, and the index of shards."""
