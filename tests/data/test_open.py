@@ -5,6 +5,7 @@ import pytest
 
 from mapet import MapetError
 from mapet.data.open import few_per_class, labels_to_use, open_labelled, open_test, split
+from mapet.data.reading import Reading
 
 
 def test_a_fifth_of_each_class_is_held_out(digits: Path) -> None:
@@ -40,7 +41,7 @@ def test_mnist_is_balanced_and_its_parts_are_disjoint() -> None:
     train, test = open_labelled("mnist", seed=3)
     assert (len(train), len(test)) == (4000, 1000)
     assert all((train.labels or ()).count(digit) == 400 for digit in range(10))
-    contents = [{bytes(part.digest(i).tolist()) for i in range(len(part))} for part in (train, test)]
+    contents = [{bytes(part.digest(i, Reading(1)).tolist()) for i in range(len(part))} for part in (train, test)]
     assert not contents[0] & contents[1]
 
 

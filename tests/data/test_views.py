@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 from mapet.data.colour import draw_jitter, jittered
 from mapet.data.decode import from_pil
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draw
 from mapet.data.views import PlainView, TrainView
 
@@ -117,7 +118,7 @@ def test_plain_views_equal_timms_transform(
     photograph = Image.fromarray(load_sample_images().images[picture][:rows, :columns])
     settings = {"crop_pct": crop_pct, "interpolation": interpolation, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     expected = create_transform(input_size=(3, *size), crop_mode=crop_mode, **settings)(photograph)
-    found = PlainView(size, squash=crop_mode == "squash", **settings)(from_pil(photograph, 3))[1]
+    found = PlainView(size, squash=crop_mode == "squash", **settings)(from_pil(photograph, Reading(3)))[1]
     levels = ((found - expected) * 255).abs().round()
     # Pillow and torchvision round differently, and clamp differently after the first pass where one side is enlarged
     # and the other is reduced.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mapet import MapetError
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.inference.models import OpenModel
 from mapet.jobs.export.formats import Exported, describe_inputs, write_onnx, write_torch
@@ -20,7 +21,7 @@ VIEW = PlainView((4, 4), (0.5,), (0.5,))
 
 @pytest.fixture
 def opened(tiny_vit: Callable[..., Any]) -> OpenModel:
-    return OpenModel("tiny", tiny_vit(channels=1).eval(), PlainView((28, 28), (0.5,), (0.5,)), 1, ())
+    return OpenModel("tiny", tiny_vit(channels=1).eval(), PlainView((28, 28), (0.5,), (0.5,)), Reading(1), ())
 
 
 @pytest.mark.parametrize("size", [1, 3, 28])

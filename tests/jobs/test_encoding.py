@@ -18,6 +18,7 @@ from tests.conftest import QUIET, pretrain_tiny, records, resume_pretraining, un
 from mapet import MapetError
 from mapet.cli import main
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.engine.files import held_folder
 from mapet.jobs.tokenizer.encode import check_tokens, encode_images
 from mapet.tokenizers.files import save_tokenizer
@@ -30,7 +31,7 @@ ENCODE: dict[str, Any] = {"views": 2, "mirror": True, "crop_min": 0.5, "workers"
 
 def fitted(tokenizer: KTokenizer, data: Path, folder: Path) -> Path:
     images = open_images(str(data))
-    views = torch.stack([images.load(i, tokenizer.channels)[:, :28, :28] for i in range(len(images))]) / 255
+    views = torch.stack([images.load(i, Reading(tokenizer.channels))[:, :28, :28] for i in range(len(images))]) / 255
     tokenizer.fit(tokenizer.features(views).flatten(0, 1), seed=0)
     folder.mkdir()
     save_tokenizer(tokenizer, folder)
@@ -126,7 +127,7 @@ def test_empty_and_corrupt_rows_are_completed(digits: Path, pixels: Path, tmp_pa
     half.mkdir()
     store = TokenStore.create(half, TokenStore(whole).header)
     store.append(images.keys)
-    digests = torch.stack([images.digest(i) for i in range(30)]).numpy()
+    digests = torch.stack([images.digest(i, Reading(1)) for i in range(30)]).numpy()
     store.write(np.arange(30), digests, torch.from_numpy(np.load(whole / "ids.npy")[:30]).long(), np.ones(30, bool))
     for expected in (30, 1):
         result = encode(digits, pixels, half)
@@ -207,7 +208,7 @@ def test_check_encodes_a_sample_again(digits: Path, tmp_path: Path) -> None:
     assert check(tokens, digits, tokenizer=elsewhere)["agreement"] == 1.0
     # The ids of other views, with a valid checksum.
     images = open_images(str(digits))
-    digests = torch.stack([images.digest(i) for i in range(60)]).numpy()
+    digests = torch.stack([images.digest(i, Reading(1)) for i in range(60)]).numpy()
     store = TokenStore(tokens)
     store.write(np.arange(60), digests, torch.zeros(60, 4, 16, dtype=torch.int64), np.ones(60, bool))
     found = check(tokens, digits, tokenizer=elsewhere)

@@ -20,6 +20,7 @@ from torch import Tensor
 import mapet
 from mapet import MapetError
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.jobs.infer.run import embed_images, predict_images
 
 QUIET = Console(quiet=True)
@@ -55,7 +56,11 @@ def with_timm(exported: Path, data: Path, **arguments: Any) -> tuple[Any, Tensor
     config = timm.data.resolve_data_config(model=network)
     images = open_images(str(data))
     mean, std = torch.tensor(config["mean"])[:, None, None], torch.tensor(config["std"])[:, None, None]
-    return network, torch.stack([(images.load(i, 1) / 255 - mean) / std for i in range(len(images))]), images.keys
+    return (
+        network,
+        torch.stack([(images.load(i, Reading(1)) / 255 - mean) / std for i in range(len(images))]),
+        images.keys,
+    )
 
 
 @torch.no_grad()

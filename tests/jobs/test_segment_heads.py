@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from mapet import MapetError
 from mapet.data.batches import StepSampler, in_order
+from mapet.data.reading import Reading
 from mapet.inference.models import open_model
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.segment.config import SegmentConfig
@@ -78,7 +79,7 @@ def test_overlapping_windows_are_averaged(
     predicted = predict(segmenter)
     assert [index for index, *_ in predicted] == list(range(12))
     for index, truth, prediction in predicted[:3]:
-        image = (test.load(index, 1)[None] / 255 - 0.1) / 0.3
+        image = (test.load(index, Reading(1))[None] / 255 - 0.1) / 0.3
         total, count = torch.zeros(40, 56, 56), torch.zeros(56, 56)
         for top, left in product(starts, starts):
             here = (..., slice(top, top + size), slice(left, left + size))

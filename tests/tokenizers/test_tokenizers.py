@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from mapet import MapetError, load_tokenizer
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.models.export import export_network
 from mapet.tokenizers.files import save_tokenizer
@@ -172,7 +173,7 @@ def test_an_exported_grey_network_as_teacher(tiny_vit: Callable[..., Any], tmp_p
 def test_torchvision_features_on_photographs(mobilenet_weights: Path, photographs: Path) -> None:
     """``features[:14]`` of MobileNetV2, as upstream."""
     images, view = open_images(str(photographs)), PlainView((224, 224), (0.0,) * 3, (1.0,) * 3)
-    views = torch.stack([view(images.load(i, 3))[0] for i in range(4)])
+    views = torch.stack([view(images.load(i, Reading(3)))[0] for i in range(4)])
     tokenizer = KFeatures(build_teacher("mobilenet_v2", "features.13", mobilenet_weights), (14, 14), 16, 224)
     network = torchvision.models.mobilenet_v2()
     network.load_state_dict(torch.load(mobilenet_weights, weights_only=True))

@@ -8,6 +8,7 @@ from mapet.errors import MapetError, nearest
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")) | frozenset(
     (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga")
 )
+ARRAYS = frozenset((".npy",))
 DEMO_NAMES = ("mnist", "fashion-mnist")
 
 

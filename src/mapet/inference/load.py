@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from mapet.data.decode import decode, from_pil, to_channels
+from mapet.data.decode import decode, from_pil
+from mapet.data.npy import from_array
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draw
 from mapet.data.views import PlainView
 from mapet.errors import MapetError
@@ -21,11 +23,11 @@ class ImageTransform:
 
     Args:
         view: makes the input.
-        channels: of the input.
+        reading: what images are read as.
     """
 
     view: PlainView
-    channels: int
+    reading: Reading
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
         """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, 3)`` uint8 array.
@@ -36,15 +38,15 @@ class ImageTransform:
         if isinstance(image, str | Path):
             pixels = self._read(Path(image))
         elif isinstance(image, Image.Image):
-            pixels = from_pil(image, self.channels)
+            pixels = from_pil(image, self.reading)
         else:
             _check_array(image)
-            pixels = to_channels(image, self.channels)
+            pixels = from_array(image, self.reading)
         return self.view(pixels, Draw(0, 0))[1]
 
     def _read(self, file: Path) -> Tensor:
         try:
-            return decode(file, self.channels)
+            return decode(file, self.reading)
         except Exception as error:  # Pillow's plug-ins raise errors of many types on damaged files
             reason = "it is a folder" if file.is_dir() else error
             raise MapetError(f"image {str(file)!r} cannot be read ({reason}); name one undamaged image file") from error
@@ -70,9 +72,9 @@ class Loaded(NamedTuple):
     transform: ImageTransform
 
     def __repr__(self) -> str:
-        rows, columns = self.transform.view.size
+        (rows, columns), channels = self.transform.view.size, self.transform.reading.channels
         output = f"{len(self.classes)} classes" if self.classes else "features"
-        return f"Loaded({type(self.model).__name__}, input {self.transform.channels} x {rows} x {columns}, {output})"
+        return f"Loaded({type(self.model).__name__}, input {channels} x {rows} x {columns}, {output})"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -96,4 +98,4 @@ def load(source: str | Path, *, image_size: int | tuple[int, int] | None = None)
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     opened = open_model(source, classifier=True, image_size=size)
-    return Loaded(opened.network, ImageTransform(opened.view, opened.channels))
+    return Loaded(opened.network, ImageTransform(opened.view, opened.reading))

@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from mapet.errors import MapetError, nearest
 from mapet.models.networks import RELEASED, create_network, find_network, unfetched
 from mapet.models.tensors import check_fit, fetch_tensors
-from mapet.tokenizers.base import Grid, resized, with_channels
+from mapet.tokenizers.base import Grid, check_convertible, resized, with_channels
 
 IMAGENET_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -27,7 +27,7 @@ IMAGENET_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0
 class Teacher(nn.Module):
     """A frozen network, cut off after one stage, with its own input normalisation.
 
-    Maps ``(B, 3, H, W)`` or ``(B, 1, H, W)`` images in [0, 1] to a feature map ``(B, d, h, w)``.
+    Maps ``(B, C, H, W)`` images in [0, 1] to a feature map ``(B, d, h, w)``; grey and RGB are converted.
 
     Args:
         config: library, name and stage, input normalisation and architecture; can be written as JSON.
@@ -85,6 +85,17 @@ class Teacher(nn.Module):
         if feature_map.shape[-2:] != grid:
             feature_map = F.interpolate(feature_map, grid, mode="bilinear", antialias=True)
         return feature_map.flatten(2).transpose(1, 2).contiguous()
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse images of channels that cannot be converted to the teacher's.
+
+        Raises:
+            MapetError: naming the teacher.
+        """
+        try:
+            check_convertible(channels, self.channels)
+        except MapetError as error:
+            raise MapetError(f"teacher {self.name!r} does not fit: {error}; choose another teacher") from error
 
     @torch.no_grad()
     def width(self, size: int) -> int:
