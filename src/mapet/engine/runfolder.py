@@ -93,7 +93,7 @@ class RunFolder:
                     record = json.loads(line)
                     record["step"] + 1
                     yield record
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     logger.warning("skipped line %d of %s, which is damaged", number, self.metrics)
 
     def forget_metrics_from(self, step: int) -> None:

@@ -162,7 +162,7 @@ def _read_input(network: Any, image_size: tuple[int, int] | None, crop_pct: floa
     """
     config = resolve_data_config(model=network)
     channels, rows, columns = config["input_size"]
-    mean, std = tuple(config["mean"]), tuple(config["std"])
+    mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
     crop_pct = config["crop_pct"] if crop_pct is None else crop_pct
     if not (len(mean) == len(std) == channels and min(std) > 0 and 0 < crop_pct <= 1):
         raise ValueError(f"mean {mean}, std {std} and crop_pct {crop_pct} do not fit {channels} channel(s)")

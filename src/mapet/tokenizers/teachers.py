@@ -220,7 +220,14 @@ def _open_timm(name: str, stage: str | int | None, pretrained: bool) -> tuple[di
     arguments = {k: v for k, v in get_model_args(network).items() if k not in ("num_classes", "dynamic_img_size")}
     published = network.pretrained_cfg
     is_released = found == f"local-dir:{RELEASED.get(name)}"  # its name is valid on all machines
-    config: dict[str, Any] = {key: list(published[key]) for key in ("mean", "std")}
+    config: dict[str, Any] = {key: list(published.get(key) or ()) for key in ("mean", "std")}
+    if not all(isinstance(value, int | float) for values in config.values() for value in values) or not (
+        len(config["mean"]) == len(config["std"]) > 0
+    ):
+        raise MapetError(
+            f"config.json of teacher {name!r} is damaged (mean {config['mean']}, std {config['std']}); restore it or "
+            "export the model again"
+        )
     config |= {"architecture": published["architecture"], "model_args": arguments}
     config |= {"library": "timm", "name": name if is_released else found, "stage": index}
     return config, network

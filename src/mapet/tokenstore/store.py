@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor, from_numpy
 
+from mapet.config.keys import ordered_range
 from mapet.data.seeds import name_number
 from mapet.errors import MapetError
 from mapet.tokenstore.arrays import GrowingArray
@@ -41,7 +42,7 @@ class ViewSettings(BaseModel):
     mirror: bool
     views: int = Field(ge=1, le=10_000)
     channels: int = Field(ge=1, le=1024)
-    value_range: tuple[float, float] | None = None
+    value_range: Annotated[tuple[float, float], AfterValidator(ordered_range)] | None = None
 
 
 class Header(BaseModel):

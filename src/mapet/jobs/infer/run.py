@@ -106,7 +106,7 @@ def predict_images(
             columns: dict[str, Any] = {}
             for rank in range(config.top):
                 suffix = f"_{rank + 1}" if rank else ""
-                columns[f"label{suffix}"] = [classes[label] for label in labels[:, rank].tolist()]
+                columns[f"label{suffix}"] = [encodable(classes[label]) for label in labels[:, rank].tolist()]
                 columns[f"probability{suffix}"] = [round(p, 6) for p in probabilities[:, rank].tolist()]
             return columns
 
@@ -151,5 +151,5 @@ def _write_rows(
 
 
 def encodable(text: str) -> str:
-    r"""Escape bytes of file names that are not valid Unicode (``\udcff``), and carriage returns, which end CSV rows."""
+    r"""Escape bytes of file and class names that are not valid Unicode (``\udcff``), and carriage returns, which end CSV rows."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\r", r"\r")
