@@ -48,6 +48,22 @@ def test_grey_and_deep_images(photographs: Path) -> None:
     torch.testing.assert_close(plain(image, Draw(0, 0))[1], (image / 255 - 0.5) / 0.25)
 
 
+def test_other_channels_are_cropped_and_jittered(photographs: Path) -> None:
+    """Each channel keeps its own values: timm's transforms know grey and RGB only."""
+    image = decode(min(photographs.iterdir()), Reading(3))
+    five = torch.cat([image, image[:2]])
+    view = replace(VIEW, mean=(0.5,) * 5, std=(0.25,) * 5, policy=None, jitter=0.0, erasing=0.0)
+    plain = replace(VIEW, mean=(0.5,) * 3, std=(0.25,) * 3, policy=None, jitter=0.0, erasing=0.0)
+    found = view(five, Draw(3, 0))[1]
+    assert found.shape == (5, 48, 64)
+    assert torch.equal(found[:2], found[3:])
+    torch.testing.assert_close(found[:3], plain(image, Draw(3, 0))[1], atol=0.05, rtol=0)  # Pillow rounds to 8 bits
+    changed = [replace(view, jitter=0.4)(five, Draw(3, colour))[1] for colour in (1, 1, 2)]
+    assert torch.equal(changed[0], changed[1])
+    assert not torch.equal(changed[0], changed[2])
+    assert not torch.equal(changed[0], found)
+
+
 def test_the_strongest_policy_does_not_fail(photographs: Path) -> None:
     """timm posterises to 0 bits at magnitude 10, which Pillow 13 refuses."""
     image = decode(min(photographs.iterdir()), Reading(3))

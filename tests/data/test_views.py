@@ -51,6 +51,15 @@ def test_jitter_of_a_batch_is_torchvisions_of_each_image(channels: int) -> None:
     )
 
 
+@pytest.mark.parametrize("channels", [2, 4, 7])
+def test_jitter_of_other_channels_is_brightness_and_contrast(channels: int) -> None:
+    images = torch.rand(3, channels, 9, 13, generator=torch.Generator().manual_seed(0))
+    means = images.mean(dim=(1, 2, 3), keepdim=True)
+    for kind, expected in ((0, images * 0.8), (1, 0.8 * images + 0.2 * means), (2, images)):
+        drawn = torch.tensor([[kind, 0.8], [2, 1.3], [2, 0.7]]).expand(3, -1, -1)
+        torch.testing.assert_close(jittered(images, drawn), expected)
+
+
 def test_views_depend_on_the_seed_only() -> None:
     state = torch.get_rng_state()
     first = make()(IMAGE, Draw(1, 1))

@@ -115,6 +115,8 @@ def from_pil(opened: Image.Image, reading: Reading) -> Tensor:
     if reading.channels not in (1, 3, 4):
         return from_array(np.asarray(image), reading)
     if reading.channels == 4:
+        if image.mode in ("1", "L") and not image.has_transparency_data:
+            reading.check_channels(1)
         image = image.convert("RGBA")
     else:
         image = _opaque(image).convert("L" if reading.channels == 1 else "RGB")

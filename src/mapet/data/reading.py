@@ -64,7 +64,7 @@ class Reading:
     def check_channels(self, channels: int) -> None:
         """Raise ValueError if an image with so many channels cannot be converted."""
         if channels != self.channels and not {channels, self.channels} <= {1, 3}:
-            raise ValueError(f"it has {channels} channel(s), not {self.channels} as --channels says")
+            raise ValueError(f"it has {channels} channel(s) instead of {self.channels}")
 
     def finished(self, image: Tensor) -> Tensor:
         """Return a stored ``(c, H, W)`` image as ``(C, H, W)``: uint8 as it is, floats scaled to [0, 1].

@@ -76,7 +76,8 @@ def measure_normalisation(
     sums = torch.zeros(2, reading.channels, dtype=torch.float64)
     for batch in load_batches(ViewDataset(images, view, reading), keys, workers):
         tally.add(batch["damaged"])
-        values = batch["tokenizer_images"].double()
+        # Another image stands in for a damaged one; only undamaged images count.
+        values = batch["tokenizer_images"][[not met for met in batch["damaged"]]].double()
         sums += torch.stack([_sum(values), _sum(values.square())])
         pixels += values[:, 0].numel()
     mean, square = sums / pixels

@@ -71,15 +71,25 @@ def decode_bands(content: bytes, reading: Reading) -> Tensor:
     try:
         from tifffile import TiffFile
     except ImportError as error:
-        raise ImportError("such a TIFF needs the package tifffile: pip install 'mapet[tiff]'") from error
+        raise ImportError("the TIFF is damaged, or has bands that need tifffile: pip install 'mapet[tiff]'") from error
     logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damaged files are named by us
     with TiffFile(BytesIO(content)) as file:
-        series: Any = file.pages  # typed as pages and parts of pages
-        first = series.first
-        pages = [first]
-        if first.axes == NO_BANDS and reading.channels > 1 and len(series) == reading.channels:
-            pages = list(series)
-        return from_array(_stacked([_values(page, reading) for page in pages]), reading)
+        first, *others = _pages(file, reading.channels)
+        if not others or first.axes != NO_BANDS:
+            return from_array(_values(first, reading), reading)
+        return from_array(np.stack([_values(page, reading) for page in (first, *others)], axis=-1), reading)
+
+
+def _pages(file: Any, count: int) -> list[Any]:
+    """Return all pages if there are ``count`` of them, else the first; no more than one page further is looked at."""
+    pages: list[Any] = []
+    try:
+        for number in range(count + 1):
+            pages.append(file.pages[number])
+    except IndexError:
+        if not pages:
+            raise ValueError("the TIFF holds no image") from None
+    return pages if len(pages) == count else pages[:1]
 
 
 def _values(page: Any, reading: Reading) -> NDArray[Any]:
@@ -91,7 +101,3 @@ def _values(page: Any, reading: Reading) -> NDArray[Any]:
     reading.check_channels(sizes.get("S", reading.channels))
     values: NDArray[Any] = page.asarray(maxworkers=1)
     return np.moveaxis(values, 0, -1) if page.axes == BANDS_FIRST else values
-
-
-def _stacked(pages: list[NDArray[Any]]) -> NDArray[Any]:
-    return pages[0] if len(pages) == 1 else np.stack(pages, axis=-1)

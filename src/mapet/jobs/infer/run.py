@@ -151,5 +151,5 @@ def _write_rows(
 
 
 def encodable(text: str) -> str:
-    r"""Escape bytes of file and class names that are not valid Unicode (``\udcff``), and carriage returns, which end CSV rows."""
+    r"""Escape bytes of names that are not valid Unicode (``\udcff``), and carriage returns, which end CSV rows."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\r", r"\r")
