@@ -59,7 +59,7 @@ def test_damaged_images_are_left_out(opened: OpenModel, digits: Path, tmp_path: 
 
 
 def test_the_crop_mode_is_described() -> None:
-    opened = OpenModel("flat", nn.Flatten(), VIEW, 1, ())
+    opened = OpenModel("flat", nn.Flatten(), VIEW, Reading(1), ())
     assert describe_inputs(opened)["crop_mode"] == "center"
     assert describe_inputs(replace(opened, view=replace(VIEW, squash=True)))["crop_mode"] == "squash"
 
@@ -87,5 +87,5 @@ def test_networks_that_cannot_be_exported_are_refused(
     write: Callable[[OpenModel, Path], Exported], make: Callable[[], nn.Module], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MapetError, match=says):
-        write(OpenModel("model", make(), VIEW, 1, ()), tmp_path / "model")
+        write(OpenModel("model", make(), VIEW, Reading(1), ()), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

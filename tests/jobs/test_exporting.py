@@ -158,6 +158,7 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
         "crop_pct": 0.8,
         "crop_mode": "center",
         "interpolation": "bicubic",
+        "value_range": None,
         "classes": list(CLASSES),
     }
 

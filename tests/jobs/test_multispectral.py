@@ -113,7 +113,14 @@ def test_what_follows_pre_training(run: Path, stacks: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["timm", "torch"])
-def test_exports_say_how_images_are_read(form: str, run: Path, tmp_path: Path) -> None:
+def test_exports_say_how_images_are_read(
+    form: str,
+    run: Path,
+    stacks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / ("exported" if form == "timm" else "x.pt2")
     assert export_model(form, {"model": str(run), "check_images": 8}, out)["input_size"] == [4, 28, 28]
     if form == "timm":
@@ -121,6 +128,10 @@ def test_exports_say_how_images_are_read(form: str, run: Path, tmp_path: Path) -
         assert "28 x 28 pixels, 4 channels" in card
         assert "values from 0 to 4095 become 0 to 1" in card
         assert mapet.load(out).transform.reading == Reading(4, RANGE)
+        monkeypatch.chdir(out)
+        shutil.copy(next(stacks.rglob("*.npy")), "image.tif")
+        exec(card.split("```python\n")[1].split("```")[0], {})
+        assert capsys.readouterr().out.strip() == "torch.Size([1, 32])"
     else:
         described = {"mapet.json": ""}
         torch.export.load(out, extra_files=described)
