@@ -109,6 +109,7 @@ def test_settle_derives_what_is_not_given() -> None:
     four = settle_pretraining(channels=4, std=(1, 2, 3, 4))
     assert (four.mean, four.std) == (Measured.DATA, (1, 2, 3, 4))
     assert settle_pretraining(mean="data").std is Measured.DATA
+    assert yaml.safe_load(yaml.safe_dump(parse(PretrainConfig, {"mean": ["data"]}))) == {"mean": "data"}
     stored = settle_pretraining(tokens="t", facts={**FACTS, "view": {"crop_min": 0.5, "views": 4}})
     assert (stored.tokenizer, stored.crop_min, stored.views) == (None, 0.5, 4)
     pixels = settle_pretraining(targets="pixels", channels=1, steps=7, mask_ratio=0.5)

@@ -32,13 +32,13 @@ def make_segmenter(
 
 def predict(segmenter: Segmenter) -> list[tuple[int, Tensor, Tensor]]:
     test = open_masked(segmenter.config)[1]
-    dataset = SegmentationDataset(test, segmenter.opened.view, 1, segmenter.config)
+    dataset = SegmentationDataset(test, segmenter.opened.view, Reading(1), segmenter.config)
     return list(predict_classes(segmenter, DataLoader(dataset, batch_sampler=in_order(len(test), 1))))
 
 
 def train(segmenter: Segmenter, seed: int = 0) -> dict[str, Tensor]:
     images = open_masked(segmenter.config)[0]
-    dataset = SegmentationDataset(images, segmenter.opened.view, 1, segmenter.config, seed)
+    dataset = SegmentationDataset(images, segmenter.opened.view, Reading(1), segmenter.config, seed)
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(images), 8, seed, 0, 3))
     train_head(segmenter, loader, 3, Meter(Console(quiet=True), "training", 3))
     return segmenter.head.state_dict()

@@ -28,6 +28,9 @@ class Measured(StrEnum):
     DATA = "data"
 
 
+yaml.SafeDumper.add_representer(Measured, lambda dumper, value: dumper.represent_str(value.value))
+
+
 class Config(BaseModel):
     """A flat, frozen configuration. Keys are the names of flags and of recipes' entries; unknown keys are errors."""
 

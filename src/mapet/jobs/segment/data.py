@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +15,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from mapet.config.keys import MAX_BYTES
 from mapet.data.augment import seeded
 from mapet.data.batches import SampleKey
+from mapet.data.decode import read_file
 from mapet.data.open import train_and_test
 from mapet.data.reading import Reading
 from mapet.data.seeds import Stream, fold_seed, name_number
@@ -57,7 +60,7 @@ class MaskedSet(ImageSet):
         """
         path = self.masks[index]
         try:
-            with Image.open(path) as opened:
+            with Image.open(BytesIO(read_file(path, MAX_BYTES))) as opened:
                 pixels = np.asarray(ImageOps.exif_transpose(opened))  # of a palette the indices, not the colours
         except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
             raise MapetError(f"mask {path} cannot be read ({error}); repair it, or remove it and its image") from error
