@@ -42,5 +42,7 @@ def test_range_is_that_of_all_stored_values(stacks: Path, tmp_path: Path) -> Non
     assert measure_range(images, Reading(4), 0, 0) == (stored.min(), stored.max())
     (tmp_path / "grey").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "grey" / "x.png")
-    with pytest.raises(MapetError, match="1 images have no value of more than 8 bits; leave --value-range out"):
+    with pytest.raises(
+        MapetError, match=r"none of 1 sampled images has 1 channel\(s\) of more than 8 bits; leave --value-range out"
+    ):
         measure_range(open_images(str(tmp_path / "grey")), Reading(1), 0, 0)

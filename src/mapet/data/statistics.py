@@ -51,9 +51,9 @@ def measure_range(images: ImageSet, reading: Reading, seed: int, workers: int) -
     found = torch.tensor(list(DataLoader(stored, None, sampler=chosen, **loading_processes(workers))))
     found = found[found.isfinite().all(dim=1)]
     if not len(found) or found.min() == found.max():
-        what = "the one value" if len(found) else "no value of more than 8 bits"
+        what = "has a second value" if len(found) else f"has {reading.channels} channel(s) of more than 8 bits"
         raise MapetError(
-            f"the value range of {images.name} cannot be measured: {len(chosen)} images have {what}; leave "
+            f"the value range of {images.name} cannot be measured: none of {len(chosen)} sampled images {what}; leave "
             "--value-range out, or pass two numbers"
         )
     low, high = found.min().item(), found.max().item()
