@@ -17,6 +17,9 @@ BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # numbers of the tags
 BANDS_FIRST, BANDS_LAST, NO_BANDS = "SYX", "YXS", "YX"  # tifffile's names of axes
 GREY_MODES = ("L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
+# tifffile's complaints about damaged files would go to the terminal; the reason for damage says enough.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
 
 def decode_pages(content: bytes, reading: Reading) -> Tensor | None:
     """Return the pages of a TIFF as channels; None if it has not as many grey pages of one size and type.
@@ -72,7 +75,6 @@ def decode_bands(content: bytes, reading: Reading) -> Tensor:
         from tifffile import TiffFile
     except ImportError as error:
         raise ImportError("the TIFF is damaged, or has bands that need tifffile: pip install 'mapet[tiff]'") from error
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # damaged files are named by us
     with TiffFile(BytesIO(content)) as file:
         first, *others = _pages(file, reading.channels)
         if not others or first.axes != NO_BANDS:
