@@ -22,6 +22,7 @@ from spread import spread
 from torch import nn
 
 from mapet.data.open import open_labelled
+from mapet.data.reading import Reading
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
 from mapet.jobs.pretrain.run import pretrain
@@ -98,7 +99,7 @@ def kept(file: Path, make: Any) -> Any:
 def measure(model: nn.Module, parts: tuple[ImageSet, ImageSet], config: dict[str, Any]) -> Row:
     mean = config.get("mean", (0.485, 0.456, 0.406))
     view = PlainView((config["image_size"],) * 2, tuple(mean), tuple(config.get("std", (0.229, 0.224, 0.225))))
-    return probe_row(model, *parts, view, channels=config["channels"])
+    return probe_row(model, *parts, view, reading=Reading(config["channels"]))
 
 
 def run(

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from mapet.data.batches import ViewDataset, collate
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws
 from mapet.data.views import TrainView
 
@@ -52,7 +53,7 @@ def main() -> None:
         write_photographs(Path(folder), arguments.images, *arguments.file_size)
         files = sorted(Path(folder).iterdir())
         view = TrainView(size, size, 0.2, 0.5, 0.4, MEAN, STD)
-        dataset = ViewDataset(open_images(folder), view, 3, Draws(0, 0))
+        dataset = ViewDataset(open_images(folder), view, Reading(3), Draws(0, 0))
         scale, jitter = (0.2, 1.0), 0.4
         ours = {"timm": create_transform(size, is_training=True, scale=scale, color_jitter=jitter, auto_augment=None)}
         ours["torchvision"] = v2.Compose(

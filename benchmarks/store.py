@@ -19,6 +19,7 @@ import torch
 
 from mapet.data.batches import Batch, StepSampler, ViewDataset, load_batches
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws
 from mapet.data.views import TrainView
 from mapet.jobs.tokenizer.encode import encode_images
@@ -78,7 +79,7 @@ def main() -> None:
                 ViewDataset(
                     images,
                     TrainView(arguments.image_size, source.view_size, 0.5, 0.5, 0.4, *normalise),
-                    channels,
+                    Reading(channels),
                     Draws(0, 0, crops=2, mirror=True),
                     digests=source.needs_digests,
                 ),

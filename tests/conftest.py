@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.jobs.pretrain.run import pretrain
 from mapet.models.export import export_network
 from mapet.models.networks import build_vit
@@ -171,7 +172,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if seen[label] < 6:
             target = folder / f"class {label}" / f"{seen[label]}.png"
             target.parent.mkdir(exist_ok=True)
-            Image.fromarray(images.load(index, 1)[0].numpy()).save(target)
+            Image.fromarray(images.load(index, Reading(1))[0].numpy()).save(target)
             seen[label] += 1
     return folder
 
@@ -187,7 +188,7 @@ def mosaics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:240]]
     for number in range(60):
         four = chosen[4 * number : 4 * number + 4]
-        quarters = [images.load(i, 1)[0].numpy() for i in four]
+        quarters = [images.load(i, Reading(1))[0].numpy() for i in four]
         pixels = np.block([quarters[:2], quarters[2:]])
         values = np.kron(np.array([value[images.labels[i]] for i in four]).reshape(2, 2), np.ones((28, 28)))
         for kind, picture in (("images", pixels), ("masks", np.where(pixels > 0, values, 0).astype(np.uint8))):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mapet.cli import main
 from mapet.data.open import labelled, open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.finetune.run import finetune
@@ -28,7 +29,7 @@ def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(9)
     small = {"img_size": 28, "patch_size": 7, "in_chans": 1, "depth": 1, "embed_dim": 32, "num_heads": 2}
     network = timm.create_model("vit_tiny_patch16_224", **small, num_classes=11)
-    batch = torch.stack([view(images.load(i, 1))[1] for i in range(60)])
+    batch = torch.stack([view(images.load(i, Reading(1)))[1] for i in range(60)])
     labels = 10 - torch.tensor(images.labels)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(40):
@@ -136,7 +137,7 @@ def test_a_classifier_is_measured_by_the_names_of_its_classes(
     network = timm.create_model(f"local-dir:{classifier}", pretrained=True).eval()
     images, view = labelled(open_images(str(digits))), PlainView((28, 28), (0.5,), (0.5,), 0.9)
     with torch.no_grad():
-        predicted = network(torch.stack([view(images.load(i, 1))[1] for i in range(60)])).argmax(1)
+        predicted = network(torch.stack([view(images.load(i, Reading(1)))[1] for i in range(60)])).argmax(1)
     right = predicted == 10 - torch.tensor(images.labels)
     assert found["accuracy"] > 0.5
     assert found["accuracy"] == pytest.approx(float(right.double().mean()))

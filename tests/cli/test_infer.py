@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,19 @@ def test_bad_input_is_refused_and_nothing_is_written(
     verb, *given = [names.get(word, word) for word in command.split()]
     assert message in refused(capsys, verb, "--out", "out.parquet", *given)
     assert os.listdir() == ["cut.png"]
+
+
+def test_classes_may_have_names_that_are_not_unicode(
+    classifier: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes are names of folders, which may hold any bytes; config.json keeps them as lone surrogates."""
+    shutil.copytree(classifier, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["label_names"] = ["caf\udce9", "b", "c", "d"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    command = ["predict", str(tmp_path / "model"), str(digits / "class 0"), "--workers", "0", "--top", "4"]
+    for ending in ("csv", "jsonl", "parquet"):
+        assert main([*command, "--out", str(tmp_path / f"x.{ending}")]) == 0
+    assert r"caf\udce9" in (tmp_path / "x.csv").read_text()
+    labels = pq.read_table(tmp_path / "x.parquet")
+    assert any(r"caf\udce9" in labels[f"label{suffix}"].to_pylist() for suffix in ("", "_2", "_3", "_4"))

@@ -6,7 +6,7 @@ import yaml
 
 from mapet import MapetError
 from mapet.cli import VERBS, load_verb
-from mapet.config.base import Config, config_to_yaml, continued, marked, override, parse, read_recipe, settle
+from mapet.config.base import Config, Measured, config_to_yaml, continued, marked, override, parse, read_recipe, settle
 from mapet.config.keys import TrainKeys
 from mapet.jobs.evaluate.config import KNNConfig, LinearConfig
 from mapet.jobs.finetune.config import FinetuneConfig
@@ -40,6 +40,9 @@ def settle_finetuning(images: int, processes: int = 1, **given: Any) -> Finetune
         (PretrainConfig, {"model_args": {"img_size": 30}}, "img_size has a flag of its own: use --image-size"),
         (PretrainConfig, {"steps": 3, "epochs": 3}, "give epochs or steps, not both"),
         (PretrainConfig, {"mirror": True}, "mirror needs views"),
+        (PretrainConfig, {"value_range": [5, 5]}, "value_range = .*write two numbers, the lower one first"),
+        (PretrainConfig, {"value_range": [-3e38, 3e38]}, "write two numbers"),
+        (PretrainConfig, {"max_pixels": 10**9}, "max_pixels = .*less than or equal to 178956970"),
         (FitConfig, {"teacher_size": 64}, "teacher_size is given, but there is no teacher"),
         (FinetuneConfig, {"augment": "randaugment"}, "none of timm's policies"),
     ],
@@ -66,6 +69,9 @@ def test_none_is_not_given_unless_it_is_a_value_of_the_key() -> None:
         (PretrainConfig, "precision", False, "no"),  # a bare no in YAML
         (PretrainConfig, "mean", ["0.5", "0.4", "1e-1"], (0.5, 0.4, 0.1)),
         (PretrainConfig, "model_args", {"a": "false", "b": "4", "c": "1e-1"}, {"a": False, "b": 4, "c": 0.1}),
+        (PretrainConfig, "mean", ["data"], Measured.DATA),
+        (PretrainConfig, "value_range", "data", Measured.DATA),
+        (PretrainConfig, "value_range", ["-1000", "3e3"], (-1000.0, 3000.0)),
         (FinetuneConfig, "image_size", "192x256", (192, 256)),
         (FinetuneConfig, "image_size", "192", (192, 192)),
         (LinearConfig, "lr", ["0.1", "1e-3"], (0.1, 1e-3)),
@@ -100,6 +106,10 @@ def test_settle_derives_what_is_not_given() -> None:
     assert (config.targets, config.masking, config.mask_ratio, config.patch_size) == ("ids", "random", 0.75, 16)
     assert (config.tokenizer, config.vocab_size, config.crop_min) == ("pixels", 8192, 0.2)
     assert (config.mean, config.std, config.precision) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "no")
+    four = settle_pretraining(channels=4, std=(1, 2, 3, 4))
+    assert (four.mean, four.std) == (Measured.DATA, (1, 2, 3, 4))
+    assert settle_pretraining(mean="data").std is Measured.DATA
+    assert yaml.safe_load(yaml.safe_dump(parse(PretrainConfig, {"mean": ["data"]}))) == {"mean": "data"}
     stored = settle_pretraining(tokens="t", facts={**FACTS, "view": {"crop_min": 0.5, "views": 4}})
     assert (stored.tokenizer, stored.crop_min, stored.views) == (None, 0.5, 4)
     pixels = settle_pretraining(targets="pixels", channels=1, steps=7, mask_ratio=0.5)
@@ -150,7 +160,7 @@ def test_a_resumed_run_may_change_free_keys_only(tmp_path: Path) -> None:
     saved = yaml.safe_load(config_to_yaml(began_with))
     assert continued(PretrainConfig, saved, {}, tmp_path) == began_with
     free = {"data": "y", "workers": 1, "checkpoint_every": 2, "log_every": 3, "eval_every": 4, "max_damaged": 0.5}
-    free |= {"accumulate": 2}
+    free |= {"accumulate": 2, "max_pixels": 10**6, "max_bytes": 10**6}
     assert marked(PretrainConfig, "free") == {*free, "eval_data"}
     same = {"lr": "1e-5", "layer_scale": None, "mask_ratio": None, "init": None}
     assert continued(PretrainConfig, saved, {**free, **same}, tmp_path) == began_with.but(**free)

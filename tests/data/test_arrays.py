@@ -6,6 +6,7 @@ import pytest
 
 from mapet import MapetError
 from mapet.data.open import open_images, open_labelled
+from mapet.data.reading import Reading
 from mapet.data.sources import Arrays
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 5, 6, 3), np.uint8)
@@ -19,7 +20,7 @@ def test_an_npy_file_is_mapped(pixels: Any, tmp_path: Path) -> None:
     assert isinstance(images.source.pixels, np.memmap)
     assert images.keys == tuple(map(str, range(20)))
     assert (
-        images.load(7, 3).numpy().transpose(1, 2, 0).tolist()
+        images.load(7, Reading(3)).numpy().transpose(1, 2, 0).tolist()
         == np.broadcast_to(pixels[7].reshape(5, 6, -1), (5, 6, 3)).tolist()
     )
     with pytest.raises(MapetError, match="has no label for each image"):

@@ -12,6 +12,7 @@ from PIL import Image
 from mapet import MapetError
 from mapet.data.batches import DamageTally, StepSampler, ViewDataset, draw_batches, in_order, load_batches, printable
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws
 from mapet.data.views import PlainView, TrainView
 
@@ -48,7 +49,7 @@ def test_a_step_is_cut_into_processes_and_micro_batches() -> None:
 
 def test_batches_do_not_depend_on_the_number_of_workers(digits: Path) -> None:
     view = TrainView(28, 28, 0.3, 0.5, 0.4, (0.5,), (0.5,))
-    dataset = ViewDataset(open_images(str(digits)), view, 1, Draws(3, 3))
+    dataset = ViewDataset(open_images(str(digits)), view, Reading(1), Draws(3, 3))
     sampler = StepSampler(60, 16, seed=3, first_step=2, last_step=5)
     for alone, together in zip(load_batches(dataset, sampler, 0), load_batches(dataset, sampler, 2), strict=True):
         assert torch.equal(alone["images"], together["images"])
@@ -58,7 +59,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(digits: Path) -> None:
 def test_images_of_eight_and_of_more_bits_are_in_one_batch(tmp_path: Path) -> None:
     Image.fromarray(np.full((30, 30), 255, np.uint8)).save(tmp_path / "8.png")
     Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30)).save(tmp_path / "16.png")
-    dataset = ViewDataset(open_images(str(tmp_path)), TrainView(28, 28, 1.0, 0.0, 0.0, (0.0,), (1.0,)), 1)
+    dataset = ViewDataset(open_images(str(tmp_path)), TrainView(28, 28, 1.0, 0.0, 0.0, (0.0,), (1.0,)), Reading(1))
     deep, plain = next(load_batches(dataset, in_order(2, 2), 0))["tokenizer_images"]
     assert (plain == 1).all()
     assert (deep.dtype, plain.dtype) == (torch.float32, torch.float32)
@@ -68,7 +69,7 @@ def test_images_of_eight_and_of_more_bits_are_in_one_batch(tmp_path: Path) -> No
 
 def test_views_do_not_depend_on_the_number_of_threads(photographs: Path) -> None:
     view = TrainView(224, 224, 0.3, 0.5, 0.4, (0.5,) * 3, (0.5,) * 3)
-    dataset = ViewDataset(open_images(str(photographs)), view, 3, Draws(3, 3))
+    dataset = ViewDataset(open_images(str(photographs)), view, Reading(3), Draws(3, 3))
     before = torch.get_num_threads()
     samples = []
     for threads in (1, 4, before):
@@ -87,7 +88,7 @@ def test_damaged_files_are_replaced_logged_once_and_counted(
     images = open_images(str(folder))
     tally = DamageTally(images, most_share=0.1)
     for _ in range(2):
-        for batch in load_batches(ViewDataset(images, VIEW, 1, digests=True), in_order(60, 20), 0):
+        for batch in load_batches(ViewDataset(images, VIEW, Reading(1), digests=True), in_order(60, 20), 0):
             tally.add(batch["damaged"])
             assert batch["images"].shape == (20, 1, 28, 28)
             assert batch["tokenizer_images"].flatten(1).amax(1).min() > 0
@@ -107,7 +108,7 @@ def test_control_characters_in_names_are_escaped() -> None:
 def test_a_folder_of_unreadable_files_is_an_error_in_the_first_batch(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_text("no image")
-    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, 1, digests=True)
+    dataset = ViewDataset(open_images(str(tmp_path)), VIEW, Reading(1), digests=True)
     batch = next(iter(load_batches(dataset, in_order(60, 4), 0)))
     assert batch["digest"].shape == (4, 32)
     with pytest.raises(MapetError, match="50 files drawn in a row cannot be read"):
@@ -129,9 +130,11 @@ def test_loading_processes_end_after_an_error(digits: Path) -> None:
     script = f"""
 from mapet.data.batches import ViewDataset, in_order, load_batches
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
+view = PlainView((28, 28), (0.5,), (0.5,))
 images = open_images({str(digits)!r})
-batches = iter(load_batches(ViewDataset(images, PlainView((28, 28), (0.5,), (0.5,)), 1), in_order(60, 2), workers=1))
+batches = iter(load_batches(ViewDataset(images, view, Reading(1)), in_order(60, 2), workers=1))
 next(batches)
 raise RuntimeError("the device is out of memory")
 """

@@ -13,6 +13,7 @@ from mapet import MapetError
 from mapet.data import shards, stores
 from mapet.data.batches import ViewDataset, in_order, load_batches
 from mapet.data.open import open_images, open_labelled
+from mapet.data.reading import Reading
 from mapet.data.stores import StoreError
 from mapet.data.views import PlainView
 from mapet.jobs.data.run import pack_images
@@ -75,7 +76,7 @@ def test_lasting_faults_name_the_object(fault: str, proxy: FaultProxy, monkeypat
     with pytest.raises(
         StoreError, match=r"^s3://photos/some digits/000000\.tar cannot be read \(.+\); check the network"
     ):
-        next(load_batches(ViewDataset(images, view, 1), in_order(8, 8), workers=0))
+        next(load_batches(ViewDataset(images, view, Reading(1)), in_order(8, 8), workers=0))
     assert proxy.reads == reads + 2
     stores._client.cache_clear()
 
@@ -84,10 +85,11 @@ def test_a_loading_process_reads_and_fails_in_one_sentence(proxy: FaultProxy, di
     """Its threads would not survive a fork of this process, which has read from the bucket."""
     view, images = PlainView((28, 28), (0.5,), (0.5,)), open_images(SOURCE)
     proxy.faults.extend(["cut", "503"])
-    batches = load_batches(ViewDataset(images, view, 1), [[(0, 5), (0, 9)], [(0, 7)]] + [[(0, 8)]] * 9, workers=1)
+    keys = [[(0, 5), (0, 9)], [(0, 7)]] + [[(0, 8)]] * 9
+    batches = load_batches(ViewDataset(images, view, Reading(1)), keys, workers=1)
     (batch, expected) = (
         next(each)
-        for each in (batches, load_batches(ViewDataset(open_images(str(digits)), view, 1), [[(0, 5), (0, 9)]], 0))
+        for each in (batches, load_batches(ViewDataset(open_images(str(digits)), view, Reading(1)), keys[:1], 0))
     )
     assert batch["images"].equal(expected["images"])
     obstore.delete(S3Store(BUCKET), OBJECT)

@@ -15,6 +15,7 @@ import mapet
 from mapet import MapetError
 from mapet.data.given import given_images
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 
 
 def of(*items: Any) -> Any:
@@ -26,7 +27,7 @@ def of(*items: Any) -> Any:
 def test_items_are_images_of_many_types(digits: Path) -> None:
     file = digits / "class 3" / "0.png"
     picture = Image.open(file)
-    expected = open_images(str(file)).load(0, 1)
+    expected = open_images(str(file)).load(0, Reading(1))
     array = np.asarray(picture)
     for item in (
         picture,
@@ -38,9 +39,9 @@ def test_items_are_images_of_many_types(digits: Path) -> None:
         expected / 255,
         expected.expand(3, -1, -1),
     ):
-        assert of(item).load(0, 1).equal(expected)
+        assert of(item).load(0, Reading(1)).equal(expected)
     deep = Image.fromarray(array.astype(np.uint16) * 100)
-    assert of(deep).load(0, 1).is_floating_point(), "an image of 16 bits keeps them"
+    assert of(deep).load(0, Reading(1)).is_floating_point(), "an image of 16 bits keeps them"
     assert of(picture, picture.copy()).keys == ("0", "1")
     assert of(picture).digest(0).equal(of(array).digest(0))
 
@@ -50,7 +51,7 @@ def test_items_are_images_of_many_types(digits: Path) -> None:
 )
 def test_other_items_are_refused(item: Any, reason: str) -> None:
     with pytest.raises((TypeError, ValueError), match=reason):
-        of(item).load(0, 1)
+        of(item).load(0, Reading(1))
 
 
 def test_a_run_of_a_data_set_is_resumed_with_it(digits: Path, tmp_path: Path) -> None:

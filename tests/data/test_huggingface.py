@@ -7,6 +7,7 @@ import pytest
 
 from mapet import MapetError
 from mapet.data.open import open_images, open_labelled, open_test
+from mapet.data.reading import Reading
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def test_a_saved_data_set_is_the_folder_it_was_made_of(
     folder, images = open_images(str(digits)), open_images(f"hf:{tmp_path / 'saved'}")
     assert images.fingerprint == folder.fingerprint
     assert images.digest(17).equal(folder.digest(17))
-    assert images.load(17, 1).equal(folder.load(17, 1))
+    assert images.load(17, Reading(1)).equal(folder.load(17, Reading(1)))
     for one, other in zip(open_labelled(images.name), open_labelled(str(digits)), strict=True):
         assert (one.keys, one.labels, one.classes) == (other.keys, other.labels, other.classes)
 

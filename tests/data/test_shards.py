@@ -11,6 +11,7 @@ from mapet import MapetError
 from mapet.data import shards as module
 from mapet.data.batches import DamageTally, ViewDataset, in_order, load_batches
 from mapet.data.open import open_images, open_labelled, open_test
+from mapet.data.reading import Reading
 from mapet.data.shards import Shards
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
@@ -52,12 +53,12 @@ def test_shards_are_the_folder_they_were_made_of(two_shards: Path, digits: Path)
     assert shards.keys == folder.keys
     assert shards.fingerprint == folder.fingerprint
     for index in (0, 24, 25, 59):
-        assert shards.load(index, 1).equal(folder.load(index, 1))
+        assert shards.load(index, Reading(1)).equal(folder.load(index, Reading(1)))
         assert shards.digest(index).equal(folder.digest(index))
     for one, other in zip(open_labelled(str(two_shards)), open_labelled(str(digits)), strict=True):
         assert (one.keys, one.labels, one.classes) == (other.keys, other.labels, other.classes)
     copy = pickle.loads(pickle.dumps(shards.source))
-    assert copy.content(30) == folder.content(30)
+    assert copy.content(30, 2**30) == folder.content(30)
     assert len(pickle.dumps(shards.source)) < 1000, "a loading process maps the index, and gets no copy"
 
 
@@ -216,7 +217,7 @@ def test_members_that_are_no_images_are_named(
     file = write_tar(tmp_path / "x.tar", {**members, "odd.png": b"not an image"})
     images = open_images(str(file))
     tally = DamageTally(images, 0.1)
-    for batch in load_batches(ViewDataset(images, VIEW, 1), in_order(61, 61), workers=0):
+    for batch in load_batches(ViewDataset(images, VIEW, Reading(1)), in_order(61, 61), workers=0):
         tally.add(batch["damaged"])
     assert "skipped damaged image odd.png (UnidentifiedImageError: not an image of a known format)" in caplog.text
     os.truncate(file, 512)  # while the run goes on

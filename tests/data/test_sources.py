@@ -10,6 +10,7 @@ import torch
 from mapet import MapetError
 from mapet.data.decode import decode
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.sources import Arrays, ImageSet, Source
 
 
@@ -27,7 +28,7 @@ class Shard(Source):
     def key(self, index: int) -> str:
         return self.members[index].name
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int, max_bytes: int) -> bytes:
         self.reads += 1
         with tarfile.open(self.file) as tar:
             extracted = tar.extractfile(self.members[index])
@@ -48,7 +49,7 @@ def three(request: pytest.FixtureRequest, digits: Path, tmp_path: Path) -> Image
     else:
         pixels = np.random.default_rng(0).integers(0, 255, (3, 5, 6, 3), np.uint8)
         images = ImageSet("noise", Arrays(pixels))
-        assert torch.equal(images.load(1, 3), torch.tensor(pixels[1]).permute(2, 0, 1))
+        assert torch.equal(images.load(1, Reading(3)), torch.tensor(pixels[1]).permute(2, 0, 1))
         assert images.keys == ("0", "1", "2")
     return ImageSet(images.name, images.source, (0, 0, 1), ("zero", "one"), images.indices)
 
@@ -58,19 +59,19 @@ def test_subsets_of_every_source(three: ImageSet) -> None:
     assert part.keys == (three.keys[0], three.keys[2]) == (part.key(0), part.key(1))
     assert part.labels == (0, 1)
     assert [part.path(i) for i in range(2)] == [three.path(0), three.path(2)]
-    assert torch.equal(part.load(1, 1), three.load(2, 1))
-    assert not torch.equal(part.load(0, 1), part.load(1, 1))
+    assert torch.equal(part.load(1, Reading(1)), three.load(2, Reading(1)))
+    assert not torch.equal(part.load(0, Reading(1)), part.load(1, Reading(1)))
     assert repr(part) == f"2 images of 2 classes from {three.name}"
     assert len(three.subset([])) == 0
 
 
 def test_image_and_digest_are_read_together(three: ImageSet, digits: Path) -> None:
-    image, digest = three.load_with_digest(1, 3)
+    image, digest = three.load_with_digest(1, Reading(3))
     if isinstance(three.source, Shard):
         assert three.source.reads == 1
-    assert torch.equal(image, three.load(1, 3))
+    assert torch.equal(image, three.load(1, Reading(3)))
     assert torch.equal(digest, three.digest(1))
-    stored = three.source.content(1) if three.source.in_memory else (digits / "class 0" / "1.png").read_bytes()
+    stored = three.source.content(1, 2**20) if three.source.in_memory else (digits / "class 0" / "1.png").read_bytes()
     assert bytes(digest.tolist()) == hashlib.sha256(stored).digest()
 
 
@@ -98,7 +99,7 @@ def test_lists_of_paths(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("# comment\n\n" + "\n".join([*names, "near.png"]) + "\n")
     images = open_images(str(tmp_path / "list.txt"))
     assert images.keys == (*names, "near.png")
-    assert images.load(5, 3).shape == (3, 28, 28)
+    assert images.load(5, Reading(3)).shape == (3, 28, 28)
     (tmp_path / "list.txt").write_text("near.png\n", encoding="utf-8-sig")
     assert open_images(str(tmp_path / "list.txt")).keys == ("near.png",)
 
@@ -124,7 +125,7 @@ def test_a_single_image(digits: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(digits / "class 3" / "0.png", tmp_path))
     images = open_images(str(file))
     assert images.keys == ("0.png",)
-    assert images.load(0, 1).equal(decode(file, 1))
+    assert images.load(0, Reading(1)).equal(decode(file, Reading(1)))
 
 
 def test_fingerprint_depends_on_the_names_only(digits: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 from mapet.data.colour import draw_jitter, jittered
 from mapet.data.decode import from_pil
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draw
 from mapet.data.views import PlainView, TrainView
 
@@ -48,6 +49,15 @@ def test_jitter_of_a_batch_is_torchvisions_of_each_image(channels: int) -> None:
     assert torch.equal(
         torch.cat([jittered(images[:7], drawn[:7]), jittered(images[7:], drawn[7:])]), jittered(images, drawn)
     )
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7])
+def test_jitter_of_other_channels_is_brightness_and_contrast(channels: int) -> None:
+    images = torch.rand(3, channels, 9, 13, generator=torch.Generator().manual_seed(0))
+    means = images.mean(dim=(1, 2, 3), keepdim=True)
+    for kind, expected in ((0, images * 0.8), (1, 0.8 * images + 0.2 * means), (2, images)):
+        drawn = torch.tensor([[kind, 0.8], [2, 1.3], [2, 0.7]]).expand(3, -1, -1)
+        torch.testing.assert_close(jittered(images, drawn), expected)
 
 
 def test_views_depend_on_the_seed_only() -> None:
@@ -117,7 +127,7 @@ def test_plain_views_equal_timms_transform(
     photograph = Image.fromarray(load_sample_images().images[picture][:rows, :columns])
     settings = {"crop_pct": crop_pct, "interpolation": interpolation, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     expected = create_transform(input_size=(3, *size), crop_mode=crop_mode, **settings)(photograph)
-    found = PlainView(size, squash=crop_mode == "squash", **settings)(from_pil(photograph, 3))[1]
+    found = PlainView(size, squash=crop_mode == "squash", **settings)(from_pil(photograph, Reading(3)))[1]
     levels = ((found - expected) * 255).abs().round()
     # Pillow and torchvision round differently, and clamp differently after the first pass where one side is enlarged
     # and the other is reduced.

@@ -3,10 +3,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from mapet import MapetError
 from mapet.engine.lineage import read_run, record_origin, strip_paths
 from mapet.engine.runfolder import RunFolder
+from mapet.jobs.compare.table import read_results
+from mapet.targets.baseline import measure_baseline
 
 
 @pytest.fixture
@@ -58,3 +61,20 @@ def test_paths_are_cut_to_names() -> None:
     found = strip_paths({"a": "/home/me/runs/photos/exported", "b": ["C:\\images\\x.png", 3], "c": "hf-hub:timm/vit"})
     assert found == {"a": "photos", "b": ["x.png", 3], "c": "hf-hub:timm/vit"}
     assert strip_paths("https://me:secret@host.org/a/b.pt?signature=1") == "https://host.org/a/b.pt"
+
+
+def test_files_nested_too_deep_are_damaged(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    run.results.write_text(deep)
+    with run.metrics.open("a") as file:
+        file.write(deep + "\n")
+    record = read_run(run.root)
+    assert record is not None
+    assert (record.results, record.last["step"]) == ({}, 149)
+    assert "results.json is damaged" in caplog.text
+    assert "line 151 of" in caplog.text
+    with pytest.raises(MapetError, match="results.json is damaged .*; remove its folder or restore it"):
+        read_results(run.root)
+    run.baseline.write_text(deep)
+    assert measure_baseline([torch.zeros(1, 4, dtype=torch.long)], 2, "loss", run.baseline).entropy == 0
+    assert "the baseline is measured again" in caplog.text

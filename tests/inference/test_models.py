@@ -21,7 +21,7 @@ def test_the_view_is_that_of_training_or_timms(classifier: Path) -> None:
     opened = open_model(classifier)
     view = opened.view
     assert (view.size, view.mean, view.std, view.crop_pct) == ((28, 28), (0.13,), (0.31,), 1.0)
-    assert (view.interpolation, view.squash, opened.channels) == ("bicubic", False, 1)
+    assert (view.interpolation, view.squash, opened.reading.channels) == ("bicubic", False, 1)
     assert open_model(classifier, crop_pct=0.5).view.crop_pct == 0.5
     assert open_model(classifier, image_size=(14, 35)).view.size == (14, 35)
     view = open_model("resnet18.a1_in1k", reinit=True).view

@@ -11,6 +11,7 @@ from torch import Tensor
 from mapet import MapetError
 from mapet.data.batches import DamageTally
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.inference.models import open_model
 from mapet.inference.streaming import stream
@@ -24,7 +25,9 @@ def mean(images: Tensor) -> Tensor:
 
 
 def run(data: Path, network: Any = mean, **options: Any) -> list[tuple[Tensor, Any]]:
-    return list(stream(network, open_images(str(data)), VIEW, 1, **{"device": CPU, "batch_size": 7, **options}))
+    return list(
+        stream(network, open_images(str(data)), VIEW, Reading(1), **{"device": CPU, "batch_size": 7, **options})
+    )
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def spoilt(digits: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_come_in_order(workers: int, digits: Path) -> None:
     images = open_images(str(digits))
-    expected = torch.stack([VIEW(images.load(i, 1))[1] for i in range(60)])
+    expected = torch.stack([VIEW(images.load(i, Reading(1)))[1] for i in range(60)])
     index, found = (torch.cat(part) for part in zip(*run(digits, torch.clone, workers=workers), strict=True))
     assert index.tolist() == list(range(60))
     assert found.equal(expected)
@@ -57,7 +60,7 @@ def test_damaged_images_are_left_out_and_logged_once(
     index, found = (torch.cat(part) for part in zip(*parts, strict=True))
     whole = [i for i in range(60) if i not in (0, 1, 2, 3, 20, 59)]
     assert index.tolist() == whole
-    assert found.equal(torch.stack([VIEW(images.load(i, 1))[1] for i in whole]))
+    assert found.equal(torch.stack([VIEW(images.load(i, Reading(1)))[1] for i in whole]))
     assert all(len(part) for part, _ in parts), "a batch without undamaged images is left out"
     assert tally.indices == {0, 1, 2, 3, 20, 59}
     named = [record.getMessage() for record in caplog.records if "skipped damaged image" in record.getMessage()]
@@ -80,7 +83,7 @@ def test_half_precision_is_close_to_float32(digits: Path, classifier: Path) -> N
     images = open_images(str(digits))
 
     def logits(precision: str) -> Tensor:
-        parts = stream(opened.network, images, opened.view, 1, device=CPU, precision=precision)
+        parts = stream(opened.network, images, opened.view, Reading(1), device=CPU, precision=precision)
         return torch.cat([output for _, output in parts])
 
     exact, half = logits("no"), logits("bf16")
@@ -98,7 +101,7 @@ def test_batches_are_not_kept_in_memory(digits: Path) -> None:
         inputs.append(weakref.ref(images))
         return images + 1
 
-    for _, output in stream(network, open_images(str(digits)), VIEW, 1, device=CPU, batch_size=6):
+    for _, output in stream(network, open_images(str(digits)), VIEW, Reading(1), device=CPU, batch_size=6):
         outputs.append(weakref.ref(output))
         alive = [sum(ref() is not None for ref in refs) for refs in (inputs, outputs)]
         assert max(alive) <= 2

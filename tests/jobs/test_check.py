@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mapet import MapetError
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.inference.models import OpenModel
 from mapet.jobs.export.formats import Exported, describe_inputs, write_onnx, write_torch
@@ -20,7 +21,7 @@ VIEW = PlainView((4, 4), (0.5,), (0.5,))
 
 @pytest.fixture
 def opened(tiny_vit: Callable[..., Any]) -> OpenModel:
-    return OpenModel("tiny", tiny_vit(channels=1).eval(), PlainView((28, 28), (0.5,), (0.5,)), 1, ())
+    return OpenModel("tiny", tiny_vit(channels=1).eval(), PlainView((28, 28), (0.5,), (0.5,)), Reading(1), ())
 
 
 @pytest.mark.parametrize("size", [1, 3, 28])
@@ -58,7 +59,7 @@ def test_damaged_images_are_left_out(opened: OpenModel, digits: Path, tmp_path: 
 
 
 def test_the_crop_mode_is_described() -> None:
-    opened = OpenModel("flat", nn.Flatten(), VIEW, 1, ())
+    opened = OpenModel("flat", nn.Flatten(), VIEW, Reading(1), ())
     assert describe_inputs(opened)["crop_mode"] == "center"
     assert describe_inputs(replace(opened, view=replace(VIEW, squash=True)))["crop_mode"] == "squash"
 
@@ -86,5 +87,5 @@ def test_networks_that_cannot_be_exported_are_refused(
     write: Callable[[OpenModel, Path], Exported], make: Callable[[], nn.Module], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(MapetError, match=says):
-        write(OpenModel("model", make(), VIEW, 1, ()), tmp_path / "model")
+        write(OpenModel("model", make(), VIEW, Reading(1), ()), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

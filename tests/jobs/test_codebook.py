@@ -16,6 +16,7 @@ from tests.conftest import QUIET
 from torch import Tensor
 
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.jobs.tokenizer.codebook import (
     ATLAS_PATCHES,
     GAP,
@@ -39,7 +40,7 @@ from mapet.tokenizers.kmeans_tokenizers import KPixels
 def tokenized() -> tuple[KPixels, Tensor, Tensor]:
     """A tokenizer of every eighth training digit, its ids and its distances."""
     images = open_images("mnist")
-    views = torch.stack([images.load(i, 1) for i in range(0, len(images), 8)]).float() / 255
+    views = torch.stack([images.load(i, Reading(1)) for i in range(0, len(images), 8)]).float() / 255
     tokenizer = KPixels(28, 7, 1, vocab_size=24)
     tokenizer.fit(tokenizer.features(views).flatten(0, 1), seed=0)
     return tokenizer, *tokenizer.encode_with_distance(views)

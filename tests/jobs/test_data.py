@@ -80,12 +80,12 @@ for killed_at in range(count):
     out = f"{root}/{killed_at}"
     if not (child := os.fork()):
         left = killed_at
-        def read_or_die(path):
+        def read_or_die(path, max_bytes):
             global left
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
-            return read(path)
+            return read(path, max_bytes)
         sources.read_file = read_or_die
         pack_images({"data": data, "shard_mib": 1}, out, console=Console(quiet=True))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -18,6 +18,7 @@ from tests.conftest import QUIET, pretrain_tiny, records, resume_pretraining, un
 from mapet import MapetError
 from mapet.cli import main
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.engine.files import held_folder
 from mapet.jobs.tokenizer.encode import check_tokens, encode_images
 from mapet.tokenizers.files import save_tokenizer
@@ -30,7 +31,7 @@ ENCODE: dict[str, Any] = {"views": 2, "mirror": True, "crop_min": 0.5, "workers"
 
 def fitted(tokenizer: KTokenizer, data: Path, folder: Path) -> Path:
     images = open_images(str(data))
-    views = torch.stack([images.load(i, tokenizer.channels)[:, :28, :28] for i in range(len(images))]) / 255
+    views = torch.stack([images.load(i, Reading(tokenizer.channels))[:, :28, :28] for i in range(len(images))]) / 255
     tokenizer.fit(tokenizer.features(views).flatten(0, 1), seed=0)
     folder.mkdir()
     save_tokenizer(tokenizer, folder)

@@ -24,6 +24,7 @@ from torch import Tensor
 import mapet
 from mapet import MapetError
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.export.run import export_model
 from mapet.jobs.finetune.run import finetune
@@ -68,7 +69,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_100() -> Tensor:
     images = open_images("mnist")
     chosen = images.subset(range(0, len(images), len(images) // 100)[:100])
-    return torch.stack([chosen.load(index, 1) for index in range(100)]) / 255
+    return torch.stack([chosen.load(index, Reading(1)) for index in range(100)]) / 255
 
 
 def load_network(folder: Path, size: tuple[int, int]) -> Any:
@@ -157,6 +158,7 @@ def test_onnx_of_a_classifier_at_another_size(classifier: Path, photographs: Pat
         "crop_pct": 0.8,
         "crop_mode": "center",
         "interpolation": "bicubic",
+        "value_range": None,
         "classes": list(CLASSES),
     }
 

@@ -15,6 +15,7 @@ from tests.conftest import QUIET, assert_same_run, checkpoint, kill_after, mapet
 import mapet
 from mapet import MapetError
 from mapet.data.open import open_labelled
+from mapet.data.reading import Reading
 from mapet.jobs.demo.run import FINETUNING
 from mapet.jobs.finetune.run import finetune
 from mapet.models.export import export_network
@@ -114,7 +115,7 @@ def test_result_is_that_of_the_export(model: Path, digits: Path, tmp_path: Path)
     loaded = mapet.load(run)
     assert loaded.transform.view.interpolation == "bicubic"
     scores = score_classifier(
-        loaded.model, open_labelled(str(digits), 0)[1], loaded.transform.view, 1, device=torch.device("cpu")
+        loaded.model, open_labelled(str(digits), 0)[1], loaded.transform.view, Reading(1), device=torch.device("cpu")
     )
     assert result.measured == summarise([scores])
     (run / "results.json").unlink()

@@ -20,6 +20,7 @@ from torch import Tensor
 import mapet
 from mapet import MapetError
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.jobs.infer.run import embed_images, predict_images
 
 QUIET = Console(quiet=True)
@@ -55,7 +56,11 @@ def with_timm(exported: Path, data: Path, **arguments: Any) -> tuple[Any, Tensor
     config = timm.data.resolve_data_config(model=network)
     images = open_images(str(data))
     mean, std = torch.tensor(config["mean"])[:, None, None], torch.tensor(config["std"])[:, None, None]
-    return network, torch.stack([(images.load(i, 1) / 255 - mean) / std for i in range(len(images))]), images.keys
+    return (
+        network,
+        torch.stack([(images.load(i, Reading(1)) / 255 - mean) / std for i in range(len(images))]),
+        images.keys,
+    )
 
 
 @torch.no_grad()
@@ -85,6 +90,7 @@ def test_features_are_those_of_timm_in_order(pretrained_run: Path, digits: Path,
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "squash": False,
+        "value_range": None,
         "precision": "no",
         "features": list(kinds),
         "grid": [4, 4],

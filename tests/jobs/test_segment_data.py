@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapet import MapetError
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.jobs.segment.config import SegmentConfig
 from mapet.jobs.segment.data import IGNORED, MOST_CLASSES, MaskedSet, SegmentationDataset, count_pixels, open_masked
@@ -70,7 +71,7 @@ def test_ade20k_layout(tmp_path: Path) -> None:
         assert part.load_mask(0).tolist() == [[IGNORED, 0], [149, IGNORED]]
     kept, _ = open_folder(tmp_path, reduce_zero_label=False, ignore_index=150)
     assert kept.load_mask(0).tolist() == [[0, 1], [IGNORED, 255]]
-    counts = count_pixels(kept, 0)
+    counts = count_pixels(kept, Reading(1), 0)
     assert isinstance(counts, torch.Tensor)
     assert torch.nonzero(counts).flatten().tolist() == [0, 1, 255]
 
@@ -121,12 +122,12 @@ def test_refused_masks(mask: object, says: str, tmp_path: Path) -> None:
     with pytest.raises(MapetError, match=says):
         for part in open_folder(tmp_path):
             for index in range(len(part)):
-                count_pixels(part, index)
+                count_pixels(part, Reading(1), index)
 
 
 def views(size: tuple[int, int] = (32, 32), **changes: Any) -> SegmentationDataset:
     plain = PlainView(size, (0.2,), (0.5,), interpolation="bilinear")
-    return SegmentationDataset(NO_IMAGES, plain, 1, SegmentConfig(model="unused", data="unused", **changes))
+    return SegmentationDataset(NO_IMAGES, plain, Reading(1), SegmentConfig(model="unused", data="unused", **changes))
 
 
 def ramp(rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from mapet import MapetError
 from mapet.data.batches import StepSampler, in_order
+from mapet.data.reading import Reading
 from mapet.inference.models import open_model
 from mapet.inference.tokens import read_tokens
 from mapet.jobs.segment.config import SegmentConfig
@@ -31,13 +32,13 @@ def make_segmenter(
 
 def predict(segmenter: Segmenter) -> list[tuple[int, Tensor, Tensor]]:
     test = open_masked(segmenter.config)[1]
-    dataset = SegmentationDataset(test, segmenter.opened.view, 1, segmenter.config)
+    dataset = SegmentationDataset(test, segmenter.opened.view, Reading(1), segmenter.config)
     return list(predict_classes(segmenter, DataLoader(dataset, batch_sampler=in_order(len(test), 1))))
 
 
 def train(segmenter: Segmenter, seed: int = 0) -> dict[str, Tensor]:
     images = open_masked(segmenter.config)[0]
-    dataset = SegmentationDataset(images, segmenter.opened.view, 1, segmenter.config, seed)
+    dataset = SegmentationDataset(images, segmenter.opened.view, Reading(1), segmenter.config, seed)
     loader = DataLoader(dataset, batch_sampler=StepSampler(len(images), 8, seed, 0, 3))
     train_head(segmenter, loader, 3, Meter(Console(quiet=True), "training", 3))
     return segmenter.head.state_dict()
@@ -78,7 +79,7 @@ def test_overlapping_windows_are_averaged(
     predicted = predict(segmenter)
     assert [index for index, *_ in predicted] == list(range(12))
     for index, truth, prediction in predicted[:3]:
-        image = (test.load(index, 1)[None] / 255 - 0.1) / 0.3
+        image = (test.load(index, Reading(1))[None] / 255 - 0.1) / 0.3
         total, count = torch.zeros(40, 56, 56), torch.zeros(56, 56)
         for top, left in product(starts, starts):
             here = (..., slice(top, top + size), slice(left, left + size))

@@ -13,6 +13,7 @@ from torch import nn
 from mapet import MapetError
 from mapet.config.base import settle
 from mapet.data.open import few_per_class, open_labelled
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.jobs.evaluate.config import LinearConfig
 from mapet.probes.fits import fit_attentive, fit_linear, principal
@@ -30,7 +31,7 @@ def measure(read: Any, train: int | None, test: int | None, data: str = "mnist")
         for part, count in zip(open_labelled(data), (train, test), strict=True)
     ]
     with torch.no_grad():
-        found = [extract_features(read, part, VIEW, 1, device=CPU) for part in parts]
+        found = [extract_features(read, part, VIEW, Reading(1), device=CPU) for part in parts]
     return found[0], found[1]
 
 

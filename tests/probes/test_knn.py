@@ -10,6 +10,7 @@ from torch import nn
 
 from mapet import MapetError
 from mapet.data.open import few_per_class, open_labelled
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.jobs.evaluate.config import KNNConfig
 from mapet.probes.knn import classify, evaluate_knn
@@ -23,7 +24,7 @@ Parts = tuple[Features, Features]
 def measure(read: Any, train: int, test: int) -> Parts:
     seen, unseen = open_labelled("mnist")
     parts = few_per_class(seen, train, seed=0), few_per_class(unseen, test, seed=0)
-    found = [extract_features(read, part, VIEW, 1, device=torch.device("cpu")) for part in parts]
+    found = [extract_features(read, part, VIEW, Reading(1), device=torch.device("cpu")) for part in parts]
     return found[0], found[1]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mapet import MapetError
 from mapet.data.batches import DamageTally
 from mapet.data.open import labelled, open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.probes.labelled import (
     Features,
@@ -29,14 +30,14 @@ VIEW = PlainView((28, 28), (0.5,), (0.5,))
 
 def extract(folder: Path, network: Any = None, **options: Any) -> Features:
     images = labelled(open_images(str(folder)))
-    return extract_features(network or nn.Flatten(), images, VIEW, 1, device=torch.device("cpu"), **options)
+    return extract_features(network or nn.Flatten(), images, VIEW, Reading(1), device=torch.device("cpu"), **options)
 
 
 def test_features_are_in_order_in_memory_and_on_disk(digits: Path, tmp_path: Path) -> None:
     images = labelled(open_images(str(digits)))
     shown: list[int] = []
     features = extract(digits, batch_size=25, show=shown.append)
-    expected = torch.stack([VIEW(images.load(i, 1))[1].flatten() for i in range(60)])
+    expected = torch.stack([VIEW(images.load(i, Reading(1)))[1].flatten() for i in range(60)])
     assert np.array_equal(features.x, expected.numpy())
     assert features.y.tolist() == list(images.labels or ())
     assert shown == [25, 50, 60]
@@ -60,7 +61,7 @@ def test_damaged_images_are_left_out_and_logged(digits: Path, tmp_path: Path, ca
 
 def test_nan_and_float16_overflow_are_refused_with_the_name_of_the_image(digits: Path, tmp_path: Path) -> None:
     images = labelled(open_images(str(digits)))
-    broken = VIEW(images.load(31, 1))[1]
+    broken = VIEW(images.load(31, Reading(1)))[1]
 
     def network(batch: Tensor) -> Tensor:
         return torch.where((batch == broken).all(dim=(1, 2, 3))[:, None], torch.nan, batch.flatten(1))
@@ -123,11 +124,11 @@ def test_scores_are_those_of_the_logits_without_damaged_images(digits: Path, tmp
     (folder / "class 4" / "2.png").write_bytes(b"cut")
     images = labelled(open_images(str(folder)))
     view = PlainView((32, 32), (0.5,), (0.5,))
-    found = score_classifier(network, images, view, 1, device=torch.device("cpu"), batch_size=7)
+    found = score_classifier(network, images, view, Reading(1), device=torch.device("cpu"), batch_size=7)
     assert not network.training
     kept = [i for i, key in enumerate(images.keys) if key != "class 4/2.png"]
     with torch.no_grad():
-        logits = network(torch.stack([view(images.load(i, 1))[1] for i in kept]))
+        logits = network(torch.stack([view(images.load(i, Reading(1)))[1] for i in kept]))
     labels = torch.tensor(images.labels)[kept]
     assert found.accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
     assert found.top5 == pytest.approx(float((logits.topk(5).indices == labels[:, None]).any(1).double().mean()))

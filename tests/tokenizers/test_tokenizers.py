@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 from mapet import MapetError, load_tokenizer
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.models.export import export_network
 from mapet.tokenizers.base import full_precision
 from mapet.tokenizers.files import save_tokenizer
 from mapet.tokenizers.kmeans_tokenizers import KFeatures, KPixels, KTokenizer
-from mapet.tokenizers.teachers import build_teacher
+from mapet.tokenizers.teachers import TorchvisionTeacher, build_teacher
 
 
 def photos(count: int = 6, size: int = 32, channels: int = 3) -> torch.Tensor:
@@ -190,7 +191,7 @@ def test_an_exported_grey_network_as_teacher(tiny_vit: Callable[..., Any], tmp_p
 def test_torchvision_features_on_photographs(mobilenet_weights: Path, photographs: Path) -> None:
     """``features[:14]`` of MobileNetV2, as upstream."""
     images, view = open_images(str(photographs)), PlainView((224, 224), (0.0,) * 3, (1.0,) * 3)
-    views = torch.stack([view(images.load(i, 3))[0] for i in range(4)])
+    views = torch.stack([view(images.load(i, Reading(3)))[0] for i in range(4)])
     tokenizer = KFeatures(build_teacher("mobilenet_v2", "features.13", mobilenet_weights), (14, 14), 16, 224)
     network = torchvision.models.mobilenet_v2()
     network.load_state_dict(torch.load(mobilenet_weights, weights_only=True))
@@ -221,3 +222,63 @@ def test_teachers_that_do_not_work_are_refused(timm_weights: dict[str, Path], tm
     ):
         with pytest.raises(MapetError, match=message):
             KFeatures(build_teacher(name, stage, weights), (4, 4), 8, 100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04.", (2**62).to_bytes(8, "little") + b"{}", b'\x12\0\0\0\0\0\0\0{"a":' + b"[" * 10**5, b"cut"],
+    ids=["empty", "pickle", "huge header", "deep header", "cut"],
+)
+def test_teachers_with_damaged_weights_are_refused(
+    content: bytes, tiny_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    export_network(tiny_vit(channels=1), tmp_path, (0.5,), (0.5,))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-50] if content == b"cut" else content)
+    with pytest.raises(MapetError, match=f"{tmp_path} is damaged .*; restore it or export the model again"):
+        build_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize("mean", ["x", None, [["a"]], []])
+def test_teachers_with_a_damaged_normalisation_are_refused(
+    mean: object, tiny_vit: Callable[..., Any], tmp_path: Path
+) -> None:
+    export_network(tiny_vit(channels=1), tmp_path, (0.5,), (0.5,))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = mean
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MapetError, match=r"config\.json of teacher .* is damaged \(mean "):
+        build_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "no_network"),
+        ("name", None),
+        ("name", "get_model"),
+        ("stage", 3),
+        ("library", "x"),
+        ("mean", "x"),
+        (None, []),
+        (None, "text"),
+    ],
+)
+def test_tokenizers_with_a_damaged_teacher_are_refused(key: str | None, value: object, tmp_path: Path) -> None:
+    network = torchvision.models.get_model("squeezenet1_1", weights=None)
+    about = {
+        "library": "torchvision",
+        "name": "squeezenet1_1",
+        "stage": "features",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    tokenizer = KFeatures(TorchvisionTeacher(about, network), (2, 2), 4, 64)
+    tokenizer.centroids.zero_()
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).content_hash == tokenizer.content_hash
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["config"]["teacher"] = value if key is None else {**about, key: value}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(MapetError, match=f"tokenizer {tmp_path} is damaged .*; restore it or fit it again"):
+        load_tokenizer(tmp_path)

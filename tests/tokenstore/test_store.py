@@ -211,3 +211,54 @@ def test_rows_are_appended_and_written_again(folder: Path) -> None:
     for opened in (store, TokenStore(folder)):
         keys, contents = [*KEYS, "d"], [KEYS[0], "edited", KEYS[2], "d"]
         assert torch.equal(read(opened, keys, contents, view=1), ids_of(contents)[:, 1])
+
+
+VIEW = {"crop_min": 0.2, "flip": 0.5, "mirror": False, "views": 2, "channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"crop_min": "x"}, "view crop_min: input should be a valid number"),
+        ({"crop_min": 5.0}, "view crop_min: input should be less than or equal to 1"),
+        ({"channels": -1}, "view channels: input should be greater than or equal to 1"),
+        ({"views": 7}, "2 views do not follow from its settings"),
+        ({"value_range": [5, 1]}, "view value_range: .*the lower one first"),
+        ({"evil": []}, "view evil: extra inputs are not permitted"),
+    ],
+)
+def test_bad_settings_of_views_are_refused(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    store = TokenStore.create(tmp_path, HEADER.model_copy(update={"view": VIEW}))
+    assert store.view_settings.crop_min == 0.2
+    (tmp_path / "header.json").write_text(HEADER.model_copy(update={"view": {**VIEW, **change}}).model_dump_json())
+    with pytest.raises(MapetError, match=rf"header\.json is damaged \({says}.*restore it or encode"):
+        _ = TokenStore(tmp_path).view_settings
+
+
+@pytest.mark.parametrize("change", [{"grid": [0, 4]}, {"vocab_size": 0}, {"vocab_size": 10**30}, {"views": -1}])
+def test_absurd_headers_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    TokenStore.create(tmp_path, HEADER)
+    (tmp_path / "header.json").write_text(json.dumps({**HEADER.model_dump(), **change}))
+    with pytest.raises(MapetError, match=r"header\.json is damaged"):
+        TokenStore(tmp_path)
+
+
+def test_ids_beyond_the_vocabulary_are_corrupt(tmp_path: Path) -> None:
+    """Also with a valid checksum, which whoever changes the ids can compute."""
+    store = TokenStore.create(tmp_path, HEADER)
+    store.append(["x"])
+    row = store.find(["x"])
+    ids = torch.full((1, *HEADER.shape), HEADER.vocab_size - 1)
+    store.write(row, digests(["x"]), ids, np.array([True]))
+    assert store.states(row).tolist() == [State.WRITTEN]
+    (tmp_path / "lying").mkdir()
+    larger = HEADER.model_copy(update={"vocab_size": HEADER.vocab_size + 5})
+    other = TokenStore.create(tmp_path / "lying", larger)
+    other._seed = store._seed  # the checksum of the smaller vocabulary
+    other.append(["x"])
+    other.write(row, digests(["x"]), ids + 1, np.array([True]))
+    (tmp_path / "lying" / "header.json").write_text(HEADER.model_dump_json())
+    found = TokenStore(tmp_path / "lying")
+    assert found.states(row).tolist() == [State.CORRUPT]
+    with pytest.raises(MapetError, match="fail their checksum or exceed the vocabulary"):
+        found.read(row, np.array([0]), digests(["x"]), ["x"])

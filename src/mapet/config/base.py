@@ -7,6 +7,7 @@ network or the machine. The result is frozen and complete.
 """
 
 from collections.abc import Mapping
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -19,6 +20,15 @@ from pydantic_core import PydanticUndefined
 from mapet.errors import MapetError, nearest
 
 CHOSEN: Any = object()  # the default of a key that ``choose`` fills in
+
+
+class Measured(StrEnum):
+    """The value of a key whose numbers are measured on a sample of the images when a run begins, and then recorded."""
+
+    DATA = "data"
+
+
+yaml.SafeDumper.add_representer(Measured, lambda dumper, value: dumper.represent_str(value.value))
 
 
 class Config(BaseModel):
@@ -214,7 +224,7 @@ def continued(
     if lacking:
         raise MapetError(f"{where / 'config.yaml'} lacks {lacking[0]!r}, so it was cut short or edited; restore it")
     began_with = _validate(config_class, config_class, saved, str(where / "config.yaml"))
-    given = parse(config_class, asked)
+    given = {name: value for name, value in parse(config_class, asked).items() if not isinstance(value, Measured)}
     free = marked(config_class, "free")
     for name, value in given.items():
         not_said = value is None and default_of(config_class, name) is None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from mapet.config.base import CHOSEN, Config, default_of, from_text, key
+from mapet.config.base import CHOSEN, Config, Measured, default_of, from_text, key
 from mapet.errors import MapetError
 
 # Upper bounds are far above what is of use, and below what would fail late, or overflow.
@@ -20,9 +20,13 @@ LeastRate = Annotated[float, Field(ge=0, le=1e3)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Channels = Annotated[int, Field(ge=1, le=1024)]
 OneOrThree = Annotated[Literal[1, 3], BeforeValidator(from_text)]
 # YAML reads a bare no as false.
 NoIsAWord = BeforeValidator(lambda value: "no" if value is False else value)
+
+# Limits of an image. Pillow refuses more pixels by itself.
+MAX_PIXELS, MAX_BYTES = 178_956_970, 2**30
 
 KNN_TEMPERATURE = 0.07  # of Wu et al. (1805.01978) and DINO
 
@@ -43,6 +47,14 @@ class DataKeys(Config):
     )
     seed: int = key(0, "seed of everything that is random", common=True, single=True, ge=0, lt=2**63)
     max_damaged: Share = key(0.1, "stop when more than this share of the images cannot be read", free=True)
+    max_pixels: int = key(
+        MAX_PIXELS,
+        "images with more rows times columns count as damaged; at most the default, which is Pillow's limit",
+        free=True,
+        ge=1,
+        le=MAX_PIXELS,
+    )
+    max_bytes: int = key(MAX_BYTES, "image files with more bytes count as damaged", free=True, ge=1, le=2**40)
     workers: int | None = key(
         None, "processes that load images; default: chosen by cores and device", free=True, ge=0, le=1024
     )
@@ -51,7 +63,49 @@ class DataKeys(Config):
 class InputKeys(DataKeys):
     """What the networks get."""
 
-    channels: OneOrThree = key(3, "1 (grey) or 3 (RGB): what images are converted to")
+    channels: Channels = key(
+        3,
+        "channels of the images: 1 (grey) and 3 (RGB) are converted into each other; other numbers are those of RGBA "
+        "images (4), of the pages or bands of TIFF files, or of .npy arrays",
+    )
+    value_range: tuple[float, ...] | Measured | None = key(
+        None,
+        "of images with more than 8 bits: the values that become black and white, as 0 4095; values outside are "
+        "clipped; data: the least and the greatest value of a sample; default: each image is stretched from its own "
+        "least to its own greatest value",
+    )
+
+    @field_validator("value_range", mode="before")
+    @classmethod
+    def _data_is_a_word(cls, value: Any) -> Any:
+        return word_or_numbers(value)
+
+    @field_validator("value_range")
+    @classmethod
+    def _ordered(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, Measured) else ordered_range(value)
+
+
+def word_or_numbers(value: Any) -> Any:
+    """Return the word of a list of one word: a flag that takes several numbers gives a list."""
+    return value[0] if isinstance(value, list | tuple) and list(value) == [Measured.DATA.value] else value
+
+
+def ordered_range(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return a value range.
+
+    Raises:
+        ValueError: if it is not two rising numbers that float32 can subtract.
+    """
+    if len(values) != 2 or not 0 < values[1] - values[0] < 1e38:
+        raise ValueError("write two numbers, the lower one first")
+    return values
+
+
+def numbers(values: tuple[float, ...] | Measured) -> tuple[float, ...]:
+    """Return numbers that are settled, so that they are measured."""
+    assert not isinstance(values, Measured)
+    return values
 
 
 class NetworkKeys(Config):
@@ -116,9 +170,15 @@ class TokenizerKeys(DataKeys):
 
     tokenizer: Text = key(..., "the folder of a tokenizer, or 'dvae' or 'vqkd' (published)", common=True)
     teacher_weights: str | None = key(None, "of a published tokenizer: a file, a URL or hf-hub:OWNER/REPO/FILE")
-    channels: OneOrThree | None = key(
-        None, "1 (grey) or 3 (RGB): what images are converted to; default: as the tokenizer reads them"
+    channels: Channels | None = key(None, "channels of the images; default: as the tokenizer reads them")
+    value_range: tuple[float, ...] | None = key(
+        None, "of images with more than 8 bits: the values that become black and white; those of the pre-training"
     )
+
+    @field_validator("value_range")
+    @classmethod
+    def _ordered(cls, value: Any) -> Any:
+        return value and ordered_range(value)
 
 
 class TeacherKeys(Config):

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
+from mapet.data.colour import draw_jitter, jittered
 from mapet.data.decode import from_pil
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draw
-from mapet.data.views import NOTHING, Cut, View
+from mapet.data.views import NOTHING, Cut, View, unit
 
-Augment = Callable[[Image.Image], Image.Image]
+Augment = Callable[[Any], Any]  # of Pillow images or tensors
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class AugmentedView(View):
         mean, std: normalisation of each channel.
         crop_min: smallest share of the image's area that a crop covers.
         flip: probability of a horizontal flip.
-        policy: timm's name of an augmentation policy, for instance "rand-m9-mstd0.5-inc1"; None for none.
-        jitter: strength of brightness, contrast and saturation jitter; unused with a policy.
+        policy: timm's name of an augmentation policy, for instance "rand-m9-mstd0.5-inc1"; None for none, as for
+            images of other channels than 1 and 3.
+        jitter: strength of brightness, contrast and (of 3 channels) saturation jitter; unused with a policy.
         erasing: probability of replacing a rectangle by noise.
     """
 
@@ -47,20 +50,33 @@ class AugmentedView(View):
 
     def cut(self, image: Tensor, draw: Draw) -> Cut:
         """Do all of the work: timm's transforms take single images. 16-bit images are augmented in 8 bits."""
+        with seeded(draw.geometry):
+            augmented = self._recoloured(image) if len(self.mean) in (1, 3) else self._jittered(image, draw.colour)
+            images = F.normalize(augmented, list(self.mean), list(self.std))
+            return Cut(NOTHING, RandomErasing(self.erasing, mode="pixel", device="cpu")(images), NOTHING)
+
+    def _jittered(self, image: Tensor, seed: int) -> Tensor:
+        """Return a crop with other brightness and contrast, for channels that are no colours."""
+        cropped = unit(self._crop_and_colour[0](F.to_dtype(image, torch.float32, scale=True)))
+        if not self.jitter:
+            return cropped
+        drawn = draw_jitter(ColorJitter(self.jitter, self.jitter, self.jitter), seed)
+        return jittered(cropped[None], drawn[None])[0]
+
+    def _recoloured(self, image: Tensor) -> Tensor:
+        """Return a crop that timm's policy or jitter has changed."""
         crop, colour = self._crop_and_colour
         pixels = F.to_pil_image(F.to_dtype(image, torch.uint8, scale=True)).convert("RGB")  # timm's policies need RGB
-        with seeded(draw.geometry):
-            cropped = crop(pixels)
-            try:
-                coloured = colour(cropped)
-            except ValueError as error:
-                # timm may posterise to 0 bits, which Pillow 13 refuses; before, it gave a black image.
-                if "bits" not in str(error):
-                    raise
-                coloured = cropped
-            augmented = from_pil(coloured, len(self.mean))
-            images = F.normalize(F.to_dtype(augmented, torch.float32, scale=True), list(self.mean), list(self.std))
-            return Cut(NOTHING, RandomErasing(self.erasing, mode="pixel", device="cpu")(images), NOTHING)
+        cropped = crop(pixels)
+        try:
+            coloured = colour(cropped)
+        except ValueError as error:
+            # timm may posterise to 0 bits, which Pillow 13 refuses; before, it gave a black image.
+            if "bits" not in str(error):
+                raise
+            coloured = cropped
+        augmented: Tensor = F.to_dtype(from_pil(coloured, Reading(len(self.mean))), torch.float32, scale=True)
+        return augmented
 
     def finish(self, cut: Cut) -> tuple[Tensor, Tensor]:
         """Return an empty tensor, and the normalised augmentations."""
@@ -78,7 +94,7 @@ class AugmentedView(View):
             color_jitter=self.jitter or None,
             interpolation="bicubic",
             # Of the normalisation, timm uses only the mean here: as the colour of what a policy moves into the image.
-            mean=self.mean * 3 if len(self.mean) == 1 else self.mean,
+            mean=self.mean if len(self.mean) == 3 else self.mean[:1] * 3,
         )
         return crop, colour
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.stores import StoreError
@@ -123,14 +124,14 @@ class ViewDataset(Dataset[Sample]):
     Args:
         images: the image set.
         view: makes the two outputs from a decoded image.
-        channels: 1 or 3.
+        reading: what images are read as.
         draws: which view of an image an epoch shows.
         digests: also return the SHA-256 of each image's stored bytes.
     """
 
     images: ImageSet
     view: View
-    channels: int
+    reading: Reading
     draws: Draws = NO_SEED
     digests: bool = False
 
@@ -142,14 +143,14 @@ class ViewDataset(Dataset[Sample]):
         replacements = random.Random(fold_seed(self.draws.seed, Stream.VIEW, epoch, index))
         damaged: list[DamagedImage] = []
         # A blank image is returned if all attempts fail; DamageTally stops the run before it is used.
-        image = torch.zeros(self.channels, 1, 1, dtype=torch.uint8)
+        image = torch.zeros(self.reading.channels, 1, 1, dtype=torch.uint8)
         digest = torch.zeros(32 if self.digests else 0, dtype=torch.uint8)
         while len(damaged) < MOST_ATTEMPTS:
             try:
                 if self.digests:
-                    image, digest = self.images.load_with_digest(index, self.channels)
+                    image, digest = self.images.load_with_digest(index, self.reading)
                 else:
-                    image = self.images.load(index, self.channels)
+                    image = self.images.load(index, self.reading)
                 break
             except StoreError:  # another image instead would depend on the network
                 raise
@@ -183,20 +184,22 @@ class DamageTally:
         Raises:
             MapetError: if too many images are damaged.
         """
-        for index, reason in chain.from_iterable(damaged):
+        met = [(index, printable(reason)) for index, reason in chain.from_iterable(damaged)]
+        for index, reason in met:
             if index not in self.indices:
                 self.indices.add(index)
-                key = printable(self.images.key(index))
-                logger.warning("skipped damaged image %s (%s)", key, printable(reason))
+                logger.warning("skipped damaged image %s (%s)", printable(self.images.key(index)), reason)
         in_vain = any(len(attempts) == MOST_ATTEMPTS for attempts in damaged)
         if in_vain or len(self.indices) > self.most_share * len(self.images):
             count, advice = f"{MOST_ATTEMPTS} files drawn in a row", ""
             if not in_vain:
                 count = f"{len(self.indices)} of {len(self.images)} images"
                 advice = f" or raise --max-damaged (now {self.most_share:g})"
+            first = min(self.indices)
+            reason = dict(met).get(first, "see the log")
             raise MapetError(
-                f"{count} cannot be read, the first being {self.images.key(min(self.indices))!r} in "
-                f"{self.images.name}; repair the files named in the log{advice}"
+                f"{count} cannot be read, the first being {self.images.key(first)!r} in {self.images.name} ({reason}); "
+                f"repair the files named in the log{advice}"
             )
 
 

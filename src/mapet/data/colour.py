@@ -25,20 +25,30 @@ def draw_jitter(jitter: ColorJitter, seed: int) -> Tensor:
 def jittered(images: Tensor, jitter: Tensor) -> Tensor:
     """Return images with other colours: each operation blends an image with black, its mean grey, or its grey version.
 
+    Only images of 3 channels have a grey version; others keep their saturation, and their mean is that of all channels.
+
     The result is torchvision's ``ColorJitter`` within 1e-6. No operation waits for the device.
 
     Args:
-        images: ``(B, C, H, W)`` float32 in [0, 1], C 1 or 3.
+        images: ``(B, C, H, W)`` float32 in [0, 1].
         jitter: ``(B, 3, 2)``, see ``draw_jitter``.
     """
     result, many = images.clone(), max(1, AT_ONCE // images[0].numel()) if images.is_cpu else len(images)
     for part, steps in zip(result.split(many), jitter.split(many), strict=True):
         for step in steps.unbind(1):
             kind, factor = step[:, :, None, None, None].unbind(1)
-            grey = part.clone() if part.shape[1] == 1 else GREY[0] * part[:, :1]
-            for channel, share in list(enumerate(GREY))[1 : part.shape[1]]:
-                grey.add_(part[:, channel : channel + 1], alpha=share)
-            mean = grey.mean(dim=(-2, -1), keepdim=True) * (kind == CONTRAST)
+            grey = _grey(part)
+            mean = grey.mean(dim=(-2, -1), keepdim=True).mean(dim=1, keepdim=True) * (kind == CONTRAST)
             other = grey.mul_(kind == SATURATION).add_(mean).mul_(1 - factor)
             torch.addcmul(other, part, factor, out=part).clamp_(0, 1)
     return result
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Return the grey version of RGB images, ``(B, 1, H, W)``; a copy of images with other channels."""
+    if images.shape[1] != len(GREY):
+        return images.clone()
+    grey = GREY[0] * images[:, :1]
+    for channel, share in list(enumerate(GREY))[1:]:
+        grey.add_(images[:, channel : channel + 1], alpha=share)
+    return grey

@@ -28,7 +28,7 @@ class Items(Source):
         """Return the number of an item."""
         return str(index)
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int, max_bytes: int) -> bytes:
         """Return an image as an uncompressed TIFF file, which holds every mode of Pillow's."""
         item = self.dataset[index]
         file = BytesIO()

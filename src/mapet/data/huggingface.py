@@ -53,13 +53,13 @@ class Rows(Source):
         """Return the name of a row."""
         return self.names[index]
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int, max_bytes: int) -> bytes:
         """Return the bytes of an image; a row may name a local file instead, but nothing is downloaded."""
         image = self.rows[index][self.column]
         if image is None:
             raise OSError("the row has no image")
         content: bytes | None = image["bytes"]
-        return read_file(Path(image["path"])) if content is None else content
+        return read_file(Path(image["path"]), max_bytes) if content is None else content
 
 
 def open_splits(source: str) -> dict[str, ImageSet]:

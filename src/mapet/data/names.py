@@ -8,6 +8,7 @@ from mapet.errors import MapetError, nearest
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")) | frozenset(
     (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga")
 )
+ONE_ARRAY = frozenset((".npy",))  # ending of an image that is an array
 ARRAYS, TABLES, TAR, INDEX = (".npy", ".npz"), (".parquet", ".arrow"), ".tar", ".index"
 SEVERAL_IMAGES = frozenset((*ARRAYS, *TABLES, TAR, INDEX))  # endings of files that hold more than one image
 HUGGING_FACE, BUCKET, GIVEN = "hf:", "s3://", "python:"

@@ -15,6 +15,7 @@ class Stream(IntEnum):
     WEIGHTS = 5  # the backbone's initial weights
     HEAD = 6  # the initial weights of the parts that are not exported
     COLOUR = 7  # colour jitter of the student's images in an epoch
+    STATISTICS = 9  # the images that a value range and a normalisation are measured on
     TURN = 8  # the view that an image starts with, if the number of views is fixed
 
 

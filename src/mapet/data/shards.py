@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from mapet.data.demo_sets import CACHE
 from mapet.data.names import BUCKET, EXTENSIONS, INDEX, TAR, ending, is_folder
+from mapet.data.reading import check_bytes
 from mapet.data.sources import ImageSet, Source
 from mapet.data.stores import ALL_SHARDS, Bucket, Folder, Shard, Store
 from mapet.data.tars import Member, read_members
@@ -80,9 +81,10 @@ class Shards(Source):
         row = self.index.rows[index]
         return bytes(self.index.names[row[NAME] : row[NAME] + row[LENGTH]]).decode(errors="surrogateescape")
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int, max_bytes: int) -> bytes:
         """Return the bytes of a member."""
         row = self.index.rows[index].tolist()
+        check_bytes(row[SIZE], max_bytes)
         return self.store.read(self.index.shards[row[SHARD]], row[OFFSET], row[SIZE])
 
 

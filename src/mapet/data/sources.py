@@ -6,7 +6,7 @@ A new storage format is a new class with the methods of ``Source`` and a functio
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mapet.data.decode import decode_bytes, read_file, to_channels
-from mapet.data.names import EXTENSIONS
+from mapet.config.keys import MAX_BYTES
+from mapet.data.decode import decode_bytes, read_file
+from mapet.data.names import EXTENSIONS, ONE_ARRAY
+from mapet.data.npy import from_array
+from mapet.data.reading import Reading
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -42,12 +45,12 @@ class Source(Protocol):
     def key(self, index: int) -> str:
         """Return the string that identifies an image, for instance its path relative to the source."""
 
-    def content(self, index: int) -> bytes:
-        """Return the stored bytes of an image."""
+    def content(self, index: int, max_bytes: int) -> bytes:
+        """Return the stored bytes of an image; one that has more than ``max_bytes`` should be refused unread."""
 
-    def decode(self, content: bytes, channels: int) -> Tensor:
-        """Return the image of the given stored bytes as ``(channels, H, W)``; see ``mapet.data.decode``."""
-        return decode_bytes(content, channels)
+    def decode(self, content: bytes, reading: Reading) -> Tensor:
+        """Return the image of the given stored bytes as ``(C, H, W)``; see ``mapet.data.decode``."""
+        return decode_bytes(content, reading)
 
     def path(self, index: int) -> Path | None:
         """Return the file that holds this image alone; None if there is no such file."""
@@ -77,9 +80,9 @@ class Files(Source):
         """Return the path of a file."""
         return self.root / self.names[index]
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int, max_bytes: int) -> bytes:
         """Return the bytes of a file."""
-        return read_file(self.path(index))
+        return read_file(self.path(index), max_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +99,13 @@ class Arrays(Source):
         """Return the number of an image."""
         return str(index)
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int, max_bytes: int) -> bytes:
         """Return the pixels of an image as bytes."""
         return bytes(self.pixels[index])
 
-    def decode(self, content: bytes, channels: int) -> Tensor:
-        """Return the pixels as ``(channels, H, W)`` uint8."""
-        return to_channels(np.frombuffer(content, np.uint8).reshape(self.pixels.shape[1:]), channels)
+    def decode(self, content: bytes, reading: Reading) -> Tensor:
+        """Return the pixels as ``(C, H, W)`` uint8."""
+        return from_array(np.frombuffer(content, np.uint8).reshape(self.pixels.shape[1:]), reading)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,22 +141,22 @@ class ImageSet:
         """Return the file that holds this image alone; None if there is no such file."""
         return self.source.path(self._position(index))
 
-    def content(self, index: int) -> bytes:
-        """Return the stored bytes of an image."""
-        return self.source.content(self._position(index))
+    def content(self, index: int, max_bytes: int = MAX_BYTES) -> bytes:
+        """Return the stored bytes of an image; see ``Source``."""
+        return self.source.content(self._position(index), max_bytes)
 
-    def load(self, index: int, channels: int) -> Tensor:
-        """Return an image as ``(channels, H, W)``; see ``mapet.data.decode`` for types and errors."""
-        return self.source.decode(self.content(index), channels)
+    def load(self, index: int, reading: Reading) -> Tensor:
+        """Return an image as ``(C, H, W)``; see ``mapet.data.decode`` for types and errors."""
+        return self.source.decode(self.content(index, reading.max_bytes), reading)
 
-    def digest(self, index: int) -> Tensor:
+    def digest(self, index: int, max_bytes: int = MAX_BYTES) -> Tensor:
         """Return the SHA-256 of an image's stored bytes (a file's bytes, an array's pixels), ``(32,)`` uint8."""
-        return _sha256(self.content(index))
+        return _sha256(self.content(index, max_bytes))
 
-    def load_with_digest(self, index: int, channels: int) -> tuple[Tensor, Tensor]:
+    def load_with_digest(self, index: int, reading: Reading) -> tuple[Tensor, Tensor]:
         """Return what ``load`` and ``digest`` return, reading the image's bytes once."""
-        content = self.content(index)
-        return self.source.decode(content, channels), _sha256(content)
+        content = self.content(index, reading.max_bytes)
+        return self.source.decode(content, reading), _sha256(content)
 
     def subset(self, indices: Sequence[int]) -> Self:
         """Return the images at ``indices``, in that order."""
@@ -189,14 +192,15 @@ class NoImages(MapetError):
 def from_folder(folder: Path) -> ImageSet:
     """Return all images in a folder and its subfolders, sorted by path; links to folders are followed.
 
+    ``.npy`` files are images only where there are no others: features are often stored beside images.
+
     Raises:
         NoImages: if there are none.
     """
-    names = _find_images(folder)
+    names = _find_images(folder, EXTENSIONS) or _find_images(folder, ONE_ARRAY)
     if not names:
-        raise NoImages(
-            f"folder {folder} holds no image (looked in all its subfolders for {' '.join(sorted(EXTENSIONS))})"
-        )
+        looked_for = " ".join(sorted(EXTENSIONS | ONE_ARRAY))
+        raise NoImages(f"folder {folder} holds no image (looked in all its subfolders for {looked_for})")
     return ImageSet(str(folder), Files(folder, names))
 
 
@@ -230,8 +234,8 @@ def from_list(file: Path) -> ImageSet:
     return ImageSet(str(file), Files(file.parent, names))
 
 
-def _find_images(folder: Path) -> tuple[str, ...]:
-    """Return the relative paths of all images, sorted by folder, then by name; each real folder is entered once."""
+def _find_images(folder: Path, extensions: Collection[str]) -> tuple[str, ...]:
+    """Return the relative paths of all such files, sorted by folder, then by name; each real folder is entered once."""
     entered: set[str] = set()
     found: list[tuple[str, str]] = []
     for root, folders, files in os.walk(folder, onerror=_warn, followlinks=True):
@@ -242,7 +246,7 @@ def _find_images(folder: Path) -> tuple[str, ...]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         below = "/".join(Path(root).relative_to(folder).parts)
-        images = (name for name in files if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."))
+        images = (name for name in files if Path(name).suffix.lower() in extensions and not name.startswith("."))
         found += [(below, name) for name in images]
     return tuple(f"{below}/{name}".removeprefix("/") for below, name in sorted(found))
 

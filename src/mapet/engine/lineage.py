@@ -87,7 +87,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         logger.warning("%s is damaged (%s), so it is left out", file, error)
         return {}
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from mapet.data.decode import decode, from_pil, to_channels
-from mapet.data.seeds import Draw
+from mapet.data.decode import decode, from_pil
+from mapet.data.npy import from_array
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.errors import MapetError
 from mapet.inference.models import class_names, open_model
@@ -21,45 +23,53 @@ class ImageTransform:
 
     Args:
         view: makes the input.
-        channels: of the input.
+        reading: what images are read as.
     """
 
     view: PlainView
-    channels: int
+    reading: Reading
 
-    def __call__(self, image: str | Path | Image.Image | np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-        """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, 3)`` uint8 array.
+    def __call__(self, image: str | Path | Image.Image | NDArray[Any]) -> Tensor:
+        """Transform a file, a Pillow image, or an ``(H, W)`` or ``(H, W, C)`` uint8 array.
+
+        Where the model has a value range, arrays may hold other numbers too.
 
         Raises:
             MapetError: for a file that cannot be read, or another kind of object.
         """
-        if isinstance(image, str | Path):
-            pixels = self._read(Path(image))
-        elif isinstance(image, Image.Image):
-            pixels = from_pil(image, self.channels)
-        else:
-            _check_array(image)
-            pixels = to_channels(image, self.channels)
-        return self.view(pixels, Draw(0, 0))[1]
+        return self.view(self._read(Path(image)) if isinstance(image, str | Path) else self._convert(image))[1]
+
+    def _convert(self, image: Image.Image | NDArray[Any]) -> Tensor:
+        try:
+            if isinstance(image, Image.Image):
+                return from_pil(image, self.reading)
+            _check_array(image, self.reading)
+            return from_array(image, self.reading)
+        except ValueError as error:
+            raise MapetError(
+                f"the image cannot be transformed: {error}; pass one as the model was trained on"
+            ) from error
 
     def _read(self, file: Path) -> Tensor:
         try:
-            return decode(file, self.channels)
+            return decode(file, self.reading)
         except Exception as error:  # Pillow's plug-ins raise errors of many types on damaged files
             reason = "it is a folder" if file.is_dir() else error
             raise MapetError(f"image {str(file)!r} cannot be read ({reason}); name one undamaged image file") from error
 
 
-def _check_array(image: object) -> None:
+def _check_array(image: object, reading: Reading) -> None:
     if not isinstance(image, np.ndarray):
         what = f"type {type(image).__name__}"
-    elif image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+    elif (image.dtype != np.uint8 and reading.value_range is None) or not (
+        image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, reading.channels))
+    ):
         what = f"type {image.dtype} and shape {image.shape}"
     else:
         return
     raise MapetError(
         f"an image of {what} cannot be transformed; pass a path, a Pillow image, or an array of uint8 values from 0 to "
-        "255 of shape (H, W) or (H, W, 3)"
+        f"255 of shape (H, W) or (H, W, {max(3, reading.channels)})"
     )
 
 
@@ -70,9 +80,9 @@ class Loaded(NamedTuple):
     transform: ImageTransform
 
     def __repr__(self) -> str:
-        rows, columns = self.transform.view.size
+        (rows, columns), channels = self.transform.view.size, self.transform.reading.channels
         output = f"{len(self.classes)} classes" if self.classes else "features"
-        return f"Loaded({type(self.model).__name__}, input {self.transform.channels} x {rows} x {columns}, {output})"
+        return f"Loaded({type(self.model).__name__}, input {channels} x {rows} x {columns}, {output})"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -96,4 +106,4 @@ def load(source: str | Path, *, image_size: int | tuple[int, int] | None = None)
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     opened = open_model(source, classifier=True, image_size=size)
-    return Loaded(opened.network, ImageTransform(opened.view, opened.channels))
+    return Loaded(opened.network, ImageTransform(opened.view, opened.reading))

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 
 from mapet.config.keys import InferenceKeys
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.engine.checkpoint import read_state
 from mapet.engine.parallel import check_precision, one_device
 from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError, nearest, reason_of
+from mapet.models.export import read_range
 from mapet.models.networks import RELEASED, create_network, find_network
 from mapet.tokenizers.base import hash_content
 
@@ -34,14 +36,14 @@ class OpenModel:
         name: as the user wrote it.
         network: timm's; ``forward`` returns logits, or the pooled feature of a network without a classifier.
         view: makes its input from a decoded image.
-        channels: of its input.
+        reading: what images are read as.
         classes: names of the classifier's outputs, or their numbers if no names are known; () without a classifier.
     """
 
     name: str
     network: nn.Module
     view: PlainView
-    channels: int
+    reading: Reading
     classes: tuple[str, ...]
 
     @property
@@ -72,7 +74,7 @@ def open_on_device(config: InferenceKeys, *, classifier: bool) -> OpenModel:
     options = {key: getattr(config, key) for key in ("image_size", "crop_pct", "reinit", "seed")}
     opened = open_model(config.model, classifier=classifier, **options)
     opened.network.to(device)
-    return opened
+    return replace(opened, reading=opened.reading.within(config))
 
 
 def open_model(
@@ -112,13 +114,13 @@ def open_model(
         network.reset_classifier(0)
     network.eval()
     try:
-        view, channels = _read_input(network, image_size, crop_pct)
+        view, reading = _read_input(network, image_size, crop_pct)
     except (TypeError, ValueError, LookupError) as error:
         raise MapetError(
             f"config.json of model {source!r} is damaged ({error}); restore it or export the model again"
         ) from error
     if image_size is not None or not hasattr(network, "set_input_size"):
-        _fit_size(network, channels, view.size, source)
+        _fit_size(network, reading.channels, view.size, source)
     broken = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise MapetError(
@@ -127,7 +129,7 @@ def open_model(
         )
     if not reinit:
         _warn_if_unfinished(RunFolder(source.removeprefix("local-dir:")))
-    return OpenModel(source, network, view, channels, class_names(network))
+    return OpenModel(source, network, view, reading, class_names(network))
 
 
 def _not_found(source: str) -> MapetError:
@@ -152,24 +154,23 @@ def _not_found(source: str) -> MapetError:
     )
 
 
-def _read_input(network: Any, image_size: tuple[int, int] | None, crop_pct: float | None) -> tuple[PlainView, int]:
-    """Return the view that makes a network's input, and the number of channels.
+def _read_input(network: Any, image_size: tuple[int, int] | None, crop_pct: float | None) -> tuple[PlainView, Reading]:
+    """Return the view that makes a network's input, and what images are read as.
 
     Raises:
         ValueError: or TypeError or LookupError, if the network's configuration is damaged.
     """
     config = resolve_data_config(model=network)
     channels, rows, columns = config["input_size"]
-    if channels not in (1, 3):
-        raise MapetError(f"channels is {channels}; image files are read as 1 (grey) or 3 (RGB) channels")
-    mean, std = tuple(config["mean"]), tuple(config["std"])
+    mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
     crop_pct = config["crop_pct"] if crop_pct is None else crop_pct
     if not (len(mean) == len(std) == channels and min(std) > 0 and 0 < crop_pct <= 1):
         raise ValueError(f"mean {mean}, std {std} and crop_pct {crop_pct} do not fit {channels} channel(s)")
     trained_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     rows, columns = image_size or trained_size or (rows, columns)
     interpolation = config["interpolation"] if config["interpolation"] in INTERPOLATIONS else "bicubic"
-    return PlainView((rows, columns), mean, std, crop_pct, interpolation, config.get("crop_mode") == "squash"), channels
+    view = PlainView((rows, columns), mean, std, crop_pct, interpolation, config.get("crop_mode") == "squash")
+    return view, Reading(channels, read_range(network))
 
 
 @torch.no_grad()

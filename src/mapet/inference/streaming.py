@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mapet.config.keys import InferenceKeys
 from mapet.data.batches import DamageTally, ViewDataset, in_order, load_batches
+from mapet.data.reading import Reading
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
 from mapet.engine.parallel import count_workers
@@ -27,7 +28,7 @@ def stream(
     network: Callable[[Tensor], Output],
     images: ImageSet,
     view: View,
-    channels: int,
+    reading: Reading,
     *,
     device: torch.device,
     batch_size: int = 256,
@@ -41,7 +42,7 @@ def stream(
         network: takes normalised ``(B, C, H, W)`` images on ``device``.
         images: labels are not used.
         view: makes the input, which is its second output.
-        channels: of the input.
+        reading: what images are read as.
         device: where the network is.
         batch_size: images at a time.
         workers: processes that load images.
@@ -52,7 +53,7 @@ def stream(
         MapetError: if more images are damaged than ``tally`` allows, or none can be read.
     """
     tally = tally or DamageTally(images, most_share=1.0)
-    for batch in load_batches(ViewDataset(images, view, channels), in_order(len(images), batch_size), workers, device):
+    for batch in load_batches(ViewDataset(images, view, reading), in_order(len(images), batch_size), workers, device):
         tally.add(batch["damaged"])
         # Another image stands in for a damaged one; only undamaged images are kept.
         whole = torch.tensor([not met for met in batch["damaged"]])

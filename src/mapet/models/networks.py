@@ -38,7 +38,7 @@ def build_vit(
         name: a timm model name, for instance ``vit_small_patch16_224``.
         image_size: side of the square input in pixels.
         patch_size: side of a patch in pixels; None keeps the named model's.
-        channels: 1 or 3 input channels.
+        channels: input channels.
         drop_path: stochastic depth rate of the last block.
         layer_scale: initial LayerScale; None keeps the named model's, which in most models is none.
         model_args: further arguments of timm's ``VisionTransformer``, e.g. ``depth=4``.

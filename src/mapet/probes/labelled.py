@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mapet.data.reading import Reading
 from mapet.data.sources import ImageSet
 from mapet.data.views import View
 from mapet.errors import MapetError
@@ -61,14 +62,14 @@ class Features:
 
 
 def stream_labelled(
-    network: Network, images: ImageSet, view: View, channels: int, *, show: Show = lambda done: None, **options: Any
+    network: Network, images: ImageSet, view: View, reading: Reading, *, show: Show = lambda done: None, **options: Any
 ) -> Iterator[tuple[IntArray, Tensor]]:
     """Yield ``(labels, output in float32)`` of each batch, in the order of the images; damaged images are left out.
 
     Args:
         network: maps normalised ``(B, C, H, W)`` images to ``(B, ...)``.
         images: labelled images.
-        view, channels: see ``inference.streaming.stream``.
+        view, reading: see ``inference.streaming.stream``.
         show: called with the number of images that are done.
         options: ``device``, ``batch_size``, ``workers``, ``precision`` and ``tally`` of ``inference.streaming.stream``.
 
@@ -77,7 +78,7 @@ def stream_labelled(
     """
     assert images.labels is not None
     labels, done = np.asarray(images.labels, dtype=np.int64), 0
-    for indices, output in stream(network, images, view, channels, **options):
+    for indices, output in stream(network, images, view, reading, **options):
         check_finite(output, [images.keys[i] for i in indices.tolist()], "the network's output")
         yield labels[indices.numpy()], output.float()
         done += len(indices)
@@ -85,14 +86,14 @@ def stream_labelled(
 
 
 def extract_features(
-    network: Network, images: ImageSet, view: View, channels: int, *, file: Path | None = None, **options: Any
+    network: Network, images: ImageSet, view: View, reading: Reading, *, file: Path | None = None, **options: Any
 ) -> Features:
     """Compute the features of labelled images; damaged images are left out.
 
     Args:
         network: maps normalised ``(B, C, H, W)`` images to features ``(B, ...)``.
         images: labelled images.
-        view, channels: see ``inference.streaming.stream``.
+        view, reading: see ``inference.streaming.stream``.
         file: stores the features on disk in float16; None: they are kept in memory in float32.
         options: ``show`` and the options of ``stream_labelled``.
 
@@ -104,7 +105,7 @@ def extract_features(
         return network(inputs).to(torch.float32 if file is None else torch.float16)
 
     store, y, done = np.empty(0), np.empty(len(images), dtype=np.int64), 0
-    for labels, output in stream_labelled(stored, images, view, channels, **options):
+    for labels, output in stream_labelled(stored, images, view, reading, **options):
         if not done:
             shape = (len(images), *output.shape[1:])
             store = np.empty(shape, np.float32) if file is None else allocate_on_disk(file, shape)
@@ -196,20 +197,20 @@ def score(truth: IntArray, guesses: IntArray, classes: Sequence[str]) -> Scores:
     )
 
 
-def score_classifier(network: nn.Module, images: ImageSet, view: View, channels: int, **options: Any) -> Scores:
+def score_classifier(network: nn.Module, images: ImageSet, view: View, reading: Reading, **options: Any) -> Scores:
     """Score a classifier on labelled images; damaged images are left out.
 
     Args:
         network: gives ``(B, C)`` logits; it is put into evaluation mode.
         images: labelled with the classes of the network, in its order.
-        view, channels: see ``inference.streaming.stream``.
+        view, reading: see ``inference.streaming.stream``.
         options: ``show`` and the options of ``stream_labelled``.
 
     Raises:
         MapetError: if the logits contain NaN or infinity, or too many images are damaged.
     """
     truth, guesses = [], []
-    for labels, logits in stream_labelled(network.eval(), images, view, channels, **options):
+    for labels, logits in stream_labelled(network.eval(), images, view, reading, **options):
         truth.append(labels)
         guesses.append(logits.topk(min(MOST_GUESSES, logits.shape[1])).indices.cpu().numpy())
     return score(np.concatenate(truth), np.concatenate(guesses), images.classes)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mapet.config.keys import KNN_TEMPERATURE
+from mapet.data.reading import Reading
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView
 from mapet.probes.fits import fit_linear
@@ -21,7 +22,7 @@ SETTING, STEPS = Setting(lr=0.3, weight_decay=1e-3), 500
 
 
 def probe_row(
-    network: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
+    network: nn.Module, train: ImageSet, test: ImageSet, view: PlainView, *, reading: Reading, workers: int = 0
 ) -> Row:
     """Return the k-NN and the linear-probe accuracy in 0..1, as ``knn`` and ``linear``.
 
@@ -30,14 +31,14 @@ def probe_row(
             It is in evaluation mode meanwhile.
         train, test: labelled images.
         view: makes the input of the network.
-        channels: of the input.
+        reading: what images are read as.
         workers: processes that load images.
     """
     device = next(iter(network.parameters()), torch.empty(0)).device
     was_training = network.training
     network.eval()
     seen, unseen = (
-        extract_features(network, part, view, channels, device=device, workers=workers) for part in (train, test)
+        extract_features(network, part, view, reading, device=device, workers=workers) for part in (train, test)
     )
     network.train(was_training)
     k = min(NEIGHBOURS, len(seen))
@@ -49,12 +50,12 @@ def probe_row(
 
 
 def probe_evaluator(
-    train: ImageSet, test: ImageSet, view: PlainView, *, channels: int, workers: int = 0
+    train: ImageSet, test: ImageSet, view: PlainView, *, reading: Reading, workers: int = 0
 ) -> Callable[[nn.Module], Iterable[tuple[str, float]]]:
     """Return a function that measures a network; it gives ``eval_knn`` and ``eval_linear``, see ``probe_row``."""
 
     def evaluate(network: nn.Module) -> list[tuple[str, float]]:
-        row = probe_row(network, train, test, view, channels=channels, workers=workers)
+        row = probe_row(network, train, test, view, reading=reading, workers=workers)
         return [(f"eval_{name}", accuracy) for name, accuracy in row.items()]
 
     return evaluate

@@ -72,13 +72,18 @@ def plot_tokens(views: Tensor, ids: Tensor, grid: tuple[int, int], vocab_size: i
     panels = figure.subplots(2, len(views), squeeze=False, subplot_kw=NO_TICKS)
     colours = class_colours(vocab_size)
     for above, below, view, row in zip(*panels, views, ids, strict=True):
-        above.imshow(view.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        above.imshow(as_picture(view).numpy(), cmap="gray", vmin=0, vmax=1)
         token_map = row.reshape(grid).numpy()
         below.imshow(token_map, cmap=colours, vmin=0, vmax=vocab_size - 1, interpolation="nearest")
         _write_numbers(below, token_map, 8)
     panels[0][0].set_ylabel("images")
     panels[1][0].set_ylabel("token ids")
     save_figure(figure, path)
+
+
+def as_picture(image: Tensor) -> Tensor:
+    """Return a ``(C, H, W)`` image as matplotlib shows it: RGB, or grey, which is the mean of other channels."""
+    return image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
 
 
 def plot_layout(objective: Objective, path: Path) -> None:

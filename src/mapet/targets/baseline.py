@@ -31,7 +31,7 @@ def measure_baseline(values: Iterable[Tensor], vocab_size: int | None, loss_key:
         return Baseline(**json.loads(file.read_text()))
     except FileNotFoundError:
         pass
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         logger.warning("%s is damaged, so the baseline is measured again", file)
     baseline = _of_features(values) if vocab_size is None else _of_ids(values, vocab_size, loss_key)
     replace_file(file, json.dumps(asdict(baseline), indent=1) + "\n")

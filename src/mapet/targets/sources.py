@@ -101,13 +101,14 @@ def settle_view(store: TokenStore, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MapetError: if the user asks for other views, another vocabulary or another tokenizer.
     """
-    header = store.header
-    for name, stored in {"vocab_size": header.vocab_size, **header.view}.items():
+    header, settings = store.header, store.view_settings.model_dump()
+    for name, stored in {"vocab_size": header.vocab_size, **settings}.items():
         asked = given.get(name)
         if asked not in (None, stored):
+            values = stored if isinstance(stored, tuple) else (stored,)
             raise MapetError(
                 f"token store {str(store.folder)!r} was made with {name} {stored!r}, but the run asks for {asked!r}; "
-                f"pass --{name.replace('_', '-')} {str(stored).lower()} or encode again"
+                f"pass --{name.replace('_', '-')} {' '.join(map(str, values)).lower()} or encode again"
             )
     tokenizer = given.get("tokenizer")
     if tokenizer is not None:
@@ -117,7 +118,7 @@ def settle_view(store: TokenStore, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"token store {str(store.folder)!r} was made with another tokenizer than {tokenizer!r} (it was "
                 f"{header.tokenizer!r}); leave --tokenizer out, or encode again"
             )
-    return dict(header.view)
+    return settings
 
 
 class TeacherFeatures:

@@ -77,6 +77,7 @@ def unfitted_tokenizer(name: str, config: KMeansKeys, grid: Grid, image_size: in
     if name in WITHOUT_TEACHER:
         return WITHOUT_TEACHER[name](config, config.vocab_size, grid, image_size, channels)
     teacher = build_teacher(name, config.teacher_stage, config.teacher_weights)
+    teacher.check_channels(channels)
     return KFeatures(teacher, grid, config.vocab_size, config.teacher_size or image_size, config.spherical)
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+from mapet.errors import MapetError
+
 Grid = tuple[int, int]
 
 
@@ -24,7 +26,7 @@ class Tokenizer(nn.Module):
         grid: rows and columns of patches; ``P`` is their product.
         vocab_size: ``V``, the number of ids.
         input_size: side in pixels of the square images that the tokenizer reads; images of other sizes are resized.
-        channels: channels of the images, 1 or 3.
+        channels: channels of the images.
 
     Attributes:
         config: arguments of ``from_config``; can be written as JSON.
@@ -113,10 +115,25 @@ def full_precision(device: torch.device, *, tf32: bool = False) -> Iterator[None
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Convert ``(B, 1, H, W)`` or ``(B, 3, H, W)`` images to 1 or 3 channels."""
+    """Convert ``(B, 1, H, W)`` images to 3 channels, or ``(B, 3, H, W)`` images to 1.
+
+    Raises:
+        MapetError: for other numbers of channels.
+    """
+    check_convertible(images.shape[1], channels)
     if images.shape[1] == channels:
         return images
     return rgb_to_grayscale(images, num_output_channels=channels)  # type: ignore[no-any-return]
+
+
+def check_convertible(found: int, wanted: int) -> None:
+    """Refuse numbers of channels other than grey and RGB, between which there is no conversion.
+
+    Raises:
+        MapetError: if the numbers differ and one of them is neither 1 nor 3.
+    """
+    if found != wanted and not {found, wanted} <= {1, 3}:
+        raise MapetError(f"images of {found} channel(s) cannot be converted to the {wanted} that are read")
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mapet.errors import MapetError, reason_of
@@ -63,10 +62,10 @@ def load_tokenizer(name: str | Path, weights: str | None = None) -> Tokenizer:
         content = json.loads((folder / CONFIG_FILE).read_text())
         tokenizer = TOKENIZERS[content["kind"]].from_config(content["config"])
         tokenizer.load_state_dict(load_file(folder / TENSOR_FILE))
-        tokenizer.origin = content["origin"]
+        tokenizer.origin = dict(content["origin"])
         if tokenizer.content_hash != content["hash"]:
             raise ValueError("its tensors do not match its hash")
-    except (OSError, ArithmeticError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged configuration makes networks fail in many ways
         what = reason_of(error, most=200)
         raise MapetError(f"tokenizer {folder} is damaged ({what}); restore it or fit it again") from error
     return tokenizer.eval()

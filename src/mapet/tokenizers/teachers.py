@@ -19,7 +19,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from mapet.errors import MapetError, nearest
 from mapet.models.networks import RELEASED, create_network, find_network, unfetched
 from mapet.models.tensors import check_fit, fetch_tensors
-from mapet.tokenizers.base import Grid, full_precision, resized, with_channels
+from mapet.tokenizers.base import Grid, check_convertible, full_precision, resized, with_channels
 
 IMAGENET_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -27,7 +27,7 @@ IMAGENET_NORMALISATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0
 class Teacher(nn.Module):
     """A frozen network, cut off after one stage, with its own input normalisation.
 
-    Maps ``(B, 3, H, W)`` or ``(B, 1, H, W)`` images in [0, 1] to a feature map ``(B, d, h, w)``.
+    Maps ``(B, C, H, W)`` images in [0, 1] to a feature map ``(B, d, h, w)``; grey and RGB are converted.
 
     Args:
         config: library, name and stage, input normalisation and architecture; can be written as JSON.
@@ -86,6 +86,17 @@ class Teacher(nn.Module):
         if feature_map.shape[-2:] != grid:
             feature_map = F.interpolate(feature_map, grid, mode="bilinear", antialias=True)
         return feature_map.flatten(2).transpose(1, 2).contiguous()
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse images of channels that cannot be converted to the teacher's.
+
+        Raises:
+            MapetError: naming the teacher.
+        """
+        try:
+            check_convertible(channels, self.channels)
+        except MapetError as error:
+            raise MapetError(f"teacher {self.name!r} does not fit: {error}; choose another teacher") from error
 
     @torch.no_grad()
     def width(self, size: int) -> int:
@@ -210,7 +221,14 @@ def _open_timm(name: str, stage: str | int | None, pretrained: bool) -> tuple[di
     arguments = {k: v for k, v in get_model_args(network).items() if k not in ("num_classes", "dynamic_img_size")}
     published = network.pretrained_cfg
     is_released = found == f"local-dir:{RELEASED.get(name)}"  # its name is valid on all machines
-    config: dict[str, Any] = {key: list(published[key]) for key in ("mean", "std")}
+    config: dict[str, Any] = {key: list(published.get(key) or ()) for key in ("mean", "std")}
+    if not all(isinstance(value, int | float) for values in config.values() for value in values) or not (
+        len(config["mean"]) == len(config["std"]) > 0
+    ):
+        raise MapetError(
+            f"config.json of teacher {name!r} is damaged (mean {config['mean']}, std {config['std']}); restore it or "
+            "export the model again"
+        )
     config |= {"architecture": published["architecture"], "model_args": arguments}
     config |= {"library": "timm", "name": name if is_released else found, "stage": index}
     return config, network

@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor, from_numpy
 
+from mapet.config.keys import ordered_range
 from mapet.data.seeds import name_number
 from mapet.errors import MapetError
 from mapet.tokenstore.arrays import GrowingArray
@@ -29,6 +30,19 @@ HEADER_FILE, IDS_FILE, IMAGES_FILE = "header.json", "ids.npy", "images.npy"
 IMAGE = np.dtype([("key", "<u8"), ("content", "u1", 32), ("state", "u1"), ("checksum", "<u4")])
 
 Rows = NDArray[np.int64]
+
+
+class ViewSettings(BaseModel):
+    """The views that a store holds the ids of, as ``mapet tokenizer encode`` writes them into ``Header.view``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    crop_min: float = Field(gt=0, le=1)
+    flip: float = Field(ge=0, le=1)
+    mirror: bool
+    views: int = Field(ge=1, le=10_000)
+    channels: int = Field(ge=1, le=1024)
+    value_range: Annotated[tuple[float, float], AfterValidator(ordered_range)] | None = None
 
 
 class Header(BaseModel):
@@ -49,10 +63,10 @@ class Header(BaseModel):
 
     tokenizer: str
     tokenizer_hash: str
-    grid: tuple[int, int]
-    vocab_size: int
+    grid: tuple[PositiveInt, PositiveInt]
+    vocab_size: int = Field(ge=1, le=2**32)
     view: dict[str, Any]
-    views: int
+    views: PositiveInt
     seed: int
     format: int = FORMAT
 
@@ -97,7 +111,7 @@ class Header(BaseModel):
 
 
 class State(IntEnum):
-    """State of a row. ``CORRUPT`` is never stored: it is found by the checksum."""
+    """State of a row. ``CORRUPT`` is never stored: it is found by checksum and vocabulary."""
 
     EMPTY = 0
     WRITTEN = 1
@@ -154,6 +168,24 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self._images.rows)
 
+    @property
+    def view_settings(self) -> ViewSettings:
+        """The settings of the views.
+
+        Raises:
+            MapetError: if the header has other settings than ``mapet tokenizer encode`` writes.
+        """
+        try:
+            settings = ViewSettings.model_validate(self.header.view)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"view {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        else:
+            if settings.views * (2 if settings.mirror else 1) == self.header.views:
+                return settings
+            what = f"{self.header.views} views do not follow from its settings of views and mirror"
+        raise MapetError(f"{self.folder / HEADER_FILE} is damaged ({what}); restore it or encode into another folder")
+
     def check_header(self, wanted: Header) -> None:
         """Refuse a store whose ids are not those that ``wanted`` describes.
 
@@ -203,10 +235,10 @@ class TokenStore:
         return rows
 
     def states(self, rows: Rows) -> NDArray[np.uint8]:
-        """Return the ``State`` of each row, ``(b,)``, after verifying its checksum."""
-        images = self._images.rows[rows]
-        sums = self._checksums(images, (self.ids.rows[row] for row in rows.tolist()))
-        corrupt = (images["state"] != State.EMPTY) & (images["checksum"] != sums)
+        """Return the ``State`` of each row, ``(b,)``, after verifying its checksum and that its ids are in [0, V)."""
+        images, ids = self._images.rows[rows], [self.ids.rows[row] for row in rows.tolist()]
+        beyond = np.array([row.max() >= self.header.vocab_size for row in ids], bool)
+        corrupt = (images["state"] != State.EMPTY) & ((images["checksum"] != self._checksums(images, ids)) | beyond)
         return np.where(corrupt, np.uint8(State.CORRUPT), images["state"])
 
     def unchanged(self, rows: Rows, digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -255,7 +287,7 @@ class TokenStore:
                 State.EMPTY: "has no tokens yet",
                 State.WRITTEN: "changed since its tokens were made",
                 State.DAMAGED: "could not be decoded when its tokens were to be made",
-                State.CORRUPT: "has tokens that fail their checksum",
+                State.CORRUPT: "has tokens that fail their checksum or exceed the vocabulary",
             }[State(states[bad])]
             raise MapetError(f"image {keys[bad]!r} {reason} (token store {self.folder}); run: mapet tokenizer encode")
         return from_numpy(self.ids.rows[rows, views].astype(np.int64))

@@ -20,13 +20,15 @@ from typing import Any
 import yaml
 
 from mapet.config.base import Config, marked
+from mapet.data.open import open_images
 from mapet.engine.files import held_folder, replace_file, replace_folder
+from mapet.engine.measuring import with_measured
 from mapet.engine.runfolder import RunFolder
 from mapet.errors import MapetError
 from mapet.jobs.compare.arms import UNTRAINED, Arm
 from mapet.jobs.compare.table import read_results
 from mapet.jobs.finetune.config import FinetuneConfig
-from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.jobs.pretrain.config import PretrainConfig, input_of
 from mapet.jobs.pretrain.settle import initial_backbone
 from mapet.models.export import export_network
 
@@ -118,8 +120,9 @@ class Cell:
                 _make(("tokenizer", "fit"), self.fit, tokenizer)
         if not self.arm.is_trained:
             config = self.arm.config.but(seed=self.seed)
-            network = initial_backbone(config)
-            replace_folder(self.run.exported, lambda folder: export_network(network, folder, config.mean, config.std))
+            config = with_measured(config, open_images(config.data))
+            network, about = initial_backbone(config), input_of(config)
+            replace_folder(self.run.exported, lambda folder: export_network(network, folder, **about))
             self.run.write_config(config.but(objective=UNTRAINED))
         # A finished run may have lost its checkpoint since; its measures show that it is finished.
         elif not any(self.run.root.glob("*/results.json")):

@@ -46,7 +46,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise MapetError(f"{file} is damaged ({error}); remove its folder or restore it") from None
 
 

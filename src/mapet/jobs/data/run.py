@@ -112,7 +112,7 @@ def _write_shard(images: ImageSet, first: int, size: int, file: Path, meter: Met
             name = images.key(index)
             try:
                 _add(tar, name, images.content(index))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise MapetError(f"image {name!r} of {images.name} cannot be read ({error}); remove it") from error
             if images.labels is not None:
                 sample, label = sample_of(name), images.classes[images.labels[index]]

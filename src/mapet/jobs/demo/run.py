@@ -12,6 +12,7 @@ from torch import nn
 
 from mapet.config.recipes import load_recipe
 from mapet.data.open import open_labelled
+from mapet.data.reading import Reading
 from mapet.data.views import PlainView
 from mapet.engine.files import replace_file
 from mapet.engine.runfolder import RunFolder
@@ -68,7 +69,7 @@ def run_demo(
     for name, network in (("raw_pixels", nn.Flatten()), ("random_vit", untrained), ("pretrained_vit", pretrained)):
         if result.is_main:
             logger.info("measuring %s: k-NN and linear probe", name)
-            rows[name] = probe_row(network, train, test, view, channels=config.channels)
+            rows[name] = probe_row(network, train, test, view, reading=Reading.of(config))
         for count in labels_per_class if name != "raw_pixels" else ():  # all processes fine-tune together
             labels = count * len(train.classes)
             own = {"model": str(result.exported), "reinit": network is untrained, "labels_per_class": count}

@@ -109,7 +109,7 @@ def _measure_classifier(config: ClassifyConfig, opened: OpenModel, console: Cons
         )
     with Meter(console, "images", len(images)) as meter:
         options = stream_options(config, opened, images)
-        scores = score_classifier(opened.network, images, view, opened.channels, show=meter.show, **options)
+        scores = score_classifier(opened.network, images, view, opened.reading, show=meter.show, **options)
     found = {**summarise([scores]), "test_images": int(scores.confusion.sum()), "crop_pct": view.crop_pct}
     return found if seen is None else {**found, "images_trained_on": seen}
 
@@ -134,7 +134,7 @@ def _extract(
     for part, images in zip(("training", "test"), open_labelled(config.data, config.seed), strict=True):
         options = {**stream_options(config, opened, images), "file": folder / part if folder else None}
         with Meter(console, f"features of {part} images", len(images)) as meter:
-            found.append(extract_features(network, images, opened.view, opened.channels, show=meter.show, **options))
+            found.append(extract_features(network, images, opened.view, opened.reading, show=meter.show, **options))
     return found[0], found[1]
 
 

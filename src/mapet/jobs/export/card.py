@@ -51,9 +51,13 @@ def _model_facts(opened: OpenModel, parameters: str) -> Iterator[tuple[str, str]
     network: Any = opened.network
     count = sum(parameter.numel() for parameter in network.parameters())
     yield "network", f"{network.pretrained_cfg['architecture']} with {count:,} {parameters}"
-    (rows, columns), colour = opened.view.size, "grey" if opened.channels == 1 else "RGB"
+    (rows, columns), channels = opened.view.size, opened.reading.channels
+    colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (opened.view.mean, opened.view.std))
     yield "input", f"{rows} x {columns} pixels, {colour}; mean {mean}, std {std}"
+    if opened.reading.value_range is not None:
+        low, high = opened.reading.value_range
+        yield "images with more than 8 bits", f"values from {low:g} to {high:g} become 0 to 1"
     if opened.classes:
         more = ", ..." if len(opened.classes) > 20 else ""
         yield "output", f"logits of {len(opened.classes)} classes: {', '.join(opened.classes[:20])}{more}"

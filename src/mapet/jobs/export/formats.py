@@ -36,6 +36,7 @@ def write_timm(opened: OpenModel, folder: Path, config: TimmExportConfig) -> Exp
         interpolation=view.interpolation,
         classes=opened.classes,
         license=config.license,
+        value_range=opened.reading.value_range,
         tag="untrained" if config.reinit else None,
         dtype=getattr(torch, config.dtype),
     )
@@ -102,17 +103,18 @@ def describe_inputs(opened: OpenModel) -> dict[str, Any]:
 
     Returns:
         JSON-able: ``input_size`` (channels, rows, columns), ``mean`` and ``std`` of pixels in [0, 1], ``crop_pct``,
-        ``crop_mode`` (timm's: "center", or "squash", which resizes both sides), ``interpolation``, and ``classes``,
-        which is empty for a model that returns features.
+        ``crop_mode`` (timm's: "center", or "squash", which resizes both sides), ``interpolation``, ``value_range``
+        (see ``Reading``), and ``classes``, which is empty for a model that returns features.
     """
     view = opened.view
     return {
-        "input_size": [opened.channels, *view.size],
+        "input_size": [opened.reading.channels, *view.size],
         "mean": list(view.mean),
         "std": list(view.std),
         "crop_pct": view.crop_pct,
         "crop_mode": "squash" if view.squash else "center",
         "interpolation": view.interpolation,
+        "value_range": opened.reading.value_range,
         "classes": list(opened.classes),
     }
 
@@ -124,7 +126,7 @@ def _trace(opened: OpenModel) -> ExportedProgram:
         MapetError: if the network does something that cannot be traced.
     """
     # Two images: torch.export would take a batch of one for a constant.
-    images = torch.zeros(2, opened.channels, *opened.view.size)
+    images = torch.zeros(2, opened.reading.channels, *opened.view.size)
     try:
         program = torch.export.export(opened.network, (images,), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:  # of torch._dynamo, torch.fx or the network

@@ -74,7 +74,7 @@ def export_model(form: str, values: Mapping[str, Any], out: str | Path) -> dict[
                 "raise --tolerance"
             )
         found.update(
-            input_size=[opened.channels, *opened.view.size],
+            input_size=[opened.reading.channels, *opened.view.size],
             classes=len(opened.classes),
             images=compared,
             checked_on=images.name,
@@ -112,7 +112,7 @@ def compare(opened: OpenModel, exported: Exported, images: ImageSet) -> tuple[in
 
     count, largest = 0, torch.tensor(0.0)
     for indices, found in stream(
-        difference, images, opened.view, opened.channels, device=opened.device, batch_size=BATCH_SIZE
+        difference, images, opened.view, opened.reading, device=opened.device, batch_size=BATCH_SIZE
     ):
         count, largest = count + len(indices), torch.maximum(largest, found)
     return count, largest.item()

@@ -52,9 +52,12 @@ class FinetuneConfig(TrainKeys, ModelKeys):
     crop_min: float = key(0.08, "least share of the image that a random crop covers", gt=0, le=1)
     flip: Share = key(0.5, "probability of a horizontal flip")
     augment: str | None = key(
-        "rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy; null (flag: none): colour jitter only"
+        "rand-m9-mstd0.5-inc1",
+        "timm's name of an augmentation policy, for 1 and 3 channels; null (flag: none): colour jitter only",
     )
-    color_jitter: Share = key(0.4, "colour jitter, where there is no --augment")
+    color_jitter: Share = key(
+        0.4, "jitter of brightness, contrast and (3 channels only) saturation, where there is no --augment"
+    )
     erasing: Share = key(0.25, "probability of erasing a rectangle")
     mixup: float = key(0.8, "alpha of mixup; 0: none", ge=0, le=1e3)
     cutmix: float = key(1.0, "alpha of cutmix, which alternates with mixup; 0: none", ge=0, le=1e3)

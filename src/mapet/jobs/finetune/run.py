@@ -81,6 +81,11 @@ def _train(
     begun = agree(folder.holds_checkpoint() and exported is not None)
     opened = main_first(lambda: _open(config, str(exported) if begun else config.model, train))
     _check_batch_norm(config, opened.network)
+    if config.augment is not None and opened.reading.channels not in (1, 3):
+        raise MapetError(
+            f"model {config.model!r} takes {opened.reading.channels} channels, and timm's policies change "
+            "colours of grey and RGB images only; pass --augment none, for brightness and contrast by --color-jitter"
+        )
     view = replace(opened.view, interpolation="bicubic")  # as the augmentation resizes, and as the export says
     config = config.but(image_size=view.size, crop_pct=view.crop_pct)
     augment = AugmentedView(
@@ -117,7 +122,7 @@ def _train(
             network,
             test,
             view,
-            opened.channels,
+            opened.reading,
             device=device,
             batch_size=config.batch_size,
             workers=count_workers(config.workers, train, device),
@@ -132,7 +137,7 @@ def _train(
         config=config,
         task=task,
         optimizer=build_optimizer(opened.network, config, config.layer_decay),
-        dataset=ViewDataset(train, augment, opened.channels, Draws(config.seed, config.seed)),
+        dataset=ViewDataset(train, augment, opened.reading, Draws(config.seed, config.seed)),
         inputs=lambda batch, part: (batch["images"], labels[batch["index"]].to(device)),
         folder=folder,
         exported=folder.exported,
@@ -140,6 +145,7 @@ def _train(
             export_network,
             mean=view.mean,
             std=view.std,
+            value_range=opened.reading.value_range,
             crop_pct=view.crop_pct,
             interpolation=view.interpolation,
             classes=train.classes,
@@ -189,7 +195,7 @@ def _open(config: FinetuneConfig, source: str, train: ImageSet) -> OpenModel:
     if pool is not None and not hasattr(network, "num_prefix_tokens"):
         raise MapetError(f"--pool is for Vision Transformers, which model {config.model!r} is not; leave it out")
     network.reset_classifier(len(train.classes), pool)
-    return opened
+    return replace(opened, reading=opened.reading.within(config))
 
 
 def _describe(record: Record) -> str:

@@ -58,7 +58,7 @@ def embed_images(values: Mapping[str, Any], out: str | Path, *, console: Console
         opened = open_on_device(config, classifier=False)
         read = partial(read_tokens, opened.network)
         with torch.no_grad():
-            tokens = read(torch.zeros(1, opened.channels, *opened.view.size, device=opened.device))
+            tokens = read(torch.zeros(1, opened.reading.channels, *opened.view.size, device=opened.device))
         for kind in config.features:
             tokens.choose(kind)  # refuses features that the network does not have, before the work
         about = {"features": list(config.features), "grid": list(tokens.grid or ()) or None}
@@ -106,7 +106,7 @@ def predict_images(
             columns: dict[str, Any] = {}
             for rank in range(config.top):
                 suffix = f"_{rank + 1}" if rank else ""
-                columns[f"label{suffix}"] = [classes[label] for label in labels[:, rank].tolist()]
+                columns[f"label{suffix}"] = [encodable(classes[label]) for label in labels[:, rank].tolist()]
                 columns[f"probability{suffix}"] = [round(p, 6) for p in probabilities[:, rank].tolist()]
             return columns
 
@@ -128,7 +128,7 @@ def _write_rows(
 
     def batches() -> Iterator[Columns]:
         nonlocal written
-        for indices, output in stream(network, images, view, opened.channels, **options):
+        for indices, output in stream(network, images, view, opened.reading, **options):
             keys = [encodable(images.key(index)) for index in indices.tolist()]
             yield {"key": keys, **columns(output, keys)}
             written += len(keys)
@@ -139,7 +139,8 @@ def _write_rows(
         "model": config.model,
         "weights_sha256": opened.weights_hash,
         "image_size": list(view.size),
-        "channels": opened.channels,
+        "channels": opened.reading.channels,
+        "value_range": opened.reading.value_range,
         **{key: getattr(view, key) for key in ("mean", "std", "crop_pct", "interpolation", "squash")},
         "precision": config.precision,
         **(about or {}),
@@ -150,5 +151,5 @@ def _write_rows(
 
 
 def encodable(text: str) -> str:
-    r"""Escape bytes of file names that are not valid Unicode (``\udcff``), and carriage returns, which end CSV rows."""
+    r"""Escape bytes of names that are not valid Unicode (``\udcff``), and carriage returns, which end CSV rows."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\r", r"\r")

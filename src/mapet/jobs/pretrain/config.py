@@ -5,8 +5,20 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from mapet.config.base import CHOSEN, Scalar, default_of, key
-from mapet.config.keys import Count, InputKeys, KMeansKeys, Pixels, Share, TeacherKeys, Text, TrainKeys, ViewKeys
+from mapet.config.base import CHOSEN, Measured, Scalar, default_of, key
+from mapet.config.keys import (
+    Count,
+    InputKeys,
+    KMeansKeys,
+    Pixels,
+    Share,
+    TeacherKeys,
+    Text,
+    TrainKeys,
+    ViewKeys,
+    numbers,
+    word_or_numbers,
+)
 from mapet.errors import MapetError
 
 MOST_MODEL_ARGUMENT = 2**14  # a depth or a width
@@ -73,9 +85,15 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     views: int | None = key(
         None, "distinct crops of each image; default: a new one each epoch, or those of --tokens", ge=1, le=10_000
     )
-    color_jitter: Share = key(0.4, "colour jitter of the student's view")
-    mean: tuple[float, ...] = key(CHOSEN, "input mean per channel; default: ImageNet's")
-    std: tuple[float, ...] = key(CHOSEN, "input deviation per channel; default: ImageNet's")
+    color_jitter: Share = key(
+        0.4, "jitter of the student's view: brightness, contrast and, of 3 channels only, saturation"
+    )
+    mean: tuple[float, ...] | Measured = key(
+        CHOSEN,
+        "input mean per channel; data: mean and deviation of a sample of the images; default: ImageNet's, and data for "
+        "channels other than 1 and 3",
+    )
+    std: tuple[float, ...] | Measured = key(CHOSEN, "input deviation per channel; default: as --mean")
     eval_data: Text | None = key(
         None,
         "labelled images to measure k-NN and a linear probe on: class folders, or a demo set",
@@ -83,6 +101,11 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         single=True,
     )
     eval_every: Count = key(10, "epochs between evaluations (and one at the end)", free=True, single=True)
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _data_may_be_a_word(cls, value: Any) -> Any:
+        return word_or_numbers(value)
 
     @field_validator("model_args", "objective_args")
     @classmethod
@@ -98,7 +121,8 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
     def check_together(cls, given: Mapping[str, Any]) -> None:
         """Refuse values that do not go together."""
         super().check_together(given)
-        if given.get("std") is not None and min(given["std"]) <= 0:
+        std = given.get("std")
+        if std is not None and not isinstance(std, Measured) and min(std, default=0) <= 0:
             raise ValueError("std must be positive")
         if given.get("mirror") and given.get("views") is None and given.get("tokens") is None:
             raise ValueError("mirror needs views: without a fixed number of views each is drawn anew, flip included")
@@ -115,7 +139,8 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
         """
         view = facts["view"]
         channels = given.get("channels", default_of(cls, "channels"))
-        mean, std = IMAGENET[channels]
+        either = Measured.DATA in (given.get("mean"), given.get("std"))
+        mean, std = (Measured.DATA, Measured.DATA) if either else IMAGENET.get(channels, (Measured.DATA, Measured.DATA))
         chosen = {name: given.get(name, value) for name, value in facts["published"].items()}
         ids_online = chosen["targets"] == "ids" and given.get("tokens") is None
         chosen |= {
@@ -126,14 +151,20 @@ class PretrainConfig(TrainKeys, ViewKeys, KMeansKeys, InputKeys):
             "std": given.get("std", std),
         }
         for name in ("mean", "std"):
-            if len(chosen[name]) != channels:
+            if not isinstance(chosen[name], Measured) and len(chosen[name]) != channels:
                 raise MapetError(f"{name} has {len(chosen[name])} values for {channels} channel(s); give one for each")
         return {
             **super().choose(given, **facts),
             **ViewKeys.choose({**given, **view}),
-            **{name: value for name, value in view.items() if name == "views"},
+            **{name: value for name, value in view.items() if name in ("views", "value_range")},
             **chosen,
         }
+
+
+def input_of(config: PretrainConfig) -> dict[str, Any]:
+    """Return what an export says of the network's input, of a configuration whose numbers are measured."""
+    mean, std, value_range = numbers(config.mean), numbers(config.std), config.value_range
+    return {"mean": mean, "std": std, "value_range": value_range and numbers(value_range)}
 
 
 def check_targets(given: Mapping[str, Any], objective: str, targets: str) -> None:

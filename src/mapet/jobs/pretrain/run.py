@@ -12,20 +12,23 @@ from rich.console import Console
 from torch import Tensor
 
 from mapet.config.base import continued, parse, read_recipe
+from mapet.config.keys import numbers
 from mapet.data.batches import Batch, BatchPart, DamageTally, ViewDataset, draw_batches, load_batches, sent
 from mapet.data.given import given_images
 from mapet.data.open import open_images, open_labelled
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView
 from mapet.engine.files import replace_folder
 from mapet.engine.lineage import record_origin
+from mapet.engine.measuring import with_measured
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.parallel import agree, count_workers, join_processes, main_first, on_main
 from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
 from mapet.engine.trainer import Evaluator, Result, Trainer
-from mapet.jobs.pretrain.config import PretrainConfig
+from mapet.jobs.pretrain.config import PretrainConfig, input_of
 from mapet.jobs.pretrain.flops import count_flops
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
 from mapet.jobs.pretrain.start import load_weights, read_weights
@@ -76,6 +79,7 @@ def pretrain(
             given = parse(PretrainConfig, values, complete=True)
             images = dataset or main_first(lambda: open_images(given["data"]))
             config = main_first(lambda: settle_run(given, len(images), world.num_processes))
+            config = with_measured(config, images)
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))
 
@@ -92,7 +96,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
     source = _open_source(config, images, backbone.patch_embed.grid_size, folder, device, workers, console)
     view = _train_view(config, source.view_size)
     draws = Draws(source.view_seed, config.seed, config.views, config.mirror)
-    dataset = ViewDataset(images, view, config.channels, draws, digests=source.needs_digests)
+    dataset = ViewDataset(images, view, Reading.of(config), draws, digests=source.needs_digests)
 
     torch.manual_seed(fold_seed(config.seed, Stream.HEAD))
     target = build_target(config.objective, config.targets, backbone, source.width, config.feature_loss)
@@ -122,7 +126,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
         inputs=inputs,
         folder=folder,
         exported=folder.exported,
-        export=partial(export_network, mean=config.mean, std=config.std, tag=config.objective),
+        export=partial(export_network, **input_of(config), tag=config.objective),
         targets_hash=source.content_hash,
         progress=ProgressSink(console, baseline.describe if baseline else _describe),
         evaluators=evaluators,
@@ -151,6 +155,7 @@ def _open_source(
         return NoSource(config.seed)
     if config.targets == "features":
         teacher = main_first(lambda: build_teacher(str(config.teacher), config.teacher_stage, config.teacher_weights))
+        teacher.check_channels(config.channels)
         return TeacherFeatures(teacher.to(device), config.teacher_size or config.image_size, grid, config.seed)
     if config.tokens is not None:
         return StoredIds(TokenStore(config.tokens), images, device)
@@ -162,7 +167,7 @@ def _open_source(
     else:
         fitted = main_first(lambda: unfitted_tokenizer(name, config, grid, config.image_size, config.channels))
         view = replace(_train_view(config, fitted.input_size), size=0)
-        dataset = ViewDataset(images, view, config.channels, Draws(config.seed, config.seed))
+        dataset = ViewDataset(images, view, Reading.of(config), Draws(config.seed, config.seed))
         tokenizer = fitted.to(device)
         fit_codebook(
             fitted,
@@ -186,9 +191,8 @@ def _write_start(config: PretrainConfig, source: TargetSource, folder: RunFolder
 
 
 def _train_view(config: PretrainConfig, view_size: int) -> TrainView:
-    return TrainView(
-        config.image_size, view_size, config.crop_min, config.flip, config.color_jitter, config.mean, config.std
-    )
+    mean, std = numbers(config.mean), numbers(config.std)
+    return TrainView(config.image_size, view_size, config.crop_min, config.flip, config.color_jitter, mean, std)
 
 
 def _some_values(source: TargetSource, dataset: ViewDataset, config: PretrainConfig, workers: int) -> Iterator[Tensor]:
@@ -222,9 +226,9 @@ def _describe(record: Record) -> str:
 def _evaluators(config: PretrainConfig, workers: int) -> list[Evaluator]:
     if config.eval_data is None:
         return []
-    view = PlainView((config.image_size, config.image_size), config.mean, config.std)
+    view = PlainView((config.image_size, config.image_size), numbers(config.mean), numbers(config.std))
     parts = open_labelled(config.eval_data, config.seed)
-    return [probe_evaluator(*parts, view, channels=config.channels, workers=workers)]
+    return [probe_evaluator(*parts, view, reading=Reading.of(config), workers=workers)]
 
 
 def _plot_start(

@@ -8,6 +8,7 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mapet.config.base import Measured
 from mapet.errors import MapetError
 from mapet.inference.models import open_model
 from mapet.jobs.pretrain.config import PretrainConfig
@@ -83,8 +84,10 @@ def inherit(given: Mapping[str, Any]) -> dict[str, Any]:
             f"init {init!r} takes images of {rows} x {columns} pixels, and pre-training takes squares; pass "
             "--image-size, and its position embeddings are resized"
         )
-    inherited: dict[str, Any] = {"channels": opened.channels, "image_size": rows}
-    if values.get("channels", opened.channels) == opened.channels:
+    reading = opened.reading
+    inherited: dict[str, Any] = {"channels": reading.channels, "image_size": rows, "value_range": reading.value_range}
+    measured = Measured.DATA in (values.get("mean"), values.get("std"))
+    if values.get("channels", reading.channels) == reading.channels and not measured:
         inherited |= {"mean": opened.view.mean, "std": opened.view.std}
     return {**inherited, **values, **source, "model_args": arguments | own}
 
@@ -97,7 +100,9 @@ def read_weights(config: PretrainConfig) -> dict[str, Tensor]:
     """
     opened = open_model(str(config.init), image_size=(config.image_size, config.image_size))
     weights: dict[str, Tensor] = opened.network.state_dict()
-    embedding = adapt_input_conv(config.channels, weights["patch_embed.proj.weight"], base_chans=opened.channels)
+    embedding = adapt_input_conv(
+        config.channels, weights["patch_embed.proj.weight"], base_chans=opened.reading.channels
+    )
     return weights | {"patch_embed.proj.weight": embedding}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +15,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from mapet.config.keys import MAX_BYTES
 from mapet.data.augment import seeded
 from mapet.data.batches import SampleKey
+from mapet.data.decode import read_file
 from mapet.data.open import train_and_test
+from mapet.data.reading import Reading
 from mapet.data.seeds import Stream, fold_seed, name_number
 from mapet.data.sources import ImageSet, from_folder
 from mapet.data.views import PlainView
@@ -56,7 +60,7 @@ class MaskedSet(ImageSet):
         """
         path = self.masks[index]
         try:
-            with Image.open(path) as opened:
+            with Image.open(BytesIO(read_file(path, MAX_BYTES))) as opened:
                 pixels = np.asarray(ImageOps.exif_transpose(opened))  # of a palette the indices, not the colours
         except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
             raise MapetError(f"mask {path} cannot be read ({error}); repair it, or remove it and its image") from error
@@ -119,7 +123,7 @@ def _pair(folder: Path, mask_folder: Path, meaning: dict[str, Any]) -> MaskedSet
     return MaskedSet(images.name, images.source, masks=masks, **meaning)
 
 
-def count_pixels(masked: MaskedSet, index: int) -> Tensor | str:
+def count_pixels(masked: MaskedSet, reading: Reading, index: int) -> Tensor | str:
     """Check an image and its mask; return the mask's number of pixels of each class, ``(greatest class + 1,)`` int64.
 
     Returns:
@@ -135,7 +139,7 @@ def count_pixels(masked: MaskedSet, index: int) -> Tensor | str:
             f"mask {mask} has the class {int(wrong[0])}, but ids end at {MOST_CLASSES - 1}; save it with ids of classes"
         )
     try:
-        size = masked.load(index, 1).shape[1:]
+        size = masked.load(index, reading).shape[1:]
     except Exception as error:  # Pillow's plug-ins raise any exception for damaged files
         return f"{type(error).__name__}: {error}"
     if size != ids.shape:
@@ -150,21 +154,21 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     Args:
         images: readable images with masks.
         view: size, normalisation and interpolation of the network's input.
-        channels: 1 or 3.
+        reading: what images are read as.
         config: crops, flips, and size of the images in evaluation.
         seed: of random crops and flips; None: whole images.
     """
 
     images: MaskedSet
     view: PlainView
-    channels: int
+    reading: Reading
     config: SegmentConfig
     seed: int | None = None
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         epoch, index = key
         with one_thread():
-            image, mask = self.images.load(index, self.channels), self.images.load_mask(index)
+            image, mask = self.images.load(index, self.reading), self.images.load_mask(index)
             if self.seed is None:
                 image = self.whole_image(image)
             else:

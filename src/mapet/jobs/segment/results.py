@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mapet.jobs.segment.data import IGNORED
-from mapet.report.figures import class_colours, save_figure
+from mapet.report.figures import as_picture, class_colours, save_figure
 from mapet.report.tables import Table, percent
 
 Example = tuple[Tensor, Tensor, Tensor]  # image (C, H, W) in [0, 1], true and predicted class ids (H, W)
@@ -99,7 +99,7 @@ def _plot(examples: Sequence[Example], classes: int, path: Path) -> None:
     panels = figure.subplots(3, len(examples), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     colours = class_colours(classes).with_extremes(under="black")
     for column, (image, *maps) in enumerate(examples):
-        panels[0][column].imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        panels[0][column].imshow(as_picture(image).numpy(), cmap="gray", vmin=0, vmax=1)
         for panel, ids in zip(panels[1:, column], maps, strict=True):
             panel.imshow(ids.numpy(), cmap=colours, vmin=-0.5, vmax=classes - 0.5, interpolation="nearest")
     for panel, name in zip(panels[:, 0], ("image", "truth", "prediction"), strict=True):

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -75,7 +76,7 @@ class _Evaluation:
         if train.reduce_zero_label:
             logger.info("value 0 in the masks of %s means no class, value 1 means class 0, and so on", config.data)
         self.opened = self._open_model(config.seed)
-        blank = torch.zeros(1, self.opened.channels, *self.opened.view.size)
+        blank = torch.zeros(1, self.opened.reading.channels, *self.opened.view.size)
         self.width = patch_maps(self.opened, blank, config.precision).shape[1]
         self.train, train_pixels = self._check_masks(train, "training")
         self.test, test_pixels = self._check_masks(test, "test")
@@ -91,16 +92,17 @@ class _Evaluation:
         config = self.config
         opened = open_model(config.model, image_size=config.image_size, reinit=config.reinit, seed=seed)
         opened.network.to(self.device).requires_grad_(False)
-        return opened
+        return replace(opened, reading=opened.reading.within(config))
 
     def _check_masks(self, part: MaskedSet, name: str) -> tuple[MaskedSet, Tensor]:
         """Return the images that can be read, and the number of pixels of each class, ``(MOST_CLASSES,)``."""
         readable, pixels = [], torch.zeros(MOST_CLASSES, dtype=torch.long)
         tally = DamageTally(part, self.config.max_damaged)
+        count = partial(count_pixels, part, self.opened.reading)
         threads = count_workers(self.config.workers, part, torch.device("cpu")) or 1
         # After an error the pool does not wait for the masks that are left.
         with ThreadPool(threads) as pool, Meter(self.console, f"checking the {name} masks", len(part)) as meter:
-            for index, found in enumerate(pool.imap(partial(count_pixels, part), range(len(part)))):
+            for index, found in enumerate(pool.imap(count, range(len(part)))):
                 if isinstance(found, str):
                     tally.add([[(index, found)]])
                 else:
@@ -161,7 +163,7 @@ class _Evaluation:
             for index, truth, prediction in predict_classes(segmenter, batches):
                 confusion.add(truth, prediction)
                 if index in shown:
-                    image = to_dtype(self.test.load(index, self.opened.channels), torch.float32, scale=True)
+                    image = to_dtype(self.test.load(index, self.opened.reading), torch.float32, scale=True)
                     examples.append((image, truth, prediction))
                 meter.show(index + 1)
         return confusion, examples
@@ -169,7 +171,7 @@ class _Evaluation:
     def _load(
         self, images: MaskedSet, keys: StepSampler | list[list[SampleKey]], seed: int | None = None
     ) -> Iterable[Batch]:
-        dataset = SegmentationDataset(images, self.opened.view, self.opened.channels, self.config, seed)
+        dataset = SegmentationDataset(images, self.opened.view, self.opened.reading, self.config, seed)
         processes = loading_processes(count_workers(self.config.workers, images, self.device))
         return DataLoader(dataset, batch_sampler=keys, pin_memory=self.device.type == "cuda", **processes)
 

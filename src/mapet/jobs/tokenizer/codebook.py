@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mapet.report.figures import ACCENT, INK, SECOND, save_figure
+from mapet.report.figures import ACCENT, INK, SECOND, as_picture, save_figure
 from mapet.report.tables import Table
 from mapet.tokenizers.base import Grid, Tokenizer
 
@@ -195,8 +195,8 @@ def plot_atlas(ids: Tensor, distances: Tensor, grid: Grid, view: Callable[[int],
         share = float(counts[code] / counts.sum())
         draw.text((MARGIN - 12, middle), f"{share:.2%}" if share >= 1e-4 else "< 0.01%", INK, font, anchor="rm")
         for column, (image, patch) in enumerate(nearest_patches(ids, distances, code, ATLAS_PATCHES)):
-            pixels = cut_patch(view(image), grid, patch).expand(3, -1, -1).permute(1, 2, 0).numpy()
-            enlarged = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            pixels = (as_picture(cut_patch(view(image), grid, patch).float() / 255) * 255).round().byte().numpy()
+            enlarged = Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             page.paste(enlarged, (MARGIN + GAP + column * (width + GAP), top))
     page.save(path)
 

@@ -89,4 +89,6 @@ class VQKDConfig(PatchKeys, TrainKeys, TeacherKeys, InputKeys):
     ema_decay: float = key(0.99, "how slowly codes follow the patches they stand for", ge=0, lt=1)
     crop_min: float = key(0.2, "least share of the image that a random crop covers", gt=0, le=1)
     flip: Share = key(0.5, "probability of a horizontal flip")
-    color_jitter: Share = key(0.0, "colour jitter of the encoder's view")
+    color_jitter: Share = key(
+        0.0, "jitter of the encoder's view: brightness, contrast and, of 3 channels only, saturation"
+    )

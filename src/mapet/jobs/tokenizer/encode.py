@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mapet.config.base import settle
 from mapet.data.batches import DamageTally
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws
 from mapet.data.sources import ImageSet
 from mapet.data.stores import StoreError
@@ -72,7 +73,8 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
     with ExitStack() as held, explain_disk_errors(folder):
         on_main(lambda: held.enter_context(_completed_store(folder, header, images.keys)))
         store = TokenStore(folder)
-        stored = StoredImages(images, store, store.find(images.keys), workers, console)
+        reading = _reading(store).within(config)
+        stored = StoredImages(images, store, store.find(images.keys), reading, workers, console)
         if (stored.rows < 0).any():
             raise MapetError(f"images were added to {config.data} while it was opened; run the command again")
         to_do = stored.pending(np.arange(world.process_index, len(images), world.num_processes))
@@ -118,7 +120,8 @@ def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -
         images = open_images(config.data)
         tokenizer = _tokenizer_of(store, config)
         workers = count_workers(config.workers, images, device)
-        stored = StoredImages(images, store, store.find(images.keys), workers, console or Console(stderr=True))
+        console = console or Console(stderr=True)
+        stored = StoredImages(images, store, store.find(images.keys), _reading(store), workers, console)
         states = np.append(states, State.EMPTY)[stored.rows]  # of each image; row -1 stands for no row
         changed = stored.changed(np.flatnonzero((states == State.WRITTEN) | (states == State.DAMAGED)))
         found["missing"] = [images.keys[i] for i in np.flatnonzero(states == State.EMPTY)]
@@ -133,15 +136,22 @@ def check_tokens(values: Mapping[str, Any], *, console: Console | None = None) -
 
 def _header(config: EncodeConfig, tokenizer: Tokenizer) -> Header:
     view = {name: getattr(config, name) for name in ("crop_min", "flip", "mirror", "views")}
+    # Left out if there is none, as in the stores of earlier versions.
+    value_range = {} if config.value_range is None else {"value_range": list(config.value_range)}
     return Header(
         tokenizer=config.tokenizer,
         tokenizer_hash=tokenizer.content_hash,
         grid=tokenizer.grid,
         vocab_size=tokenizer.vocab_size,
-        view={**view, "channels": config.channels or tokenizer.channels},
+        view={**view, "channels": config.channels or tokenizer.channels, **value_range},
         views=config.views * (2 if config.mirror else 1),
         seed=config.seed,
     )
+
+
+def _reading(store: TokenStore) -> Reading:
+    """Return what the images of a store were read as."""
+    return Reading(store.view_settings.channels, store.view_settings.value_range)
 
 
 @contextmanager
@@ -185,20 +195,21 @@ class AllViews(Dataset[tuple[int, Tensor, Tensor, str]]):
     the reason if the image cannot be decoded (its views are then blank), else an empty string.
     """
 
-    def __init__(self, images: ImageSet, header: Header, view_size: int) -> None:
-        settings = header.view
-        self.images, self.channels, self.count = images, settings["channels"], header.views
-        self.view = TrainView(0, view_size, settings["crop_min"], settings["flip"], 0.0, (), ())
-        self.draws = Draws(header.seed, header.seed, settings["views"], settings["mirror"])
+    def __init__(self, images: ImageSet, store: TokenStore, reading: Reading, view_size: int) -> None:
+        settings, seed = store.view_settings, store.header.seed
+        self.images, self.reading, self.count = images, reading, store.header.views
+        self.view = TrainView(0, view_size, settings.crop_min, settings.flip, 0.0, (), ())
+        self.draws = Draws(seed, seed, settings.views, settings.mirror)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, str]:
         reason = ""
         try:
-            image, digest = self.images.load_with_digest(index, self.channels)
+            image, digest = self.images.load_with_digest(index, self.reading)
         except StoreError:
             raise
         except Exception as error:  # Pillow's plug-ins raise errors of many types for damaged files
-            image, digest = torch.zeros(self.channels, 1, 1, dtype=torch.uint8), _digest(self.images, index)
+            image = torch.zeros(self.reading.channels, 1, 1, dtype=torch.uint8)
+            digest = _digest(self.images, index, self.reading)
             reason = f"{type(error).__name__}: {error}"
         drawn = [self.draws.draw(number, self.images.key(index)) for number in range(self.count)]
         with one_thread():
@@ -211,16 +222,17 @@ class ContentDigests(Dataset[tuple[int, Tensor]]):
     """The index of each image and the digest of its content, ``(32,)`` uint8, without decoding it."""
 
     images: ImageSet
+    reading: Reading
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, _digest(self.images, index)
+        return index, _digest(self.images, index, self.reading)
 
 
-def _digest(images: ImageSet, index: int) -> Tensor:
+def _digest(images: ImageSet, index: int, reading: Reading) -> Tensor:
     """Return the digest of an image's content; zeros if its file cannot be read."""
     try:
-        return images.digest(index)
-    except OSError:
+        return images.digest(index, reading.max_bytes)
+    except (OSError, ValueError):
         return torch.zeros(32, dtype=torch.uint8)
 
 
@@ -232,6 +244,7 @@ class StoredImages:
         images: the data set.
         store: the token store.
         rows: row of each image in the store, ``(len(images),)``; -1 for an image without a row.
+        reading: what the images are read as.
         workers: number of processes that load images.
         console: where progress is shown.
     """
@@ -239,6 +252,7 @@ class StoredImages:
     images: ImageSet
     store: TokenStore
     rows: Rows
+    reading: Reading
     workers: int
     console: Console
 
@@ -251,7 +265,7 @@ class StoredImages:
     def changed(self, indices: Rows) -> Rows:
         """Return which images have another content than when the store was made."""
         changed = np.empty(0, np.int64)
-        for index, digests in self._load("reading images", ContentDigests(self.images), indices, 256):
+        for index, digests in self._load("reading images", ContentDigests(self.images, self.reading), indices, 256):
             unchanged = self.store.unchanged(self.rows[index], digests.numpy())
             changed = np.append(changed, index[~unchanged])
         return changed
@@ -277,7 +291,7 @@ class StoredImages:
 
     def _encoded(self, what: str, indices: Rows, tokenizer: Tokenizer, batch_size: int) -> Iterator[Any]:
         """Yield batches of images: index, digests, ids ``(B, K, P)`` on the CPU, and reasons as in ``AllViews``."""
-        all_views = AllViews(self.images, self.store.header, tokenizer.input_size)
+        all_views = AllViews(self.images, self.store, self.reading, tokenizer.input_size)
         for index, digests, views, reasons in self._load(what, all_views, indices, batch_size):
             ids = tokenizer.encode(views.flatten(0, 1).to(tokenizer.device))
             yield index, digests, ids.cpu().view(*views.shape[:2], -1), reasons

@@ -16,10 +16,12 @@ from torch import Tensor
 from mapet.config.base import settle
 from mapet.data.batches import DamageTally, ViewDataset, draw_batches, load_batches
 from mapet.data.open import open_images
+from mapet.data.reading import Reading, as_range
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView, View
 from mapet.engine.files import claimed_folder, replace_folder
+from mapet.engine.measuring import with_measured
 from mapet.engine.parallel import count_workers, join_processes, main_first, on_main, one_device
 from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError
@@ -64,6 +66,7 @@ def fit_tokenizer(
     with ExitStack() as held:
         on_main(lambda: held.enter_context(claimed_folder(Path(out))))
         images = main_first(lambda: open_images(config.data))
+        config = with_measured(config, images)
         device = torch.device(join_processes().device)
         workers = count_workers(config.workers, images, device)
         side = config.image_size // config.patch_size
@@ -71,7 +74,7 @@ def fit_tokenizer(
         tokenizer = main_first(
             lambda: unfitted_tokenizer(config.teacher, config, (side, side), config.image_size, config.channels)
         ).to(device)
-        dataset = _views(images, tokenizer, config.channels, config.seed, config.crop_min)
+        dataset = _views(images, tokenizer, Reading.of(config), config.seed, config.crop_min)
         tally = DamageTally(images, config.max_damaged)
         fit_codebook(tokenizer, config, dataset, tally, batch_size=config.batch_size, workers=workers, console=console)
         report = on_main(lambda: _report(Path(out), tokenizer, dataset, workers, console, with_tokenizer=True))
@@ -95,10 +98,10 @@ def report_on_tokenizer(
     check_out(config.data, out)
     with claimed_folder(Path(out)):
         images, tokenizer = open_images(config.data), load_tokenizer(config.tokenizer, config.teacher_weights)
-        channels = config.channels or tokenizer.channels
-        check_readable(config.tokenizer, tokenizer.to(device), channels)
+        reading = Reading(config.channels or tokenizer.channels, as_range(config.value_range)).within(config)
+        check_readable(config.tokenizer, tokenizer.to(device), reading.channels)
         workers = count_workers(config.workers, images, device)
-        dataset = _views(images, tokenizer, channels, config.seed, None)
+        dataset = _views(images, tokenizer, reading, config.seed, None)
         console = console or Console(stderr=True)
         return _report(Path(out), tokenizer, dataset, workers, console, with_tokenizer=False)
 
@@ -143,10 +146,10 @@ def _report(
     return report
 
 
-def _views(images: ImageSet, tokenizer: Tokenizer, channels: int, seed: int, crop_min: float | None) -> ViewDataset:
+def _views(images: ImageSet, tokenizer: Tokenizer, reading: Reading, seed: int, crop_min: float | None) -> ViewDataset:
     """Return the centre squares of images, or random crops if ``crop_min`` is given, as the tokenizer reads them."""
-    size, mean, std = tokenizer.input_size, (0.0,) * channels, (1.0,) * channels
+    size, mean, std = tokenizer.input_size, (0.0,) * reading.channels, (1.0,) * reading.channels
     view: View = PlainView((size, size), mean, std)
     if crop_min is not None:
         view = TrainView(0, size, crop_min, flip=0.5, jitter=0.0, mean=mean, std=std)
-    return ViewDataset(images, view, channels, Draws(seed, seed))
+    return ViewDataset(images, view, reading, Draws(seed, seed))

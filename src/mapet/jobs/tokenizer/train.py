@@ -10,9 +10,11 @@ from rich.console import Console
 from mapet.config.base import continued, parse, read_recipe, settle
 from mapet.data.batches import ViewDataset
 from mapet.data.open import open_images
+from mapet.data.reading import Reading
 from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.views import TrainView
+from mapet.engine.measuring import with_measured
 from mapet.engine.optimizer import build_optimizer
 from mapet.engine.parallel import fast_precision, join_processes, main_first, on_main
 from mapet.engine.runfolder import RunFolder, check_out, run_folder
@@ -55,6 +57,7 @@ def train_vqkd(
             config = settle(
                 VQKDConfig, given, images=len(images), processes=world.num_processes, precision=fast_precision()
             )
+            config = with_measured(config, images)
         check_out(config.data, folder.root)
         return _train(config, images, folder, resume, console or Console(stderr=True))
 
@@ -62,6 +65,7 @@ def train_vqkd(
 def _train(config: VQKDConfig, images: ImageSet, folder: RunFolder, resume: bool, console: Console) -> Result:
     device = torch.device(join_processes().device)
     teacher = main_first(lambda: build_teacher(config.teacher, config.teacher_stage, config.teacher_weights))
+    teacher.check_channels(config.channels)
     torch.manual_seed(fold_seed(config.seed, Stream.WEIGHTS))
     half = (0.5,) * config.channels
     sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "vocab_size", "code_dim")
@@ -75,7 +79,7 @@ def _train(config: VQKDConfig, images: ImageSet, folder: RunFolder, resume: bool
         config=config,
         task=task,
         optimizer=build_optimizer(task, config),
-        dataset=ViewDataset(images, view, config.channels, Draws(config.seed, config.seed)),
+        dataset=ViewDataset(images, view, Reading.of(config), Draws(config.seed, config.seed)),
         inputs=lambda batch, part: (batch["images"], *source(batch)),
         folder=folder,
         exported=folder.tokenizer,
