@@ -160,7 +160,7 @@ def test_a_resumed_run_may_change_free_keys_only(tmp_path: Path) -> None:
     saved = yaml.safe_load(config_to_yaml(began_with))
     assert continued(PretrainConfig, saved, {}, tmp_path) == began_with
     free = {"data": "y", "workers": 1, "checkpoint_every": 2, "log_every": 3, "eval_every": 4, "max_damaged": 0.5}
-    free |= {"accumulate": 2, "max_pixels": 10**6, "max_bytes": 10**6}
+    free |= {"accumulate": 2, "keep": 3, "max_pixels": 10**6, "max_bytes": 10**6}
     assert marked(PretrainConfig, "free") == {*free, "eval_data"}
     same = {"lr": "1e-5", "layer_scale": None, "mask_ratio": None, "init": None}
     assert continued(PretrainConfig, saved, {**free, **same}, tmp_path) == began_with.but(**free)

@@ -5,29 +5,43 @@ import pytest
 import torch
 from torch import nn
 
-from mapet import MapetError
-from mapet.engine.finite import check_finite
+from mapet.data.sources import Arrays, ImageSet
+from mapet.engine.finite import find_cause, is_finite
+
+IMAGES = ImageSet("x", Arrays(torch.zeros(9, 2, 2, dtype=torch.uint8).numpy()))
 
 
-def check(task: nn.Module, **changes: Any) -> None:
-    values = {"step": 7, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-3, "precision": "no", "inputs": [torch.zeros(2)]}
-    check_finite(task=task, **{**values, **changes})
+def cause(task: nn.Module, given: torch.Tensor, loss: float = math.nan) -> str:
+    batch: Any = {"index": torch.tensor([4, 2, 8])}
+    return find_cause(task, [given], loss, batch, IMAGES)
 
 
-def test_finite_steps_and_overflows_of_fp16_pass() -> None:
-    check(nn.Linear(2, 2))
-    check(nn.Linear(2, 2), grad_norm=math.inf, precision="fp16")
+@pytest.mark.parametrize(
+    ("loss", "norm", "precision", "finite"),
+    [
+        (1.0, 1.0, "no", True),
+        (1.0, math.inf, "fp16", True),
+        (1.0, math.inf, "bf16", False),
+        (math.nan, 1, "fp16", False),
+    ],
+)
+def test_which_steps_may_be_taken(loss: float, norm: float, precision: str, finite: bool) -> None:
+    assert is_finite(loss, norm, precision) is finite
 
 
-def test_the_cause_is_named() -> None:
-    task = nn.Linear(2, 2)
-    with pytest.raises(MapetError, match=r"step 7: loss nan.*the input contains NaN.*No weight was changed"):
-        check(task, loss=math.nan, inputs=[torch.zeros(2), torch.tensor([math.nan])])
-    with pytest.raises(MapetError, match="forward pass overflowed"):
-        check(task, loss=math.inf)
-    task.weight.grad = torch.full((2, 2), math.inf)
-    with pytest.raises(MapetError, match=r"gradients overflowed \(first 'weight'\); start another run with a lower"):
-        check(task, grad_norm=math.inf)
-    task.bias.data[0] = math.inf
-    with pytest.raises(MapetError, match=r"weights were not finite before the step \(first 'bias'\)"):
-        check(task, loss=math.nan)
+def test_where_it_began_is_named() -> None:
+    task = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    given = torch.tensor([[0.0, 1.0], [math.nan, 0.0], [1.0, 1.0]])
+    assert cause(task, given) == "the input contains NaN or infinity (images 2); look at --mean and --std"
+    large = torch.tensor([[3e38, 3e38], [1.0, 1.0], [3e38, -3e38]])
+    task[0].weight.data.fill_(1.0)
+    task[0].bias.data.zero_()
+    task[1].weight.data.fill_(1e30)
+    assert cause(task, large) == "the forward pass overflowed, first in '0' (images 4)"
+    assert cause(task, large / 100) == "the forward pass overflowed, first in '1' (images 4)"
+    assert cause(task, torch.ones(3, 2)) == "the forward pass overflowed in the loss, or in another process"
+    for layer in task:
+        layer.weight.grad = torch.full((2, 2), math.inf)
+    assert cause(task, given[:1], loss=1.0) == "the gradients overflowed, first that of '1.weight'"
+    task[1].bias.data[0] = math.inf
+    assert cause(task, given[:1]) == "the weight '1.bias' was not finite before the step"

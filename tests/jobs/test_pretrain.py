@@ -1,5 +1,6 @@
 """Pre-training: the run folder, resuming, damaged input, several processes."""
 
+import itertools
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from rich.console import Console
 from tests.conftest import (
     QUIET,
@@ -32,6 +34,7 @@ from tests.conftest import (
 )
 
 from mapet import MapetError
+from mapet.cli import main
 from mapet.engine.parallel import product_speed
 from mapet.engine.trainer import Trainer
 from mapet.jobs.pretrain.flops import count_flops
@@ -41,7 +44,11 @@ from mapet.jobs.pretrain.settle import settle_run
 FILES = {
     *(".lock", "config.yaml", "log.txt", "metrics.jsonl", "baseline.json"),
     *("tokenizer/tokenizer.json", "tokenizer/tokenizer.safetensors"),
-    *(f"checkpoints/last/{name}" for name in ("task.safetensors", "optimizer.safetensors", "state.json")),
+    *(
+        f"checkpoints/{step}/{name}"
+        for step in ("last", "step-00000009")
+        for name in ("task.safetensors", "optimizer.safetensors", "state.json")
+    ),
     *("exported/config.json", "exported/model.safetensors"),
     *("figures/curve.png", "figures/layout.png", "figures/tokens.png"),
 }
@@ -258,9 +265,59 @@ def test_fitted_tokenizer(pretrained_run: Path, digits: Path, tmp_path: Path) ->
 
 def test_divergence_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
     wild = {"lr": 1e3, "weight_decay": 1e3, "clip_grad": 1e30, "warmup": 0.0}
-    with pytest.raises(MapetError, match=r"step \d+: loss .*the (gradients|forward pass) overflowed.*lower --lr"):
-        pretrain_tiny(digits, tmp_path / "run", steps=200, checkpoint_every=1, **wild)
-    assert all(tensor.isfinite().all() for tensor in checkpoint(tmp_path / "run").values())
+    run = tmp_path / "run"
+    with pytest.raises(MapetError, match=r"step \d+: loss .*overflowed.*lower --lr.*--branch-of .*/run --lr") as first:
+        pretrain_tiny(digits, run, steps=200, checkpoint_every=1, **wild)
+    assert all(tensor.isfinite().all() for tensor in checkpoint(run).values())
+    skipped = [record["step"] for record in records(run) if record["grad_norm"] is None]
+    with pytest.raises(MapetError) as again:
+        resume_pretraining(run)
+    assert str(again.value) == str(first.value), "resuming repeats it"
+    assert checkpoint_state(run)["step"] == skipped[-4]
+
+
+def test_a_step_without_finite_gradients_is_skipped(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clipped, norms = Accelerator.clip_grad_norm_, itertools.count()
+
+    def overflowing(self: Accelerator, parameters: Any, most: float) -> torch.Tensor:
+        parameters = list(parameters)
+        if next(norms) == 3:
+            parameters[0].grad.fill_(float("inf"))
+        return clipped(self, parameters, most)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflowing)
+    pretrain_tiny(digits, tmp_path / "run", steps=8)
+    assert "step 3 is skipped: loss" in caplog.text
+    assert [record["grad_norm"] is None for record in records(tmp_path / "run")] == [step == 3 for step in range(8)]
+    assert all(record["loss"] is not None for record in records(tmp_path / "run"))
+
+
+def test_a_branch_begins_with_an_earlier_checkpoint(digits: Path, tmp_path: Path) -> None:
+    options = {"steps": 12, "checkpoint_every": 4, "keep": 3}
+    pretrain_tiny(digits, tmp_path / "run", **options)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    same, lower = tmp_path / "same", tmp_path / "lower"
+    pretrain({}, same, branch_of=tmp_path / "run", from_step=4, console=QUIET)
+    assert_same_run(same, tmp_path / "run")
+    asked = ["--branch-of", str(tmp_path / "run"), "--from-step", "8", "--lr", "1e-4", "--out", str(lower)]
+    assert main(["pretrain", *asked]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    ours, theirs = curve(lower), curve(tmp_path / "run")
+    assert ours[:8] == theirs[:8]
+    assert all(a["lr"] < b["lr"] and a["loss"] != b["loss"] for a, b in zip(ours[9:], theirs[9:], strict=True))
+    assert json.loads((lower / "origin.json").read_text())["run"] == "run"
+    for values, options, says in (
+        ({"batch_size": 4}, {}, "'batch_size' is 4, but the run in .*/run began with 8"),
+        ({}, {"from_step": 5}, "has kept no checkpoint of step 5, but of 4, 8, 12"),
+    ):
+        with pytest.raises(MapetError, match=says):
+            pretrain(values, tmp_path / "new", branch_of=tmp_path / "run", console=QUIET, **options)
+    with pytest.raises(MapetError, match="already holds a run"):
+        pretrain({}, same, branch_of=tmp_path / "run", console=QUIET)
+    with pytest.raises(MapetError, match="is no run folder"):
+        pretrain({}, tmp_path / "new", branch_of=tmp_path, console=QUIET)
 
 
 def _limit_file_size() -> None:

@@ -6,7 +6,7 @@ values: defaults, and for keys whose default is ``CHOSEN`` what the class's ``ch
 network or the machine. The result is frozen and complete.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -201,7 +201,11 @@ def _first_error(error: ValidationError, config_class: type[Config], origin: str
 
 
 def continued(
-    config_class: type[AnyConfig], saved: Mapping[str, Any], asked: Mapping[str, Any], where: Path
+    config_class: type[AnyConfig],
+    saved: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    where: Path,
+    changeable: Collection[str] = (),
 ) -> AnyConfig:
     """Return the configuration of a run that is resumed.
 
@@ -210,6 +214,7 @@ def continued(
         saved: its settled configuration.
         asked: what the user gives now; only free keys may differ.
         where: its folder, for messages.
+        changeable: other keys that may differ.
 
     Raises:
         MapetError: if ``saved`` is damaged or of another command, or another key differs.
@@ -225,7 +230,7 @@ def continued(
         raise MapetError(f"{where / 'config.yaml'} lacks {lacking[0]!r}, so it was cut short or edited; restore it")
     began_with = _validate(config_class, config_class, saved, str(where / "config.yaml"))
     given = {name: value for name, value in parse(config_class, asked).items() if not isinstance(value, Measured)}
-    free = marked(config_class, "free")
+    free = marked(config_class, "free").union(changeable)
     for name, value in given.items():
         not_said = value is None and default_of(config_class, name) is None
         if name not in free and not not_said and value != getattr(began_with, name):

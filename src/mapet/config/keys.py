@@ -275,6 +275,9 @@ class TrainKeys(DataKeys):
         False, "compile the step with torch.compile: the first steps take minutes, the others less time than without"
     )
     checkpoint_every: Count = key(CHOSEN, "optimiser steps between checkpoints; default: one epoch", free=True)
+    keep: Count = key(
+        1, "earlier checkpoints to keep: the last one before the loss rose, and others spread over the run", free=True
+    )
     log_every: Count = key(1, "optimiser steps between lines of metrics.jsonl", free=True)
 
     @field_validator("precision", mode="before")

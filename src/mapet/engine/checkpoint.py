@@ -47,6 +47,7 @@ class State:
         damaged: indices of images that cannot be read.
         scaler: state of fp16's gradient scaler; None in other precisions.
         optimizer: its slots that are numbers; ``write_checkpoint`` fills them in.
+        lowest_loss: see ``LossWatch``.
     """
 
     step: int
@@ -55,6 +56,7 @@ class State:
     damaged: list[int]
     scaler: dict[str, float | int] | None
     optimizer: dict[str, float | int] = field(default_factory=dict)
+    lowest_loss: float | None = None
 
 
 def write_checkpoint(folder: Path, task: nn.Module, optimizer: Optimizer, state: State) -> None:

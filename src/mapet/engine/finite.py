@@ -1,37 +1,67 @@
-"""When a loss or gradient is NaN or infinite: say why before any weight is touched."""
+"""When a loss or gradient is NaN or infinite: say where it began, before any weight is touched."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mapet.errors import MapetError
+from mapet.data.batches import Batch, printable
+from mapet.data.sources import ImageSet
+
+MOST_NAMED = 3
 
 
-def check_finite(
-    step: int, inputs: Sequence[object], task: nn.Module, loss: float, *, grad_norm: float, lr: float, precision: str
-) -> None:
-    """Raise if the step's loss or gradient is NaN or infinite. Call it before the optimizer steps.
+def is_finite(loss: float, grad_norm: float, precision: str) -> bool:
+    """Return whether the optimizer may take a step.
 
     In fp16 an infinite gradient is ordinary: the loss scaler then skips the step by itself.
-
-    Raises:
-        MapetError: with the likeliest cause and what to do.
     """
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or precision == "fp16"):
-        return
-    broken = [name for name, parameter in task.named_parameters() if not parameter.isfinite().all()]
-    if not all(bool(part.isfinite().all()) for part in inputs if isinstance(part, Tensor)):
-        cause = "the input contains NaN or infinity; look at --mean, --std and the files"
-    elif broken:
-        cause = f"the weights were not finite before the step (first {broken[0]!r}); resume from the checkpoint"
-    elif math.isfinite(loss):
-        gradients = ((name, p.grad) for name, p in task.named_parameters() if p.grad is not None)
-        first = next((name for name, grad in gradients if not grad.isfinite().all()), "their norm")
-        cause = f"the gradients overflowed (first {first!r}); start another run with a lower --lr or a longer --warmup"
-    else:
-        cause = "the forward pass overflowed; start another run with a lower --lr, a longer --warmup, or --precision no"
-    raise MapetError(
-        f"step {step}: loss {loss:g}, gradient norm {grad_norm:g} at learning rate {lr:.3g} in precision "
-        f"{precision!r}: {cause}. No weight was changed by this step; the last checkpoint is whole"
-    )
+    return math.isfinite(loss) and (math.isfinite(grad_norm) or precision == "fp16")
+
+
+def find_cause(task: nn.Module, inputs: Sequence[Any], loss: float, batch: Batch, images: ImageSet) -> str:
+    """Return in words where NaN or infinity began: in which input, weight, layer or gradient, and in which images."""
+    for part in inputs:
+        if isinstance(part, Tensor) and not bool(part.isfinite().all()):
+            return f"the input contains NaN or infinity{_named(part, batch, images)}; look at --mean and --std"
+    broken = next((name for name, value in task.named_parameters() if not value.isfinite().all()), None)
+    if broken is not None:
+        return f"the weight {broken!r} was not finite before the step"
+    if math.isfinite(loss):
+        # The backward pass goes from the last layer to the first.
+        gradients = [(name, value.grad) for name, value in task.named_parameters() if value.grad is not None]
+        first = next((name for name, value in reversed(gradients) if not value.isfinite().all()), "their norm")
+        return f"the gradients overflowed, first that of {first!r}"
+    found: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda module, given, output, name=name: _note(found, name, output))
+        for name, module in task.named_modules()
+        if name and not list(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            type(task).forward(task, *inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return "the forward pass overflowed in the loss, or in another process"
+    name, output = found[0]
+    return f"the forward pass overflowed, first in {name!r}{_named(output, batch, images)}"
+
+
+def _note(found: list[tuple[str, Tensor]], name: str, output: Any) -> None:
+    if not found and isinstance(output, Tensor) and not bool(output.isfinite().all()):
+        found.append((name, output))
+
+
+def _named(values: Tensor, batch: Batch, images: ImageSet) -> str:
+    """Return the names of the images whose values are not finite, in brackets; nothing if it cannot be told."""
+    if len(values) != len(batch["index"]):
+        return ""
+    rows = (~values.isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+    names = [printable(images.key(int(batch["index"][row]))) for row in rows]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f" (images {', '.join(names[:MOST_NAMED])}{more})"

@@ -8,6 +8,7 @@ tokenizer/           the fitted tokenizer
 baseline.json        loss and accuracy of a model that does not look at the images
 origin.json          the record of the run whose weights this one began with
 checkpoints/last/    everything needed to continue
+checkpoints/step-N/  earlier ones, see --keep and --branch-of
 exported/            the network, for timm
 figures/             pictures
 results.json         results of an evaluation

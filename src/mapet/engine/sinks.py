@@ -5,6 +5,7 @@ To add one (Weights & Biases, say), write a class with these three methods and n
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
@@ -49,7 +50,9 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Append one line."""
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has neither NaN nor infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ from mapet.data.batches import Batch, BatchPart, DamageTally, StepSampler, ViewD
 from mapet.data.seeds import Stream, fold_seed
 from mapet.engine.checkpoint import MadeFrom, State, damaged_checkpoint, read_checkpoint, read_state, write_checkpoint
 from mapet.engine.files import replace_file, replace_folder
-from mapet.engine.finite import check_finite
+from mapet.engine.finite import find_cause, is_finite
+from mapet.engine.kept import LossWatch, keep_checkpoint, kept_checkpoints
 from mapet.engine.optimizer import learning_rate
 from mapet.engine.parallel import agree_on_signal, count_workers, make_accelerator, on_main, product_speed, wrap
 from mapet.engine.runfolder import RunFolder
@@ -31,6 +32,8 @@ from mapet.errors import MapetError
 from mapet.objectives.task import Task
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 5  # steps in a row whose gradients are not finite
 
 # Measures the network that comes out of a task: yields names and values.
 Evaluator = Callable[[nn.Module], Iterable[tuple[str, float]]]
@@ -92,6 +95,7 @@ class Trainer:
         evaluate_every: epochs between that.
         targets_name: what makes the targets, for messages.
         save_first: save before the first step, because what the task begins with may not be had again.
+        can_branch: whether the command has ``--branch-of``.
         flops: floating-point operations of one image, forward and backward; the records then have the ``mfu`` (model
             FLOPs utilisation): the share of the devices' speed in matrix products that the run reaches.
     """
@@ -110,6 +114,7 @@ class Trainer:
     evaluate_every: int = 1
     targets_name: str = "the tokenizer or token store"
     save_first: bool = False
+    can_branch: bool = False
     flops: float | None = None
 
     @property
@@ -125,6 +130,7 @@ class Trainer:
         # A resumed run may have another number of processes.
         config.choose_batch(config.model_dump(), len(self.dataset), self.accelerator.num_processes)
         self.tally = DamageTally(self.dataset.images, config.max_damaged)
+        self.losses, self.skipped = LossWatch(), 0
         first = self._restore()
         self.ceiling = product_speed(self.accelerator.device, config.precision) if self.flops else 0.0
         self.depth = use_drawn_depth(self.task)
@@ -198,8 +204,15 @@ class Trainer:
                     *values, grad_norm = means.tolist()  # one wait for the device, not one for each
                     measured = dict(zip(sums, values, strict=True))
                     loss = measured["loss"]
-                    check_finite(step, inputs, self.task, loss, grad_norm=grad_norm, lr=lr, precision=config.precision)
-                self.optimizer.step()
+                    if is_finite(loss, grad_norm, config.precision):
+                        self.skipped = 0
+                        self.losses.add(loss)
+                    else:
+                        with accelerator.autocast():
+                            cause = find_cause(self.task, inputs, loss, batch, self.dataset.images)
+                        self._skip(step, f"loss {loss:g}, gradient norm {grad_norm:g} at rate {lr:.3g}: {cause}")
+                if not self.skipped or accelerator.scaler is not None:  # fp16's scaler skips the step by itself
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
         images_per_s = config.batch_size / (seconds := time.perf_counter() - began)
         ceiling = self.ceiling * accelerator.num_processes
@@ -215,6 +228,28 @@ class Trainer:
             **({"mfu": images_per_s * self.flops / ceiling} if self.flops else {}),
             "damaged": len(self.tally.indices),
         }
+
+    def _skip(self, step: int, cause: str) -> None:
+        """Take no step because its gradient is not finite; stop the run if that happens several times in a row."""
+        self.skipped += 1
+        config, folder = self.config, self.folder
+        if self.skipped < MOST_SKIPPED:
+            logger.warning("%s: step %d is skipped: %s, precision %s", folder.root, step, cause, config.precision)
+            return
+        first = step + 1 - self.skipped
+        self._save(first)
+        raise MapetError(
+            f"step {step}: {cause}, precision {config.precision!r}. No weight was changed since step {first}, from "
+            "where --resume repeats this; start another run with a lower --lr or a longer --warmup, or with --precision "
+            f"no{self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        """Return in words from which earlier checkpoint one can go on."""
+        kept = list(kept_checkpoints(self.folder.checkpoint.parent))
+        if not kept or not self.can_branch:
+            return ""
+        return f"; --branch-of {self.folder.root} --lr {self.config.lr / 3:.1e} goes on from step {kept[-1]}"
 
     def _measure(self, done: int) -> dict[str, float]:
         """Return what the evaluators yield, on the main process, with the task in evaluation mode."""
@@ -240,10 +275,16 @@ class Trainer:
         if not self.is_main:
             return
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        state = State(done, self.config.steps, self._made_from(), sorted(self.tally.indices), scaler)
+        has_risen, damaged = self.losses.has_risen(), sorted(self.tally.indices)
+        state = State(done, self.config.steps, self._made_from(), damaged, scaler, lowest_loss=self.losses.lowest)
         # The export comes first, so that no checkpoint lacks its export.
         self._export()
-        replace_folder(self.folder.checkpoint, lambda fresh: write_checkpoint(fresh, self.task, self.optimizer, state))
+        last = self.folder.checkpoint
+        replace_folder(last, lambda fresh: write_checkpoint(fresh, self.task, self.optimizer, state))
+        if not has_risen and not self.skipped:
+            keep_checkpoint(last, done, self.config.keep)
+        elif has_risen:
+            logger.warning("%s: %s%s", self.folder.root, self.losses, self._kept())
 
     def _export(self) -> None:
         replace_folder(self.exported, lambda fresh: self.export(self.task.outcome(), fresh))
@@ -295,4 +336,5 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.tally.indices.update(state.damaged)
+        self.losses = LossWatch(state.lowest_loss)
         return state.step

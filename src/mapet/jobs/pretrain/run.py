@@ -28,6 +28,7 @@ from mapet.engine.parallel import agree, count_workers, join_processes, main_fir
 from mapet.engine.runfolder import RunFolder, check_out, run_folder
 from mapet.engine.sinks import Record
 from mapet.engine.trainer import Evaluator, Result, Trainer
+from mapet.jobs.pretrain.branch import begin_branch
 from mapet.jobs.pretrain.config import PretrainConfig, input_of
 from mapet.jobs.pretrain.flops import count_flops
 from mapet.jobs.pretrain.settle import initial_backbone, settle_run
@@ -52,7 +53,13 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain(
-    values: Mapping[str, Any], out: str | Path, *, resume: bool = False, console: Console | None = None
+    values: Mapping[str, Any],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    branch_of: str | Path | None = None,
+    from_step: int | None = None,
+    console: Console | None = None,
 ) -> Result:
     """Pre-train a ViT on unlabelled images.
 
@@ -61,6 +68,8 @@ def pretrain(
             docs/data.md) or a map-style ``torch.utils.data.Dataset``, which must be given again to resume.
         out: the run folder.
         resume: continue the run in ``out`` exactly, or begin it if there is none.
+        branch_of: another run, with one of whose checkpoints this one begins; see ``begin_branch``.
+        from_step: the step of that checkpoint; None for the newest that was kept.
         console: where progress is shown; None for standard error.
 
     Returns:
@@ -72,6 +81,9 @@ def pretrain(
     with run_folder(out) as folder:
         world = join_processes()
         values, dataset = given_images(values)
+        if branch_of is not None and not (resume and agree(folder.config.exists())):
+            on_main(lambda: begin_branch(branch_of, from_step, values, folder))
+            resume = True
         if resume and folder.config.exists():
             config = continued(PretrainConfig, read_recipe(folder.config), values, folder.root)
             images = dataset or main_first(lambda: open_images(config.data))
@@ -133,6 +145,7 @@ def _train(config: PretrainConfig, images: ImageSet, folder: RunFolder, resume: 
         evaluate_every=config.eval_every,
         targets_name="the teacher" if config.targets == "features" else "the tokenizer or token store",
         save_first=begins_with_init,
+        can_branch=True,
         flops=None if device.type == "cpu" else count_flops(config, source.width),
     )
     result = trainer.run()
