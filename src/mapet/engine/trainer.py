@@ -240,8 +240,8 @@ class Trainer:
         self._save(first)
         raise MapetError(
             f"step {step}: {cause}, precision {config.precision!r}. No weight was changed since step {first}, from "
-            "where --resume repeats this; start another run with a lower --lr or a longer --warmup, or with --precision "
-            f"no{self._kept()}"
+            "where --resume repeats this; start another run with a lower --lr, a longer --warmup or --precision no"
+            f"{self._kept()}"
         )
 
     def _kept(self) -> str:
