@@ -16,8 +16,8 @@ from tests.conftest import TINY, curve, mapet_command, pretrain_tiny, records
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("objective", ["mapet", "mae"])
 def test_a_compiled_run_has_the_same_losses(objective: str, digits: Path, tmp_path: Path) -> None:
-    """Stochastic depth draws other numbers in a compiled step, so it is off."""
-    options = {"objective": objective, "steps": 12, "drop_path": 0.0, "precision": "no", "color_jitter": 0.0}
+    """Also with stochastic depth, which is drawn outside of the compiled step."""
+    options = {"objective": objective, "steps": 12, "drop_path": 0.2, "precision": "no", "color_jitter": 0.0}
     if objective == "mae":
         options["vocab_size"] = None
     plain = pretrain_tiny(digits, tmp_path / "plain", **options)
