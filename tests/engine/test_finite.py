@@ -42,6 +42,9 @@ def test_where_it_began_is_named() -> None:
     assert cause(task, torch.ones(3, 2)) == "the forward pass overflowed in the loss, or in another process"
     for layer in task:
         layer.weight.grad = torch.full((2, 2), math.inf)
-    assert cause(task, given[:1], loss=1.0) == "the gradients overflowed, first that of '1.weight'"
+    assert cause(task, given[:1], loss=1.0) == "the gradient of '1.weight' overflowed first"
+    for layer in task:
+        layer.weight.grad.fill_(1e38)
+    assert cause(task, given[:1], loss=1.0) == "the norm of the gradients overflowed"
     task[1].bias.data[0] = math.inf
     assert cause(task, given[:1]) == "the weight '1.bias' was not finite before the step"

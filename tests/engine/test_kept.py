@@ -27,6 +27,7 @@ def test_a_loss_has_risen_when_its_median_is_a_tenth_above_the_lowest() -> None:
     for loss in [3.0] * 100:
         watch.add(loss)
     assert not watch.has_risen()
+    assert watch.lowest == 3.0
     for loss in [2.0] * 60 + [100.0] * 40:  # a few peaks do not count
         watch.add(loss)
     assert not watch.has_risen()

@@ -32,8 +32,10 @@ def find_cause(task: nn.Module, inputs: Sequence[Any], loss: float, batch: Batch
     if math.isfinite(loss):
         # The backward pass goes from the last layer to the first.
         gradients = [(name, value.grad) for name, value in task.named_parameters() if value.grad is not None]
-        first = next((name for name, value in reversed(gradients) if not value.isfinite().all()), "their norm")
-        return f"the gradients overflowed, first that of {first!r}"
+        first = next((name for name, value in reversed(gradients) if not value.isfinite().all()), None)
+        return (
+            "the norm of the gradients overflowed" if first is None else f"the gradient of {first!r} overflowed first"
+        )
     found: list[tuple[str, Tensor]] = []
     handles = [
         module.register_forward_hook(lambda module, given, output, name=name: _note(found, name, output))

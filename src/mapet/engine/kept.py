@@ -17,7 +17,7 @@ class LossWatch:
     """Tells whether the loss has risen: whether its median over the last steps is a tenth above the lowest so far.
 
     Attributes:
-        lowest: the lowest median so far; it is part of a checkpoint.
+        lowest: the lowest median when a checkpoint was saved, or the first loss; it is part of a checkpoint.
     """
 
     def __init__(self, lowest: float | None = None) -> None:
@@ -27,14 +27,15 @@ class LossWatch:
     def add(self, loss: float) -> None:
         """Take the loss of a step."""
         self._last.append(loss)
+        if self.lowest is None:
+            self.lowest = loss
 
     def has_risen(self) -> bool:
         """Return whether it has risen; called when a checkpoint is saved."""
-        if not self._last:
+        if self.lowest is None or not self._last:
             return False
         now = statistics.median(self._last)
-        if self.lowest is None or now < self.lowest:
-            self.lowest = now
+        self.lowest = min(self.lowest, now)
         return not now <= self.lowest + MOST_RISE * abs(self.lowest)  # also if it is NaN
 
     def __str__(self) -> str:

@@ -249,7 +249,7 @@ class Trainer:
         kept = list(kept_checkpoints(self.folder.checkpoint.parent))
         if not kept or not self.can_branch:
             return ""
-        return f"; --branch-of {self.folder.root} --lr {self.config.lr / 3:.1e} goes on from step {kept[-1]}"
+        return f"; --branch-of {self.folder.root} --lr {self.config.lr / 3:.2g} goes on from step {kept[-1]}"
 
     def _measure(self, done: int) -> dict[str, float]:
         """Return what the evaluators yield, on the main process, with the task in evaluation mode."""

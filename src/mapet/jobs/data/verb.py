@@ -30,7 +30,7 @@ def _show(call: Call, result: dict[str, Any], remark: str = "") -> int:
         print(json.dumps(result))
     else:
         labels = f" of {result['classes']} classes" if result["classes"] else ""
-        call.say(f"{result['images']} images{labels} in {result['shards']} shards; index: {result['index']}{remark}")
+        call.say(f"{result['images']} images{labels} in {result['shards']} shard(s); index: {result['index']}{remark}")
     return 0
 
 
