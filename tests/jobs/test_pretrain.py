@@ -266,7 +266,8 @@ def test_fitted_tokenizer(pretrained_run: Path, digits: Path, tmp_path: Path) ->
 def test_divergence_stops_with_its_cause(digits: Path, tmp_path: Path) -> None:
     wild = {"lr": 1e3, "weight_decay": 1e3, "clip_grad": 1e30, "warmup": 0.0}
     run = tmp_path / "run"
-    with pytest.raises(MapetError, match=r"step \d+: loss .*overflowed.*a lower --lr.*; --branch-of .*/run --lr") as first:
+    says = r"step \d+: loss .*overflowed.*start another run with a lower --lr.*; --branch-of .*/run --lr"
+    with pytest.raises(MapetError, match=says) as first:
         pretrain_tiny(digits, run, steps=200, checkpoint_every=1, **wild)
     assert all(tensor.isfinite().all() for tensor in checkpoint(run).values())
     skipped = [record["step"] for record in records(run) if record["grad_norm"] is None]
