@@ -82,11 +82,11 @@ def patiently(
             kind = type(error)
             raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from None
         except RuntimeError as error:
-            # The loader may be asked again after it timed out: nothing is lost.
             if (sentence := _explained(error)) is not None:
                 raise sentence from None
             if not str(error).startswith("DataLoader timed out"):
                 raise
+            # The loader may be asked again after that: nothing is lost.
             waited = time.monotonic() - asked
             waiting(waited)
             if waited >= PATIENCE:
