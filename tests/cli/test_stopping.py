@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mapet.cli import main
 from mapet.cli.stopping import Stopped, stopped_by_signals
+from mapet.errors import MapetError
 
 
 def stop(arguments: list[str], number: signal.Signals, begun: Callable[[], bool], temporary: Path) -> tuple[int, str]:
@@ -100,3 +102,18 @@ def test_a_forked_process_dies_silently(capfd: pytest.CaptureFixture[str]) -> No
 def test_it_may_be_entered_in_a_thread() -> None:
     with ThreadPoolExecutor() as pool:
         pool.submit(stopped_by_signals().__enter__).result()
+
+
+def test_a_signal_hides_no_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends SIGTERM to the other processes, which may be about to say what they found."""
+
+    def fail(arguments: list[str]) -> int:
+        try:
+            raise MapetError("another process ended")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("mapet.cli._run", fail)
+    assert main([]) == 128 + signal.SIGTERM
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["mapet: error: another process ended", "mapet: stopped by SIGTERM; nothing is left half-written"]

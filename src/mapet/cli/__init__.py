@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Stopped as stop:
         with suppress(OSError):  # the terminal that hung up
+            if isinstance(stop.__context__, MapetError):  # torchrun sends SIGTERM while a failure is being reported
+                print(f"mapet: error: {stop.__context__}", file=sys.stderr)
             print(f"mapet: stopped by {stop.signal.name}; nothing is left half-written", file=sys.stderr)
         return 128 + stop.signal
 

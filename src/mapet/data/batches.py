@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypedDict
@@ -16,7 +16,7 @@ from mapet.data.seeds import Draws, Stream, fold_seed
 from mapet.data.sources import ImageSet
 from mapet.data.stores import StoreError
 from mapet.data.views import Cut, View, unit
-from mapet.data.workers import in_one_sentence, loading_processes, one_thread
+from mapet.data.workers import loading_processes, one_thread, patiently
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -225,8 +225,12 @@ def load_batches(
     keys: StepSampler | Sequence[list[SampleKey]],
     workers: int,
     device: torch.device = torch.device("cpu"),  # noqa: B008
+    waiting: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Batch]:
-    """Return the batches with the given sample keys, on the device; their order does not depend on ``workers``."""
+    """Return the batches with the given sample keys, on the device; their order does not depend on ``workers``.
+
+    ``waiting`` is called now and then while a batch is waited for, and for what it raises see ``patiently``.
+    """
     pin = device.type == "cuda"
     # Begun here and not by the first step, because a loader draws from the random state that the step has seeded.
     processes = loading_processes(workers, dataset.images.source.start_method)
@@ -237,7 +241,7 @@ def load_batches(
         tokenizer_images, images = dataset.view.finish(cut)
         return {**batch, "tokenizer_images": tokenizer_images, "images": images}  # type: ignore[typeddict-item]
 
-    return map(finish, in_one_sentence(loaded))
+    return map(finish, patiently(loaded, dataset.images.name, waiting))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

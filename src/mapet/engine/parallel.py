@@ -10,8 +10,10 @@ so nothing here needs to be told who its peers are.
 import atexit
 import logging
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -31,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 # The main process may fit a tokenizer for days on CPUs; by default the others give up after ten minutes.
 PATIENCE = timedelta(days=7)
+# In a step no process has such work: one that is waited for so long has stopped. It is longer than the patience with
+# images (``mapet.data.workers``), whose message says more.
+STEP_PATIENCE = timedelta(hours=1)
+ROLL_CALL = timedelta(seconds=10)  # how long a process that runs may take to say so
 
 Result = TypeVar("Result")
 
@@ -60,6 +66,68 @@ def _leave() -> None:
     """Leave the group of processes; otherwise the first to exit aborts the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def bounded_waits() -> Iterator[None]:
+    """Give up waiting for another process after ``STEP_PATIENCE``, instead of ``PATIENCE``.
+
+    Raises:
+        MapetError: see ``explain_lost_processes``. NCCL raises no error: its watchdog ends the process, with a log.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch before 2.14
+    set_timeout(STEP_PATIENCE)
+    try:
+        with explain_lost_processes():
+            yield
+    finally:
+        set_timeout(PATIENCE)
+
+
+@contextmanager
+def explain_lost_processes() -> Iterator[None]:
+    """Turn an error of communication into one sentence on each process.
+
+    Raises:
+        MapetError: if another process ended, or has not answered for too long; then it names the processes.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises no other kind
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        if not re.search("time(d )?out", str(error), re.IGNORECASE):
+            raise MapetError(
+                "another of the processes that train together ended; its own output says why, and --resume continues "
+                "from the last checkpoint"
+            ) from error
+        silent = ", ".join(map(str, _silent_processes())) or "(unknown: all answer now)"
+        raise MapetError(
+            f"process {silent} of {dist.get_world_size()} kept the others waiting for {STEP_PATIENCE}; see its output "
+            "and its machine, and continue from the last checkpoint with --resume"
+        ) from error
+
+
+def _silent_processes() -> list[int]:
+    """Return the numbers of the processes that do not say within ``ROLL_CALL`` that they run."""
+    world, deadline = dist.get_world_size(), time.monotonic() + ROLL_CALL.total_seconds()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(address, port, None, False, ROLL_CALL, wait_for_workers=False)  # type: ignore[attr-defined]
+        store.set(f"mapet/runs/{dist.get_rank()}", "")
+    except RuntimeError:  # under srun process 0 keeps the store
+        return [0]
+    silent = []
+    for rank in range(world):
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            store.wait([f"mapet/runs/{rank}"], timedelta(seconds=left))
+        except RuntimeError:
+            silent.append(rank)
+    return silent
 
 
 def agree(wish: bool) -> bool:

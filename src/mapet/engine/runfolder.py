@@ -24,6 +24,7 @@ from typing import Any
 
 from mapet.config.base import Config, config_to_yaml
 from mapet.engine.files import explain_disk_errors, find_folder, held_folder, recover_folder, replace_file
+from mapet.engine.parallel import explain_lost_processes
 from mapet.errors import MapetError
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def run_folder(out: str | Path) -> Iterator[RunFolder]:
         MapetError: at once if the folder holds other things than a run.
     """
     folder = RunFolder(out)
-    with explain_disk_errors(folder.root), folder.held:
+    with explain_disk_errors(folder.root), explain_lost_processes(), folder.held:
         files = {path.name for path in folder.root.iterdir()} if folder.root.exists() else set()
         foreign = sorted(name for name in files - LEFT_BEFORE if not name.endswith(LAUNCHERS_LOGS))
         # Checked last, because another process of this run may be writing it.

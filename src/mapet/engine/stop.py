@@ -21,6 +21,8 @@ class StopRequest:
         getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
     )
 
+    GRACE = 60.0  # seconds in which slow images may still come
+
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
@@ -33,6 +35,12 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         self._restore()
+
+    def insist(self, seconds: float) -> None:
+        """Let the signal that came, if one did, have its usual effect: a step has waited so long for its images."""
+        if self.signal is not None and seconds >= self.GRACE:
+            logger.warning("stopping without saving: the images of this step have not come for %.0f s", seconds)
+            signal.raise_signal(self.signal)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -23,7 +23,15 @@ from mapet.engine.files import replace_file, replace_folder
 from mapet.engine.finite import find_cause, is_finite
 from mapet.engine.kept import LossWatch, keep_checkpoint, kept_checkpoints
 from mapet.engine.optimizer import learning_rate
-from mapet.engine.parallel import agree_on_signal, count_workers, make_accelerator, on_main, product_speed, wrap
+from mapet.engine.parallel import (
+    agree_on_signal,
+    bounded_waits,
+    count_workers,
+    make_accelerator,
+    on_main,
+    product_speed,
+    wrap,
+)
 from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import SINKS, Record, Sink
 from mapet.engine.stochastic_depth import draw_depth, forget_depth, use_drawn_depth
@@ -139,21 +147,23 @@ class Trainer:
             self._begin_folder(first)
         if self.save_first and first == 0:
             self._save(0)
-        batches = self._batches(first)
+        stop = StopRequest()
+        batches = self._batches(first, stop)
         done, stopped_by, measured = first, None, dict[str, float]()
         with ExitStack() as opened:
             sinks = [*(make() for make in SINKS.values()), self.progress] if self.is_main else []
             for sink in sinks:
                 sink.begin(folder, first, config.steps)
                 opened.enter_context(closing(sink))
-            stop = opened.enter_context(StopRequest())
+            opened.enter_context(stop)
             opened.callback(forget_depth, self.depth)
             self.wrapped.train()
             for step in range(first, config.steps):
-                record = self._step(step, batches)
-                self.task.after_step(step, config.steps)
+                with bounded_waits():
+                    record = self._step(step, batches)
+                    self.task.after_step(step, config.steps)
+                    stopped_by = agree_on_signal(stop.signal)
                 done = step + 1
-                stopped_by = agree_on_signal(stop.signal)
                 last = done == config.steps or stopped_by is not None
                 fresh = {}
                 if done % (self.evaluate_every * self.steps_per_epoch) == 0 or done == config.steps:
@@ -289,14 +299,14 @@ class Trainer:
     def _export(self) -> None:
         replace_folder(self.exported, lambda fresh: self.export(self.task.outcome(), fresh))
 
-    def _batches(self, first: int) -> Iterator[Batch]:
+    def _batches(self, first: int, stop: StopRequest) -> Iterator[Batch]:
         config, device = self.config, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.sampler = StepSampler(
             len(self.dataset), config.batch_size, config.seed, first, config.steps, rank, world, config.accumulate
         )
         workers = count_workers(config.workers, self.dataset.images, device)
-        return load_batches(self.dataset, self.sampler, workers, device)
+        return load_batches(self.dataset, self.sampler, workers, device, stop.insist)
 
     def _begin_folder(self, first: int) -> None:
         """Write down the configuration, whose free keys may have changed, and log what begins."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from mapet.config.base import settle
 from mapet.data.batches import DamageTally, SampleKey, StepSampler, in_order
-from mapet.data.workers import loading_processes
+from mapet.data.workers import loading_processes, patiently
 from mapet.engine.files import claimed_folder, replace_folder
 from mapet.engine.parallel import check_precision, count_workers, one_device
 from mapet.engine.runfolder import check_out
@@ -170,10 +170,11 @@ class _Evaluation:
 
     def _load(
         self, images: MaskedSet, keys: StepSampler | list[list[SampleKey]], seed: int | None = None
-    ) -> Iterable[Batch]:
+    ) -> Iterator[Batch]:
         dataset = SegmentationDataset(images, self.opened.view, self.opened.reading, self.config, seed)
         processes = loading_processes(count_workers(self.config.workers, images, self.device))
-        return DataLoader(dataset, batch_sampler=keys, pin_memory=self.device.type == "cuda", **processes)
+        loader = DataLoader(dataset, batch_sampler=keys, pin_memory=self.device.type == "cuda", **processes)
+        yield from patiently(iter(loader), images.name)
 
 
 def _check_classes(config: SegmentConfig, train_pixels: Tensor, test_pixels: Tensor) -> int:

@@ -23,9 +23,9 @@ from mapet.data.seeds import Draws
 from mapet.data.sources import ImageSet
 from mapet.data.stores import StoreError
 from mapet.data.views import TrainView
-from mapet.data.workers import in_one_sentence, loading_processes, one_thread
+from mapet.data.workers import loading_processes, one_thread, patiently
 from mapet.engine.files import explain_disk_errors, held_folder
-from mapet.engine.parallel import count_workers, join_processes, main_first, on_main, one_device
+from mapet.engine.parallel import count_workers, explain_lost_processes, join_processes, main_first, on_main, one_device
 from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError
 from mapet.jobs.tokenizer.config import CheckConfig, EncodeConfig
@@ -70,7 +70,7 @@ def encode_images(values: Mapping[str, Any], out: str | Path, *, console: Consol
     workers = count_workers(config.workers, images, world.device)
 
     folder = Path(out)
-    with ExitStack() as held, explain_disk_errors(folder):
+    with ExitStack() as held, explain_disk_errors(folder), explain_lost_processes():
         on_main(lambda: held.enter_context(_completed_store(folder, header, images.keys)))
         store = TokenStore(folder)
         reading = _reading(store).within(config)
@@ -301,6 +301,6 @@ class StoredImages:
         processes = loading_processes(self.workers, self.images.source.start_method)
         batches = iter(DataLoader(dataset, batch_size, sampler=indices.tolist(), **processes))
         with Meter(self.console, what, len(indices)) as meter:
-            for done, (index, *rest) in enumerate(in_one_sentence(batches), 1):
+            for done, (index, *rest) in enumerate(patiently(batches, self.images.name), 1):
                 yield index.numpy(), *rest  # a tensor of one element would index arrays like an integer
                 meter.show(min(done * batch_size, len(indices)))

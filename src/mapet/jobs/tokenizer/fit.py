@@ -22,7 +22,7 @@ from mapet.data.sources import ImageSet
 from mapet.data.views import PlainView, TrainView, View
 from mapet.engine.files import claimed_folder, replace_folder
 from mapet.engine.measuring import with_measured
-from mapet.engine.parallel import count_workers, join_processes, main_first, on_main, one_device
+from mapet.engine.parallel import count_workers, explain_lost_processes, join_processes, main_first, on_main, one_device
 from mapet.engine.runfolder import check_out
 from mapet.errors import MapetError
 from mapet.jobs.tokenizer.codebook import CodebookReport, measure_codebook, plot_atlas, plot_usage, shortcomings
@@ -63,7 +63,7 @@ def fit_tokenizer(
     if is_ready(config.teacher):
         raise MapetError(f"teacher {config.teacher!r} is a tokenizer already; use it as it is, with --tokenizer")
     console = console or Console(stderr=True)
-    with ExitStack() as held:
+    with ExitStack() as held, explain_lost_processes():
         on_main(lambda: held.enter_context(claimed_folder(Path(out))))
         images = main_first(lambda: open_images(config.data))
         config = with_measured(config, images)
