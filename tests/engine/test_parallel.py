@@ -26,7 +26,11 @@ sys.exit(main())
     ("number", "says"),
     [
         ("SIGKILL", "error: another of the processes that train together ended; its own output says why, and --resume"),
-        ("SIGSTOP", "error: process 1 of 2 kept the others waiting for 0:00:03; see its output and its machine"),
+        pytest.param(
+            "SIGSTOP",
+            "error: process 1 of 2 kept the others waiting for 0:00:03; see its output and its machine",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_lost_process_is_one_sentence(number: str, says: str, digits: Path, tmp_path: Path) -> None:

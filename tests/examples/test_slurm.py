@@ -45,6 +45,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+@pytest.mark.slow
 def test_a_requeued_job_continues_the_run(digits: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     values: dict[str, Any] = {"objective": "mae", "vocab_size": None, "steps": 20, "precision": "no"}
     out = tmp_path / "run"

@@ -64,6 +64,7 @@ def test_figures_of_digits_equal_those_counted_in_a_dictionary(tokenized: tuple[
 def test_nearest_patches_are_those_found_by_brute_force(count: int, tokenized: tuple[KPixels, Tensor, Tensor]) -> None:
     """Digits have many patches without ink, which have the same distance."""
     _, ids, distances = tokenized
+    distances = distances.round(decimals=2)  # more of them are the same
     ties = 0
     for code in ids.unique().tolist():
         best: dict[int, tuple[float, int, int]] = {}

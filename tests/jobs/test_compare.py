@@ -41,7 +41,7 @@ def start(out: Path, **values: Any) -> subprocess.Popen[str]:
 
 def test_a_cell_that_fails_is_named_and_an_extension_does_only_what_is_new(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "comparison"
-    bold = {"bold": {"objective": "mim", "lr": 1e3, "weight_decay": 1e3}}
+    bold = {"bold": {"objective": "mim", "lr": 1e3, "weight_decay": 1e3, "clip_grad": 1e30, "warmup": 0.0}}
     found = compare({**VALUES, "arms": bold, "data": str(digits)}, out)
     assert figures(found, "label", "seed") == [("mim, pixels", 0), ("random", 0)]
     trained = found.runs[0]

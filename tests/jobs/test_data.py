@@ -141,7 +141,7 @@ def test_commands(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     result = json.loads(capsys.readouterr().out)
     assert result == {"index": f"{out}/shards.index", "shards": 1, "images": 60, "classes": 0}
     assert main(["data", "index", out]) == 0
-    assert "60 images in 1 shards; index: " in capsys.readouterr().err
+    assert "60 images in 1 shard(s); index: " in capsys.readouterr().err
     with tarfile.open(f"{out}/000000.tar") as tar:
         assert tar.getnames() == list(open_images(str(digits)).keys)
 

@@ -214,9 +214,10 @@ class Trainer:
                     *values, grad_norm = means.tolist()  # one wait for the device, not one for each
                     measured = dict(zip(sums, values, strict=True))
                     loss = measured["loss"]
+                    if math.isfinite(loss):
+                        self.losses.add(loss)
                     if is_finite(loss, grad_norm, config.precision):
                         self.skipped = 0
-                        self.losses.add(loss)
                     else:
                         with accelerator.autocast():
                             cause = find_cause(self.task, inputs, loss, batch, self.dataset.images)
@@ -240,10 +241,10 @@ class Trainer:
         }
 
     def _skip(self, step: int, cause: str) -> None:
-        """Take no step because its gradient is not finite; stop the run if that happens several times in a row."""
+        """Take no step because its gradient is not finite; stop the run if it has diverged."""
         self.skipped += 1
         config, folder = self.config, self.folder
-        if self.skipped < MOST_SKIPPED:
+        if self.skipped < MOST_SKIPPED and not self.losses.has_risen():
             logger.warning("%s: step %d is skipped: %s, precision %s", folder.root, step, cause, config.precision)
             return
         first = step + 1 - self.skipped
