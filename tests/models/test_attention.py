@@ -66,7 +66,9 @@ def test_rows_of_a_rectangular_mask_equal_those_of_timms_square_one(changes: dic
 
 
 @pytest.mark.parametrize("changes", [{"init_values": 0.1}, {"proj_drop_rate": 0.2}, {"scale_mlp_norm": True}])
-def test_gradients_are_timms(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("least", [0, 10**9])
+def test_gradients_are_timms(changes: dict[str, Any], least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mapet.models.attention.LEAST_WITHOUT_KEEPING", least)
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 0}
     plain, ours = (timm.create_model("vit_tiny_patch16_224", **options, **changes).double() for _ in range(2))
@@ -82,7 +84,10 @@ def test_gradients_are_timms(changes: dict[str, Any]) -> None:
         assert torch.allclose(gradient, gradients[1][name], atol=1e-11), name
 
 
-def test_neither_normalised_nor_activated_rows_of_the_mlp_are_kept(tiny_vit: Callable[..., Any]) -> None:
+def test_neither_normalised_nor_activated_rows_of_the_mlp_are_kept(
+    tiny_vit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mapet.models.attention.LEAST_WITHOUT_KEEPING", 0)
     block, made = tiny_vit().blocks[0], []
     for module in (block.norm2, block.mlp.act, block.mlp.fc1):
         module.register_forward_hook(lambda module, inputs, output: made.append(weakref.ref(output)))
