@@ -59,7 +59,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class BatchPart:
-    """What a process computes of a step at once: some rows of the step's batch.
+    """The rows of a step's batch that a process computes at once.
 
     What is random for each image is drawn for the whole batch, and each process takes its own rows. So it does not
     depend on how the batch is divided among processes and micro-batches.

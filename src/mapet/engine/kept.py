@@ -17,7 +17,7 @@ class LossWatch:
     """Tells whether the loss has risen: whether its median over the last steps is a tenth above the lowest so far.
 
     Attributes:
-        lowest: the lowest median when a checkpoint was saved, or the first loss; it is part of a checkpoint.
+        lowest: the first loss, or the lowest median that ``has_risen`` found; it is part of a checkpoint.
     """
 
     def __init__(self, lowest: float | None = None) -> None:
@@ -31,7 +31,7 @@ class LossWatch:
             self.lowest = loss
 
     def has_risen(self) -> bool:
-        """Return whether it has risen; called when a checkpoint is saved."""
+        """Return whether it has risen, and remember the lowest median."""
         if self.lowest is None or not self._last:
             return False
         now = statistics.median(self._last)
@@ -46,8 +46,8 @@ def keep_checkpoint(checkpoint: Path, step: int, most: int) -> None:
     """Keep a checkpoint beside itself as ``step-N``, and remove others until there are at most ``most``.
 
     The files are hard links where the disk has them, which take no space while the checkpoint is the last one. The
-    newest is always kept. Of the others, those go first whose neighbours are nearest, so that the rest is spread over
-    the run.
+    newest is always kept. Of the others, the one whose neighbours are nearest is removed first, so the rest is spread
+    over the run.
     """
     target = checkpoint.with_name(f"{PREFIX}{step:08}")
     if not target.exists():

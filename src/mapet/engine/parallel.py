@@ -132,19 +132,15 @@ def _silent_processes() -> list[int]:
 
 def agree(wish: bool) -> bool:
     """Return whether any process wishes it, so that all do the same next."""
-    world = join_processes()
-    if world.num_processes == 1:
-        return wish
-    return bool(reduce(torch.tensor(float(wish), device=world.device), "sum") > 0)
+    return bool(highest(int(wish)))
 
 
-def agree_on_signal(number: int | None) -> int | None:
-    """Return the signal that one of the processes got, the highest if they got several; None if none got any."""
+def highest(number: int) -> int:
+    """Return the highest of the numbers that the processes give."""
     world = join_processes()
     if world.num_processes == 1:
         return number
-    highest = reduce(torch.tensor(number or 0, device=world.device), "max")
-    return int(highest) or None
+    return int(reduce(torch.tensor(number, device=world.device), "max"))
 
 
 def on_main(work: Callable[[], Result]) -> Result | None:

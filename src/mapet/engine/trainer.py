@@ -23,15 +23,7 @@ from mapet.engine.files import replace_file, replace_folder
 from mapet.engine.finite import find_cause, is_finite
 from mapet.engine.kept import LossWatch, keep_checkpoint, kept_checkpoints
 from mapet.engine.optimizer import learning_rate
-from mapet.engine.parallel import (
-    agree_on_signal,
-    bounded_waits,
-    count_workers,
-    make_accelerator,
-    on_main,
-    product_speed,
-    wrap,
-)
+from mapet.engine.parallel import bounded_waits, count_workers, highest, make_accelerator, on_main, product_speed, wrap
 from mapet.engine.runfolder import RunFolder
 from mapet.engine.sinks import SINKS, Record, Sink
 from mapet.engine.stochastic_depth import draw_depth, forget_depth, use_drawn_depth
@@ -162,7 +154,7 @@ class Trainer:
                 with bounded_waits():
                     record = self._step(step, batches)
                     self.task.after_step(step, config.steps)
-                    stopped_by = agree_on_signal(stop.signal)
+                    stopped_by = highest(stop.signal or 0) or None
                 done = step + 1
                 last = done == config.steps or stopped_by is not None
                 fresh = {}
@@ -233,7 +225,7 @@ class Trainer:
             "images": (step + 1) * config.batch_size,
             **measured,
             "lr": lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16's scaler skips such steps
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # of a step that was skipped
             "images_per_s": images_per_s,
             "data_wait": waited / seconds,
             **({"mfu": images_per_s * self.flops / ceiling} if self.flops else {}),

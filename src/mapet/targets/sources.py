@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mapet.data.batches import Batch
+from mapet.data.batches import Batch, sent
 from mapet.data.sources import ImageSet
 from mapet.errors import MapetError
 from mapet.tokenizers.base import Grid, Tokenizer, hash_content
@@ -88,7 +88,7 @@ class StoredIds:
         index = batch["index"].numpy()
         keys = [self._keys[i] for i in index.tolist()]
         ids = self._store.read(self._rows[index], batch["number"].numpy(), batch["digest"].numpy(), keys)
-        return (ids.to(self._device, non_blocking=True),)
+        return (sent(ids, self._device),)
 
 
 def settle_view(store: TokenStore, given: Mapping[str, Any]) -> dict[str, Any]:
